@@ -1,0 +1,180 @@
+"""One batch of few-shot tasks: support and query sets with a leading task axis."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+"""Label of rows and tokens that take no part in a loss (the transformers convention)."""
+
+# What a padded column holds, for the inputs that transformers' tokenizers produce.
+_COLUMN_FILL = {"attention_mask": 0, "token_type_ids": 0, "labels": IGNORE_INDEX}
+
+
+class TaskBatch:
+    """T tasks, each with a support set (to adapt on) and a query set (to be judged on).
+
+    Args:
+        support: Model inputs and ``labels``, each ``[T, N, ...]``.
+        query: The same names, each ``[T, Q, ...]``.
+        ways: Number of classes of each task, ``[T]``; ``None`` when every task uses all the
+            logits of the head. Logits at and beyond a task's ``ways`` are excluded exactly.
+
+    Raises:
+        ValueError: The sets are empty, or their task counts or row counts differ.
+
+    Labels of ``-100`` are ignored. Use :meth:`collate` to build a batch of tasks of unequal size.
+    """
+
+    def __init__(
+        self,
+        support: Mapping[str, Tensor],
+        query: Mapping[str, Tensor],
+        ways: Tensor | None = None,
+    ) -> None:
+        num_tasks = _check_set("support", support)
+        query_tasks = _check_set("query", query)
+        if num_tasks != query_tasks:
+            raise ValueError(
+                f"support and query must hold the same tasks: support has {num_tasks} tasks, "
+                f"query has {query_tasks}"
+            )
+        if support.keys() != query.keys():
+            raise ValueError(
+                f"support and query must have the same inputs: support has {sorted(support)}, "
+                f"query has {sorted(query)}"
+            )
+        devices = sorted({str(t.device) for s in (support, query) for t in s.values()})
+        if len(devices) > 1:
+            raise ValueError(f"all tensors of a batch must be on one device, got {devices}")
+        if ways is not None and tuple(ways.shape) != (num_tasks,):
+            raise ValueError(f"ways must have shape [{num_tasks}], got {list(ways.shape)}")
+        self.support = dict(support)
+        self.query = dict(query)
+        self.ways = ways
+
+    @property
+    def num_tasks(self) -> int:
+        return next(iter(self.support.values())).shape[0]
+
+    def __len__(self) -> int:
+        return self.num_tasks
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.support.values())).device
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> TaskBatch:
+        """The same batch with every tensor on `device`."""
+        return self._map(lambda t: t.to(device, non_blocking=non_blocking))
+
+    def __getitem__(self, index: slice) -> TaskBatch:
+        """Tasks `start:stop` as a batch."""
+        if not isinstance(index, slice):
+            raise TypeError(f"a TaskBatch is sliced by tasks, batch[i:j], got {index!r}")
+        return self._map(lambda t: t[index])
+
+    def select(self, index: Tensor) -> TaskBatch:
+        """The tasks at `index` (int64 ``[S]``) as a batch."""
+        return self._map(lambda t: t.index_select(0, index.to(t.device)))
+
+    def _map(self, fn) -> TaskBatch:
+        return TaskBatch(
+            {k: fn(v) for k, v in self.support.items()},
+            {k: fn(v) for k, v in self.query.items()},
+            None if self.ways is None else fn(self.ways),
+        )
+
+    @classmethod
+    def collate(
+        cls,
+        tasks: Sequence[tuple[Mapping[str, Tensor], Mapping[str, Tensor]]],
+        *,
+        pad_token_id: int = 0,
+        ways: Sequence[int] | Tensor | None = None,
+    ) -> TaskBatch:
+        """Stack tasks of unequal size, padding exactly: padding never changes a result.
+
+        A missing row repeats the task's first row (so that its attention stays finite) with
+        label ``-100``; a missing column holds `pad_token_id` under ``attention_mask`` 0.
+
+        Args:
+            tasks: One ``(support, query)`` pair per task, tensors ``[N_t, ...]``.
+            pad_token_id: Fills missing columns of ``input_ids``.
+            ways: Number of classes of each task, when they differ.
+
+        Returns:
+            A batch whose sets are ``[T, max N_t, ...]`` and ``[T, max Q_t, ...]``.
+        """
+        if not tasks:
+            raise ValueError("expected at least one task, got none")
+        sets = []
+        for which, name in enumerate(("support", "query")):
+            per_task = [task[which] for task in tasks]
+            keys = per_task[0].keys()
+            for t, task in enumerate(per_task):
+                if task.keys() != keys:
+                    raise ValueError(
+                        f"every task must have the same inputs: task 0's {name} set has "
+                        f"{sorted(keys)}, task {t}'s has {sorted(task)}"
+                    )
+                if not task or any(v.shape[0] == 0 for v in task.values()):
+                    raise ValueError(f"the {name} set of task {t} is empty")
+            sets.append({k: _stack(k, [t[k] for t in per_task], pad_token_id) for k in keys})
+        if ways is not None:
+            ways = torch.as_tensor(ways, dtype=torch.int64)
+        return cls(sets[0], sets[1], ways)
+
+    def __repr__(self) -> str:
+        shapes = {k: list(v.shape) for k, v in self.support.items()}
+        queries = {k: list(v.shape) for k, v in self.query.items()}
+        return f"TaskBatch(tasks={self.num_tasks}, support={shapes}, query={queries})"
+
+
+def _check_set(name: str, tensors: Mapping[str, Tensor]) -> int:
+    if not tensors:
+        raise ValueError(f"the {name} set must hold at least one tensor, got none")
+    leading: tuple[int, int] | None = None
+    for key, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}[{key!r}] must be a tensor, got {type(value).__name__}")
+        if value.dim() < 2:
+            raise ValueError(
+                f"{name}[{key!r}] must be [tasks, examples, ...], got shape {list(value.shape)}"
+            )
+        if leading is None:
+            leading = (value.shape[0], value.shape[1])
+        elif leading != (value.shape[0], value.shape[1]):
+            raise ValueError(
+                f"every tensor of the {name} set must start with the same [tasks, examples]: "
+                f"expected {list(leading)}, got {list(value.shape[:2])} for {key!r}"
+            )
+    assert leading is not None
+    if leading[0] == 0 or leading[1] == 0:
+        raise ValueError(
+            f"the {name} set is empty: it has {leading[0]} tasks of {leading[1]} examples"
+        )
+    return leading[0]
+
+
+def _stack(key: str, tensors: list[Tensor], pad_token_id: int) -> Tensor:
+    """``[N_t, *S_t]`` per task -> ``[T, max N_t, *max S_t]``."""
+    if len({t.dim() for t in tensors}) > 1:
+        raise ValueError(
+            f"{key!r} must have the same number of axes in every task, "
+            f"got {[list(t.shape) for t in tensors]}"
+        )
+    shape = [max(sizes) for sizes in zip(*(t.shape for t in tensors), strict=True)]
+    fill = _COLUMN_FILL.get(key, pad_token_id if key == "input_ids" else 0)
+    out = tensors[0].new_full((len(tensors), *shape), fill)
+    for t, tensor in enumerate(tensors):
+        index = tuple(slice(n) for n in tensor.shape)
+        out[t][index] = tensor
+        if key == "labels":
+            out[t, tensor.shape[0] :] = IGNORE_INDEX
+        elif tensor.shape[0] < shape[0]:
+            out[t, tensor.shape[0] :] = out[t, 0]
+    return out

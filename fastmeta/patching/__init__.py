@@ -1,0 +1,22 @@
+"""Functional parameter patching: task-batched fast weights for any transformers model."""
+
+from fastmeta.patching.layout import ParamLayout, TaskParams
+from fastmeta.patching.patched import Patched, patch
+from fastmeta.patching.probe import PatchError, PerformanceWarning
+from fastmeta.patching.spec import Bias, Head, LoRA, Norm, Params, Prefix, Spec
+
+__all__ = [
+    "Bias",
+    "Head",
+    "LoRA",
+    "Norm",
+    "ParamLayout",
+    "Params",
+    "PatchError",
+    "Patched",
+    "PerformanceWarning",
+    "Prefix",
+    "Spec",
+    "TaskParams",
+    "patch",
+]

@@ -1,0 +1,57 @@
+"""Run a module with other tensors in place of its parameters, without touching the module.
+
+`torch.func.functional_call` swaps parameters on the module itself while it runs, so two threads
+cannot use one module. Here the path to every replaced parameter is cloned shallowly (dictionaries
+only, microseconds), and the clone is called.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+
+def bind(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A shallow clone of `module` that reads `tensors` in place of its parameters.
+
+    Args:
+        module: Left unchanged; every submodule without replaced parameters is shared.
+        tensors: Parameter or buffer name relative to `module` -> the tensor to read.
+
+    Returns:
+        A module of the same classes. Patched forwards on the cloned path are removed, so that
+        the classes' own code runs.
+    """
+    here: dict[str, Tensor] = {}
+    below: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        child, dot, rest = name.partition(".")
+        if dot:
+            below.setdefault(child, {})[rest] = tensor
+        else:
+            here[child] = tensor
+    clone = object.__new__(type(module))
+    state = clone.__dict__
+    state.update(module.__dict__)
+    # A rule is installed as the instance attribute `forward`; the clone runs its class's own.
+    state.pop("forward", None)
+    if here:
+        state["_parameters"] = {k: v for k, v in module._parameters.items() if k not in here}
+        state["_buffers"] = {k: v for k, v in module._buffers.items() if k not in here}
+        state.update(here)
+    if below:
+        modules = dict(module._modules)
+        for child, nested in below.items():
+            modules[child] = bind(modules[child], nested)
+        state["_modules"] = modules
+    return clone
+
+
+def copy_structure(model: nn.Module) -> nn.Module:
+    """A deep copy of the modules of `model` that shares all its parameters and buffers."""
+    memo: dict[int, object] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        memo[id(tensor)] = tensor
+    return copy.deepcopy(model, memo)

@@ -1,0 +1,62 @@
+"""What a running patched model knows of its call: tasks, fast weights, stored prefix.
+
+Rules are installed once on a shared structure; everything that differs between calls lives here,
+per thread, so several threads may run one patched model at once.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from fastmeta.patching.prefix import Replay
+
+
+@dataclass
+class Call:
+    """One forward pass over T tasks of N rows each.
+
+    Attributes:
+        views: Fast weights by slot, each ``[T, *shape]``.
+        tasks: T.
+        rows: N; module inputs have ``T * N`` leading rows, task-major.
+        prefix: Outputs of the frozen prefix, being recorded or replayed.
+        only_prefix: Stop at the first adapted module.
+    """
+
+    views: list[Tensor]
+    tasks: int
+    rows: int
+    prefix: Replay | None = None
+    only_prefix: bool = False
+
+
+class _Local(threading.local):
+    call: Call | None = None
+
+
+_local = _Local()
+
+
+def current_call() -> Call:
+    """The call being run by this thread."""
+    call = _local.call
+    if call is None:
+        raise RuntimeError("a patched module ran outside its patched model's call")
+    return call
+
+
+@contextmanager
+def running(call: Call) -> Iterator[Call]:
+    """Make `call` the current one; calls nest."""
+    outer, _local.call = _local.call, call
+    try:
+        yield call
+    finally:
+        _local.call = outer

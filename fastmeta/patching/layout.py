@@ -1,0 +1,128 @@
+"""Packed fast weights: every adapted parameter of every task in one ``[T, P]`` buffer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+ALIGNMENT = 16
+"""Every segment starts at a multiple of this many elements, so that kernels can use wide loads."""
+
+
+class ParamLayout:
+    """Where each adapted parameter lies in a task's row of the packed buffer.
+
+    Args:
+        names: One name per segment, in order.
+        shapes: Shape of each parameter, without the task axis.
+
+    Attributes:
+        num_params: ``P``, the length of a row, alignment padding included.
+        num_elements: Adapted scalars of one task, without padding.
+        offsets: Start of each segment in the row, multiples of :data:`ALIGNMENT`.
+    """
+
+    def __init__(self, names: Sequence[str], shapes: Sequence[Sequence[int]]) -> None:
+        self.names = tuple(names)
+        self.shapes = tuple(tuple(s) for s in shapes)
+        self.index = {name: i for i, name in enumerate(self.names)}
+        if len(self.index) != len(self.names):
+            raise ValueError(f"parameter names must be distinct, got {list(names)}")
+        self.numels = tuple(prod(s) for s in self.shapes)
+        # Sizes for one torch.split: parameter, padding, parameter, padding, ...
+        self.split_sizes: list[int] = []
+        offsets, position = [], 0
+        for numel in self.numels:
+            offsets.append(position)
+            padding = -numel % ALIGNMENT
+            self.split_sizes += [numel, padding]
+            position += numel + padding
+        self.offsets = tuple(offsets)
+        self.num_params = position
+        self.num_elements = sum(self.numels)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __repr__(self) -> str:
+        return f"ParamLayout({len(self)} parameters, {self.num_elements} elements)"
+
+    def segment_offsets(self, device: torch.device | str = "cpu") -> Tensor:
+        """Segment starts and the row's end, int64 ``[S + 1]``; padding counts to its segment."""
+        return torch.tensor([*self.offsets, self.num_params], dtype=torch.int64, device=device)
+
+    def pack(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Per-segment tensors ``[*lead, *shape]`` -> ``[*lead, P]``, padding zero; differentiable."""
+        pieces: list[Tensor] = []
+        for tensor, shape, numel in zip(tensors, self.shapes, self.numels, strict=True):
+            lead = tensor.shape[: tensor.dim() - len(shape)]
+            pieces.append(tensor.reshape(*lead, numel))
+            padding = -numel % ALIGNMENT
+            if padding:
+                pieces.append(tensor.new_zeros(*lead, padding))
+        return torch.cat(pieces, dim=-1)
+
+    def unpack(self, packed: Tensor) -> list[Tensor]:
+        """``[T, P]`` -> one view ``[T, *shape]`` per segment, by a single differentiable split."""
+        pieces = packed.split(self.split_sizes, dim=1)[::2]
+        return [
+            p.view(packed.shape[0], *shape) for p, shape in zip(pieces, self.shapes, strict=True)
+        ]
+
+
+class TaskParams(Mapping[str, Tensor]):
+    """Fast weights of T tasks: a mapping name -> ``[T, *shape]`` over one packed ``[T, P]`` buffer.
+
+    The views share memory and the autograd graph with :attr:`packed`.
+    """
+
+    def __init__(self, layout: ParamLayout, packed: Tensor) -> None:
+        if packed.dim() != 2 or packed.shape[1] != layout.num_params:
+            raise ValueError(
+                f"expected packed parameters of shape [T, {layout.num_params}], "
+                f"got {list(packed.shape)}"
+            )
+        self.layout = layout
+        self.packed = packed
+        self._views: list[Tensor] | None = None
+
+    @property
+    def num_tasks(self) -> int:
+        return self.packed.shape[0]
+
+    @property
+    def views(self) -> list[Tensor]:
+        """One ``[T, *shape]`` view per segment, in layout order."""
+        if self._views is None:
+            self._views = self.layout.unpack(self.packed)
+        return self._views
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.views[self.layout.index[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layout.names)
+
+    def __len__(self) -> int:
+        return len(self.layout)
+
+    def select(self, index: Tensor | slice) -> TaskParams:
+        """The fast weights of some tasks."""
+        return TaskParams(self.layout, self.packed[index])
+
+    def task(self, t: int) -> dict[str, Tensor]:
+        """One task's parameters, name -> ``[*shape]``."""
+        return {name: view[t] for name, view in self.items()}
+
+    def detach(self) -> TaskParams:
+        return TaskParams(self.layout, self.packed.detach())
+
+    def clone(self) -> TaskParams:
+        return TaskParams(self.layout, self.packed.clone())
+
+    def __repr__(self) -> str:
+        shapes = {n: list(v.shape) for n, v in zip(self.layout.names, self.views, strict=True)}
+        return f"TaskParams(tasks={self.num_tasks}, {shapes})"

@@ -1,0 +1,241 @@
+"""`fm.patch`: the user's model, running T tasks with their own fast weights in one batch."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from fastmeta.patching import attention, prefix, units
+from fastmeta.patching.bind import bind, copy_structure
+from fastmeta.patching.context import Call, current_call, running
+from fastmeta.patching.layout import TaskParams
+from fastmeta.patching.plan import Plan, make_plan
+from fastmeta.patching.slots import Slots, make_slots
+from fastmeta.patching.spec import Spec
+
+
+def patch(model: nn.Module, spec: Spec, *, seed: int = 0) -> Patched:
+    """Prepare `model` so that each of T tasks can change the parameters that `spec` names.
+
+    The model is never modified and its weights are shared, not copied: what the outer loop learns
+    is found in the model itself.
+
+    Args:
+        model: A transformers model (any `nn.Module` whose inputs have a leading batch axis works).
+        spec: What each task may change, e.g. ``fm.LoRA(r=8) + fm.Params("classifier.*")``.
+        seed: Seed of newly created parameters (LoRA, prefix).
+
+    Returns:
+        The patched model: ``patched(params, input_ids=[T, N, L], ...)``.
+
+    Raises:
+        ValueError: The specification names nothing in this model, or parameters of mixed dtype
+            or device.
+    """
+    return Patched(model, spec, seed=seed)
+
+
+class Patched(nn.Module):
+    """A model whose calls take the fast weights of T tasks; see :func:`patch`.
+
+    ``parameters()`` yields the meta-parameters: initial values of everything adapted, and every
+    other weight of the model that requires grad. Several threads may call it at once.
+    """
+
+    def __init__(self, model: nn.Module, spec: Spec, *, seed: int = 0) -> None:
+        super().__init__()
+        if not isinstance(spec, Spec):
+            raise TypeError(
+                f"expected a specification such as fm.LoRA() or fm.Params('*'), got {spec!r}"
+            )
+        # Bypass module registration: the model's own names stay free of a wrapper's prefix.
+        object.__setattr__(self, "model", model)
+        self.spec = spec
+        self.slots: Slots = make_slots(model, spec, seed)
+        self.layout = self.slots.layout
+        self._plans: dict[tuple[str, ...], Plan] = {}
+        self._lock = threading.RLock()
+        super().train(model.training)
+
+    # -- meta-parameters ---------------------------------------------------------------------
+
+    def named_parameters(  # type: ignore[override]
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """The meta-parameters by name: adapted initial values first, then shared weights."""
+        lead = prefix + "." if prefix else ""
+        seen = set()
+        for name, parameter in zip(self.layout.names, self.slots.initial, strict=True):
+            seen.add(id(parameter))
+            yield lead + name, parameter
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield lead + name, parameter
+
+    def shared_parameters(self) -> list[nn.Parameter]:
+        """Meta-parameters that no task adapts: shared weights that require grad."""
+        adapted = {id(p) for p in self.slots.initial}
+        return [p for p in self.model.parameters() if p.requires_grad and id(p) not in adapted]
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
+        """The meta-parameters, detached, by name."""
+        return {name: p.detach() for name, p in self.named_parameters()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, **_: Any):  # type: ignore[override]
+        """Copy meta-parameters in place, into the user's model where they are its own."""
+        own = dict(self.named_parameters())
+        missing, extra = own.keys() - state_dict.keys(), state_dict.keys() - own.keys()
+        if strict and (missing or extra):
+            raise ValueError(
+                "the state is of another model or specification: "
+                f"missing {sorted(missing)[:4]}, unexpected {sorted(extra)[:4]}"
+            )
+        for name in own.keys() & state_dict.keys():
+            if own[name].shape != state_dict[name].shape:
+                raise ValueError(
+                    f"expected shape {list(own[name].shape)} for {name!r}, "
+                    f"got {list(state_dict[name].shape)}"
+                )
+        with torch.no_grad():
+            for name in own.keys() & state_dict.keys():
+                own[name].copy_(state_dict[name])
+
+    @property
+    def device(self) -> torch.device:
+        return self.slots.initial[0].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.slots.initial[0].dtype
+
+    def init(self, num_tasks: int) -> TaskParams:
+        """Fast weights at their initial values, differentiable to the meta-parameters.
+
+        Args:
+            num_tasks: T, at least 1.
+
+        Returns:
+            Parameters over one ``[T, P]`` buffer; all rows share memory until the first update.
+        """
+        if num_tasks < 1:
+            raise ValueError(f"num_tasks must be at least 1, got {num_tasks}")
+        row = self.layout.pack(self.slots.leaves())
+        return TaskParams(self.layout, row.expand(num_tasks, -1))
+
+    # -- running -----------------------------------------------------------------------------
+
+    def train(self, mode: bool = True) -> Patched:
+        super().train(mode)
+        for plan in self._plans.values():
+            plan.train(mode)
+        return self
+
+    def plan(self, inputs: Mapping[str, Any]) -> Plan:
+        """How each adapted module runs for inputs of these names; found on their first use."""
+        key = tuple(sorted(inputs))
+        plan = self._plans.get(key)
+        if plan is None:
+            with self._lock:
+                plan = self._plans.get(key)
+                if plan is None:
+                    plan = make_plan(self, inputs)
+                    plan.train(self.training)
+                    self._plans[key] = plan
+        return plan
+
+    def record_prefix(
+        self, params: TaskParams, inputs: Mapping[str, Any]
+    ) -> prefix.PrefixCache | None:
+        """Run once and keep the frozen prefix's outputs, or None where there is none to reuse."""
+        flat, _, rows = self._flatten(params, inputs)
+        plan = self.plan(inputs)
+        if not plan.prefix or plan.prefix_is_random():
+            return None
+        cache = prefix.PrefixCache()
+        call = Call(params.views, params.num_tasks, rows, prefix=cache.replay())
+        try:
+            with running(call):
+                plan.run_prefix(flat)
+        finally:
+            cache.recording = False
+        return cache
+
+    def forward(
+        self, params: TaskParams, *, prefix_cache: prefix.PrefixCache | None = None, **inputs: Any
+    ) -> Any:
+        """Run T tasks, each with its own fast weights.
+
+        Args:
+            params: Fast weights of T tasks, from :meth:`init` or an adaptation.
+            prefix_cache: From :meth:`record_prefix` on the same inputs.
+            inputs: The model's inputs with a task axis, ``[T, N, ...]``. ``labels`` are not passed
+                to the model (its own loss would mix tasks); an encoder-decoder model derives its
+                decoder inputs from them.
+
+        Returns:
+            The model's output with ``[T, N, ...]`` in place of ``[B, ...]``.
+
+        Raises:
+            ValueError: Inputs and params disagree on T.
+        """
+        flat, tasks, rows = self._flatten(params, inputs)
+        plan = self.plan(inputs)
+        replay = None if prefix_cache is None else prefix_cache.replay()
+        with running(Call(params.views, tasks, rows, prefix=replay)):
+            out = plan.structure(**flat)
+        return _unflatten_output(out, tasks, rows)
+
+    def _flatten(
+        self, params: TaskParams, inputs: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], int, int]:
+        """``[T, N, ...]`` inputs -> ``[T * N, ...]`` inputs, T, N."""
+        tensors = {k: v for k, v in inputs.items() if isinstance(v, Tensor) and v.dim() >= 2}
+        if not tensors:
+            raise ValueError(
+                f"expected at least one input of shape [T, N, ...], got {sorted(inputs) or 'none'}"
+            )
+        lead_name = "input_ids" if "input_ids" in tensors else next(iter(tensors))
+        tasks, rows = tensors[lead_name].shape[:2]
+        if tasks != params.num_tasks:
+            raise ValueError(
+                f"params hold {params.num_tasks} tasks, but {lead_name} has {tasks} "
+                f"(shape {list(tensors[lead_name].shape)})"
+            )
+        if tensors[lead_name].device != params.packed.device:
+            raise ValueError(
+                f"params are on {params.packed.device}, but {lead_name} is on "
+                f"{tensors[lead_name].device}"
+            )
+        flat = {
+            k: v.reshape(tasks * rows, *v.shape[2:])
+            if k in tensors and tuple(v.shape[:2]) == (tasks, rows)
+            else v
+            for k, v in inputs.items()
+        }
+        labels = flat.pop("labels", None)
+        prepare = getattr(self.model, "prepare_decoder_input_ids_from_labels", None)
+        if labels is not None and prepare is not None and "decoder_input_ids" not in flat:
+            if labels.dim() == 2:
+                flat["decoder_input_ids"] = prepare(labels=labels)
+        return flat, tasks, rows
+
+    def extra_repr(self) -> str:
+        return (
+            f"{type(self.model).__name__}, {self.spec!r}, "
+            f"{self.layout.num_elements} adapted parameters per task"
+        )
+
+
+def _unflatten_output(out: Any, tasks: int, rows: int) -> Any:
+    def fn(t: Any) -> Any:
+        if isinstance(t, Tensor) and t.dim() > 0 and t.shape[0] == tasks * rows:
+            return t.view(tasks, rows, *t.shape[1:])
+        return t
+
+    return tree_map(fn, out)

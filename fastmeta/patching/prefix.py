@@ -1,0 +1,93 @@
+"""Frozen-prefix reuse: modules before the first adapted one run once per batch.
+
+Their outputs do not depend on the fast weights, so every inner step and every vector-Jacobian
+product reads the stored ones. Where the prefix is itself meta-learned, its gradient gathers at
+the stored tensors and flows back through the prefix once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from fastmeta.patching.context import current_call
+
+
+class PrefixCache:
+    """Outputs of the frozen prefix on one set of inputs, module by module, call by call."""
+
+    def __init__(self) -> None:
+        self.outputs: dict[str, list[Any]] = {}
+        self.recording = True
+
+    def tensors(self) -> list[Tensor]:
+        """Every stored tensor that carries a gradient, in a fixed order."""
+        leaves, _ = tree_flatten(self.outputs)
+        return [t for t in leaves if isinstance(t, Tensor) and t.requires_grad]
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> PrefixCache:
+        """A copy in which :meth:`tensors` are replaced, in the same order."""
+        leaves, spec = tree_flatten(self.outputs)
+        replacements = iter(tensors)
+        leaves = [
+            next(replacements) if isinstance(t, Tensor) and t.requires_grad else t for t in leaves
+        ]
+        cache = PrefixCache()
+        cache.outputs = tree_unflatten(leaves, spec)
+        cache.recording = False
+        return cache
+
+    def replay(self) -> Replay:
+        return Replay(self)
+
+
+class Replay:
+    """One pass over a cache: each module's stored outputs in the order of its calls."""
+
+    def __init__(self, cache: PrefixCache) -> None:
+        self.cache = cache
+        self.position: dict[str, int] = {}
+
+    def run(self, name: str, forward: Callable, args: tuple, kwargs: dict) -> Any:
+        if self.cache.recording:
+            output = forward(*args, **kwargs)
+            self.cache.outputs.setdefault(name, []).append(output)
+            return output
+        position = self.position.get(name, 0)
+        self.position[name] = position + 1
+        return self.cache.outputs[name][position]
+
+
+def install(structure: nn.Module, names: Iterable[str]) -> None:
+    """Make the named modules of a copied structure store and replay their outputs."""
+    for name in names:
+        module = structure.get_submodule(name)
+        original = module.forward
+
+        def forward(*args, _name: str = name, _original: Callable = original, **kwargs):
+            replay = current_call().prefix
+            if replay is None:
+                return _original(*args, **kwargs)
+            return replay.run(_name, _original, args, kwargs)
+
+        module.forward = forward
+
+
+def is_random(module: nn.Module) -> bool:
+    """Whether the module may draw random numbers when it runs in its present mode."""
+    if not any(m.training for m in module.modules()):
+        return False
+    for m in module.modules():
+        if isinstance(m, torch.nn.modules.dropout._DropoutNd) and m.p > 0:
+            return True
+        config = getattr(m, "config", None)
+        if config is not None and any(
+            "drop" in key and isinstance(p, int | float) and not isinstance(p, bool) and p > 0
+            for key, p in vars(config).items()
+        ):
+            return True
+    return False
