@@ -1,0 +1,126 @@
+"""What every source of task batches shares: numbering, iteration, prefetch and exact resume."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import closing
+from itertools import count
+from typing import Any
+
+import torch
+
+from fastmeta.batch import TaskBatch
+from fastmeta.data.prefetch import Prefetch
+
+
+class Loader(ABC):
+    """Numbered TaskBatches: batch ``i`` depends only on the settings, the seed and ``i``.
+
+    Iterating hands out the batches from ``position`` on. A loop that is left early goes on from
+    there the next time; one that ran to the end of ``num_batches`` starts again at batch 0, so a
+    finite loader gives the same batches each time.
+
+    Args:
+        tasks: tasks per batch, >= 1.
+        seed: 0 to 2**64 - 1.
+        num_batches: where to stop; ``None`` is endless.
+        start: number of the first batch.
+        prefetch: batches prepared ahead in a background thread; 0 for none.
+        pin_memory: put batches in page-locked memory, for copies to a GPU that do not wait.
+
+    Attributes:
+        position: number of the next batch to be handed out.
+    """
+
+    def __init__(
+        self,
+        *,
+        tasks: int,
+        seed: int,
+        num_batches: int | None,
+        start: int,
+        prefetch: int,
+        pin_memory: bool,
+    ) -> None:
+        check_least(1, tasks=tasks)
+        check_least(0, seed=seed, start=start, prefetch=prefetch)
+        if num_batches is not None:
+            check_least(1, num_batches=num_batches)
+        if pin_memory and not torch.cuda.is_available():
+            raise ValueError("pin_memory=True needs a CUDA device, but torch sees none")
+        self.tasks = tasks
+        self.seed = seed
+        self.num_batches = num_batches
+        self.prefetch = prefetch
+        self.pin_memory = pin_memory
+        self.position = start
+
+    @abstractmethod
+    def _make(self, index: int) -> TaskBatch:
+        """Build batch ``index``."""
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """Return what a batch depends on besides its number, as JSON values."""
+
+    def batch(self, index: int) -> TaskBatch:
+        """Return batch ``index`` (>= 0), whatever the position."""
+        check_least(0, index=index)
+        batch = self._make(index)
+        if not self.pin_memory:
+            return batch
+        support, query = (
+            {k: v.pin_memory() for k, v in s.items()} for s in (batch.support, batch.query)
+        )
+        return TaskBatch(support, query, None if batch.ways is None else batch.ways.pin_memory())
+
+    def __iter__(self) -> Iterator[TaskBatch]:
+        first = self.position
+        numbers = count(first) if self.num_batches is None else range(first, self.num_batches)
+        if self.prefetch:
+            batches: Iterator[TaskBatch] = Prefetch(self.batch, numbers, self.prefetch)
+        else:
+            batches = (self.batch(n) for n in numbers)
+        with closing(batches):
+            for number, batch in enumerate(batches, first):
+                self.position = number + 1
+                yield batch
+        self.position = 0
+
+    def __len__(self) -> int:
+        if self.num_batches is None:
+            raise TypeError("this loader is endless and has no length; give it num_batches")
+        return self.num_batches
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return position and settings as JSON values; batches only prefetched do not count."""
+        return {"position": self.position, "settings": self.settings()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on exactly where ``state_dict`` was called.
+
+        Raises:
+            ValueError: a state of other data or settings (nothing is changed).
+        """
+        try:
+            position, saved = state["position"], dict(state["settings"])
+        except (KeyError, TypeError):
+            raise ValueError(
+                f"expected a state with 'position' and 'settings', got {state!r}"
+            ) from None
+        for key, value in self.settings().items():
+            if saved.get(key) != value:
+                raise ValueError(
+                    f"the saved position belongs to episodes with {key}={saved.get(key)!r}, "
+                    f"these have {key}={value!r}"
+                )
+        check_least(0, position=position)
+        self.position = position
+
+
+def check_least(least: int, **values: int) -> None:
+    """Raise a ValueError unless every named value is an integer >= ``least``."""
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"expected {name} to be an integer >= {least}, got {value!r}")
