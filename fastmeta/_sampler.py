@@ -53,13 +53,13 @@ def sample_episodes(
         k_shot: support examples per class, >= 1.
         q_query: query examples per class, >= 0.
         seed: 0 <= seed < 2**64.
-        first_episode: index of the first episode, >= 0; ``sample_episodes(..., 10, ..., first_episode=5)``
-            equals entries 5 to 14 of a draw from 0.
-        impl: ``"auto"``, ``"python"`` or ``"host"`` (the compiled twin; an error where it is not built).
+        first_episode: index of the first episode, >= 0: 10 episodes from 5 on equal entries 5 to
+            14 of a draw from 0.
+        impl: ``"auto"``, ``"python"`` or ``"host"`` (the compiled twin).
 
     Returns:
-        ``classes`` int64 ``[E, n_way]``, ``support`` int64 ``[E, n_way, k_shot]`` and ``query`` int64
-        ``[E, n_way, q_query]``: class indices and positions in the grouped order.
+        int64 ``classes [E, n_way]``, ``support [E, n_way, k_shot]`` and ``query [E, n_way, q_query]``:
+        class indices, and positions in the grouped order.
 
     Raises:
         ValueError: a malformed argument, or a class with fewer than ``k_shot + q_query`` examples.
@@ -117,8 +117,9 @@ def _check_counts(
     short = np.flatnonzero(sizes < k_shot + q_query)
     if short.size:
         raise ValueError(
-            f"class {short[0]} has {sizes[short[0]]} examples but an episode needs {k_shot} support "
-            f"+ {q_query} query = {k_shot + q_query} ({short.size} of {num_classes} classes are too small)"
+            f"class {short[0]} has {sizes[short[0]]} examples but an episode takes {k_shot} support "
+            f"+ {q_query} query = {k_shot + q_query} "
+            f"({short.size} of {num_classes} classes are too small)"
         )
 
 

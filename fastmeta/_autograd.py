@@ -1,0 +1,49 @@
+"""What every differentiable operator needs around ``torch.autograd.Function``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
+from torch.autograd import forward_ad
+
+
+def needs_autograd(*tensors: Tensor | None) -> bool:
+    """Whether a call must be recorded: a gradient is wanted, or a functorch transform is active.
+
+    Under forward-mode differentiation the answer is yes as well: the Function then raises, where
+    the raw operator would return a tangent of zero without a word.
+    """
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return True
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
+
+
+class Function(torch.autograd.Function):
+    """``torch.autograd.Function`` with positional arguments only, and so a cheaper ``apply``.
+
+    torch's own ``apply`` binds the arguments to the signature of ``forward`` on every call, which
+    costs more than the rest of the call. Outside functorch transforms nothing else is needed.
+    """
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        if torch._C._are_functorch_transforms_active():
+            return super().apply(*args)
+        return super(torch.autograd.Function, cls).apply(*unwrap_dead_wrappers(args))
+
+
+def batch_rows(tensor: Tensor | None, dim: int | None, batch: int, rows: int) -> Tensor | None:
+    """Fold a vmapped axis into the rows: ``[R, C]`` (R = rows or 1) with an axis of ``batch`` at
+    ``dim`` becomes ``[batch * rows, C]``; a tensor ``[R]`` becomes ``[batch * rows]``."""
+    if tensor is None:
+        return None
+    tensor = tensor.unsqueeze(0) if dim is None else tensor.movedim(dim, 0)
+    tail = tensor.shape[2:]
+    return tensor.expand(batch, rows, *tail).reshape(batch * rows, *tail)

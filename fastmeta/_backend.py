@@ -1,0 +1,92 @@
+"""Which implementation serves an operator.
+
+By default the dispatcher decides: the kernel registered for the tensors' device, else the
+reference. ``use_impl`` asks for one by name and never falls back silently.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from fastmeta._library import EXTENSIONS, OPS, Op
+
+IMPLS = ("auto", "reference", "cpp", "cuda", "triton")
+
+_local = threading.local()
+_lock = threading.Lock()
+_overrides = 0  # open use_impl blocks of all threads: the hot path reads this one integer
+
+
+@contextmanager
+def use_impl(name: str) -> Iterator[None]:
+    """Run every operator of this thread with one implementation, inside a ``with`` block.
+
+    Args:
+        name: ``"auto"`` (the default choice), ``"reference"`` (plain torch, differentiated by
+            autograd itself), ``"cpp"`` (compiled, CPU), ``"cuda"`` (compiled, CUDA) or
+            ``"triton"``.
+
+    Raises:
+        ValueError: an unknown name.
+        RuntimeError: from the operator called inside, where it has no such implementation, or not
+            for the device of its tensors.
+    """
+    global _overrides
+    known = {*IMPLS, *(impl for op in OPS.values() for impl in op.kernels)}
+    if name not in known:
+        raise ValueError(f"implementation must be one of {', '.join(sorted(known))}, got {name!r}")
+    previous = requested()
+    with _lock:
+        _overrides += 1
+    _local.impl = name
+    try:
+        yield
+    finally:
+        _local.impl = previous
+        with _lock:
+            _overrides -= 1
+
+
+def requested() -> str:
+    """The implementation asked for in this thread, ``"auto"`` when none is."""
+    return getattr(_local, "impl", "auto")
+
+
+def reference_requested() -> bool:
+    """Whether ``use_impl("reference")`` is in force."""
+    return _overrides > 0 and requested() == "reference"
+
+
+def kernel(op: Op, device: str) -> Callable:
+    """The callable that serves ``op`` for tensors on ``device``.
+
+    Raises:
+        RuntimeError: an implementation was requested that is not there.
+    """
+    if not _overrides:
+        return op.overload
+    name = requested()
+    if name == "auto":
+        return op.overload
+    if name == "reference":
+        return op.reference
+    if name not in op.kernels:
+        raise RuntimeError(
+            f"use_impl({name!r}): {op.name} has no such implementation here ({why_absent(name)})"
+        )
+    served, call = op.kernels[name]
+    if served != device:
+        raise RuntimeError(
+            f"use_impl({name!r}): {op.name} expects tensors on {served}, got {device}"
+        )
+    return call
+
+
+def why_absent(name: str) -> str:
+    """The reason an implementation is missing, for messages and ``fastmeta.info``."""
+    for extension in EXTENSIONS:
+        if extension.impl == name and extension.state != "loaded":
+            return f"{extension.module}: {extension.state}, {extension.detail}"
+    return "none is registered"

@@ -1,0 +1,126 @@
+"""Argument checks shared by the operators: one sentence, what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def describe(value: object) -> str:
+    """A tensor as ``float32 [2, 3] on cpu``, anything else by its type."""
+    if isinstance(value, Tensor):
+        dtype = str(value.dtype).removeprefix("torch.")
+        return f"{dtype} {list(value.shape)} on {value.device}"
+    return f"{type(value).__name__} {value!r}"
+
+
+def params_and_grads(op: str, params: Tensor, grads: Tensor) -> None:
+    """Require packed ``[T, P]`` parameters and gradients that fit together."""
+    if not isinstance(params, Tensor) or params.dim() != 2 or params.dtype not in FLOATING:
+        raise ValueError(
+            f"{op}: params must be a floating-point tensor [T, P], got {describe(params)}"
+        )
+    if not isinstance(grads, Tensor) or grads.shape != params.shape:
+        raise ValueError(
+            f"{op}: grads must have the shape of params {list(params.shape)}, got {describe(grads)}"
+        )
+    if grads.device != params.device:
+        raise ValueError(f"{op}: grads must be on {params.device}, got {describe(grads)}")
+    if grads.dtype != params.dtype and not (
+        params.dtype == torch.float32 and grads.dtype in (torch.bfloat16, torch.float16)
+    ):
+        raise ValueError(
+            f"{op}: grads must have the dtype of params, or be bfloat16 or float16 with float32 "
+            f"params, got {describe(grads)} with {describe(params)}"
+        )
+
+
+def active_tasks(op: str, active: Tensor, params: Tensor) -> Tensor:
+    """Require a bool mask ``[T]`` beside the parameters."""
+    num_tasks = params.shape[0]
+    if not isinstance(active, Tensor) or active.dtype != torch.bool or active.dim() != 1:
+        raise ValueError(f"{op}: active must be a bool tensor [T], got {describe(active)}")
+    if active.shape[0] != num_tasks or active.device != params.device:
+        raise ValueError(
+            f"{op}: active must be bool [{num_tasks}] on {params.device}, got {describe(active)}"
+        )
+    return active
+
+
+def segment_offsets(op: str, segments: object, params: Tensor) -> Tensor:
+    """The int64 ``[S + 1]`` starts of the segments of a row, from a tensor or a layout.
+
+    A layout (anything with ``segment_offsets(device)``) is trusted; the entries of a tensor are
+    checked on the CPU. On another device they are not read back: kernels stay within bounds.
+    """
+    if hasattr(segments, "segment_offsets"):
+        return segments.segment_offsets(params.device)
+    if not isinstance(segments, Tensor) or segments.dtype != torch.int64 or segments.dim() != 1:
+        raise ValueError(
+            f"{op}: segments must be a layout or an int64 tensor [S + 1], got {describe(segments)}"
+        )
+    if segments.device != params.device or segments.shape[0] < 2:
+        raise ValueError(
+            f"{op}: segments must be int64 [S + 1] with S >= 1 on {params.device}, "
+            f"got {describe(segments)}"
+        )
+    if segments.device.type == "cpu" and not torch._C._are_functorch_transforms_active():
+        starts = segments.tolist()
+        if starts[0] != 0 or starts[-1] != params.shape[1] or starts != sorted(starts):
+            raise ValueError(
+                f"{op}: segments must rise from 0 to P = {params.shape[1]}, got {starts}"
+            )
+    return segments
+
+
+def learning_rate(
+    op: str, lr: float | Tensor, params: Tensor, offsets: Tensor | None
+) -> tuple[float, Tensor | None]:
+    """Bring a learning rate into the form kernels take: ``(value, None)`` or ``(0, [1|T, 1|C])``.
+
+    C is S where segments are given, else P. The dtype becomes float64 for float64 parameters and
+    float32 for all others; gradients flow back through the views and the cast.
+    """
+    if not isinstance(lr, Tensor):
+        if not isinstance(lr, (float, int)) or not math.isfinite(lr):
+            raise ValueError(f"{op}: lr must be a finite number or a tensor, got {describe(lr)}")
+        return float(lr), None
+    if not lr.is_floating_point():
+        raise ValueError(f"{op}: lr must be floating point, got {describe(lr)}")
+    if lr.device != params.device:
+        if lr.dim() > 0:
+            raise ValueError(f"{op}: lr must be on {params.device}, got {describe(lr)}")
+        lr = lr.to(params.device)
+    dtype = torch.float64 if params.dtype == torch.float64 else torch.float32
+    if lr.dtype != dtype:
+        lr = lr.to(dtype)
+    return 0.0, _rate_view(op, lr, *params.shape, offsets)
+
+
+def _rate_view(op: str, lr: Tensor, tasks: int, params: int, offsets: Tensor | None) -> Tensor:
+    columns = params if offsets is None else offsets.shape[0] - 1
+    shape = tuple(lr.shape)
+    if len(shape) == 2 and shape[0] in (1, tasks) and shape[1] in (1, columns):
+        return lr
+    if shape in ((), (1,)):
+        return lr.reshape(1, 1)
+    if len(shape) == 1:
+        if offsets is not None and shape[0] == columns:
+            return lr.unsqueeze(0)
+        if offsets is None and tasks == params == shape[0]:
+            raise ValueError(
+                f"{op}: lr of shape [{tasks}] could mean per task or per parameter because "
+                f"T = P = {tasks}; pass lr[:, None] for per task, lr[None, :] for per parameter"
+            )
+        if offsets is None and shape[0] == tasks:
+            return lr.unsqueeze(1)
+        if offsets is None and shape[0] == params:
+            return lr.unsqueeze(0)
+    forms = f"[T], [P], [T, P], [T, 1] or [1, P] with T = {tasks}, P = {params}"
+    if offsets is not None:
+        forms = f"[S], [T, S], [T, 1] or [1, S] with T = {tasks}, S = {columns}"
+    raise ValueError(f"{op}: lr must be a number, a scalar tensor, {forms}, got {describe(lr)}")

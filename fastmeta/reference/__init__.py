@@ -1,0 +1,1 @@
+"""The operators in differentiable plain torch: executable specification, fallback, fake kernels."""
