@@ -1,0 +1,94 @@
+// Between torch's stable ABI and plain pointers.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+
+#include "common/host_device.h"
+#include "math/rows.h"
+
+namespace fastmeta {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// A new contiguous tensor beside `like`; one C call, cheaper than the string-keyed stable ops.
+inline Tensor empty_rows(std::initializer_list<int64_t> sizes, ScalarType dtype,
+                         const Tensor& like) {
+  int64_t strides[4];
+  int64_t step = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = step;
+    step *= most(sizes.begin()[i], 1);
+  }
+  int32_t device_type;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()),
+                                                  sizes.begin(), strides, code, device_type,
+                                                  like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+// The same values with adjacent columns: the tensor itself unless its last dimension is strided.
+inline Tensor dense_columns(const Tensor& t) {
+  return t.size(1) <= 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t);
+}
+
+template <typename T>
+Rows<const T> rows_of(const Tensor& t) {
+  return {static_cast<const T*>(t.const_data_ptr()), t.stride(0)};
+}
+template <typename T>
+Rows<T> mutable_rows_of(const Tensor& t) {
+  return {static_cast<T*>(t.mutable_data_ptr()), t.stride(0)};
+}
+
+template <typename T>
+const T* pointer_or_null(const std::optional<Tensor>& t) {
+  return t ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
+}
+
+// The learning-rate arguments of a raw operator. `keep` owns the buffer of a rate that had to be
+// copied to make its columns adjacent.
+template <typename A>
+Rate<A> rate_of(const std::optional<Tensor>& lr, const std::optional<Tensor>& offsets,
+                double lr_value, std::optional<Tensor>& keep) {
+  Rate<A> rate;
+  rate.value = static_cast<A>(lr_value);
+  if (!lr) return rate;
+  keep = dense_columns(*lr);
+  rate.data = static_cast<const A*>(keep->const_data_ptr());
+  rate.row_stride = keep->size(0) == 1 ? 0 : keep->stride(0);
+  rate.columns = keep->size(1);
+  if (offsets) {
+    rate.kind = RateKind::kSegment;
+    rate.offsets = pointer_or_null<int64_t>(offsets);
+  } else if (rate.columns > 1) {
+    rate.kind = RateKind::kColumn;
+  }
+  return rate;
+}
+
+// Calls f(P{}, G{}) with the element types of parameters and gradients: equal, or float
+// parameters with half-width gradients.
+template <typename F>
+void dispatch_params_grads(ScalarType params, ScalarType grads, const F& f) {
+  using S = ScalarType;
+  if (params == S::Float && grads == S::Float) return f(float{}, float{});
+  if (params == S::Double && grads == S::Double) return f(double{}, double{});
+  if (params == S::BFloat16 && grads == S::BFloat16) return f(BFloat16{}, BFloat16{});
+  if (params == S::Half && grads == S::Half) return f(Half{}, Half{});
+  if (params == S::Float && grads == S::BFloat16) return f(float{}, BFloat16{});
+  if (params == S::Float && grads == S::Half) return f(float{}, Half{});
+  STD_TORCH_CHECK(false, "fastmeta: no kernel for this pair of parameter and gradient dtypes");
+}
+
+}  // namespace fastmeta
