@@ -1,6 +1,16 @@
 """Task-batched meta-learning over transformers: exact, fused, on the model you already have."""
 
+from fastmeta import data, ops
+from fastmeta.algorithms.anil import ANIL
+from fastmeta.algorithms.imaml import IMAML
+from fastmeta.algorithms.maml import MAML
+from fastmeta.algorithms.metasgd import MetaSGD
+from fastmeta.algorithms.reptile import Reptile
 from fastmeta.batch import TaskBatch
+from fastmeta.engine import optimizers as rules
+from fastmeta.engine.adaptation import Adapted, adapt
+from fastmeta.engine.episode import MetaOutput
+from fastmeta.engine.rates import LearnedRate
 from fastmeta.patching import (
     Bias,
     Head,
@@ -8,8 +18,8 @@ from fastmeta.patching import (
     Norm,
     ParamLayout,
     Params,
-    PatchError,
     Patched,
+    PatchError,
     PerformanceWarning,
     Prefix,
     Spec,
@@ -20,9 +30,16 @@ from fastmeta.patching import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "ANIL",
+    "IMAML",
+    "MAML",
+    "Adapted",
     "Bias",
     "Head",
+    "LearnedRate",
     "LoRA",
+    "MetaOutput",
+    "MetaSGD",
     "Norm",
     "ParamLayout",
     "Params",
@@ -30,8 +47,13 @@ __all__ = [
     "Patched",
     "PerformanceWarning",
     "Prefix",
+    "Reptile",
     "Spec",
     "TaskBatch",
     "TaskParams",
+    "adapt",
+    "data",
+    "ops",
     "patch",
+    "rules",
 ]

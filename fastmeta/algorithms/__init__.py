@@ -1,0 +1,1 @@
+"""Meta-learning algorithms: thin, each reads like its paper."""

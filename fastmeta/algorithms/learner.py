@@ -1,0 +1,210 @@
+"""What the gradient-based algorithms share: the inner loop's settings and the meta-parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastmeta.batch import TaskBatch
+from fastmeta.engine.adaptation import check_steps
+from fastmeta.engine.episode import MetaOutput, run_episode, with_ways
+from fastmeta.engine.inner import InnerLoop
+from fastmeta.engine.losses import LossFn, check_labels, resolve_loss
+from fastmeta.engine.memory import (
+    MemoryPlan,
+    check_memory,
+    choose_plan,
+    is_out_of_memory,
+)
+from fastmeta.engine.optimizers import UpdateRule, resolve_rule
+from fastmeta.engine.rates import LearnedRate, Rates
+from fastmeta.patching import Patched
+
+
+class GradientLearner(nn.Module):
+    """Adapts tasks by gradient steps; ``learner(batch)`` gives a differentiable `MetaOutput`.
+
+    ``parameters()`` are the meta-parameters: initial values, shared weights that require grad,
+    and learned rates.
+
+    Args:
+        patched: The model, from `fm.patch`.
+        lr: Inner learning rate, or a `fm.LearnedRate`.
+        steps: Inner steps K, at least 1.
+        order: 1 or 2: whether inner gradients are differentiated.
+        optimizer: ``"sgd" | "momentum" | "adam" | "adamw" | "rmsprop"`` or a rule object.
+        memory: ``"unroll"`` keeps the graph of all K steps; ``"recompute"`` keeps one step's,
+            whatever K; ``"auto"`` chooses by the free memory. All give the same numbers.
+        task_chunk: Tasks differentiated at once: None (all), an integer, or ``"auto"``.
+        loss_fn: ``"classification"``, ``"causal_lm"`` or a callable ``(outputs, batch) -> [T]``.
+        clip_norm: Bound on each task's inner gradient norm, or None.
+        truncate: Differentiate through the last this many inner gradients only; None for all.
+    """
+
+    def __init__(
+        self,
+        patched: Patched,
+        *,
+        lr: float | LearnedRate = 1e-2,
+        steps: int = 5,
+        order: int = 2,
+        optimizer: str | UpdateRule = "sgd",
+        memory: str = "auto",
+        task_chunk: int | str | None = None,
+        loss_fn: str | LossFn = "classification",
+        clip_norm: float | None = None,
+        truncate: int | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(patched, Patched):
+            raise TypeError(
+                f"expected a patched model (fm.patch(model, spec)), got {type(patched).__name__}"
+            )
+        steps = check_steps(steps)
+        if order not in (1, 2):
+            raise ValueError(f"order must be 1 or 2, got {order!r}")
+        check_memory(memory, task_chunk)
+        if clip_norm is not None and not clip_norm > 0:
+            raise ValueError(f"clip_norm must be positive or None, got {clip_norm}")
+        if truncate is not None and not 0 <= truncate <= steps:
+            raise ValueError(f"truncate must be between 0 and steps={steps}, got {truncate}")
+        self.patched = patched
+        self.rates = Rates(lr, patched.layout, steps, patched.slots.initial[0])
+        self.steps = steps
+        self.order = order
+        self.rule = resolve_rule(optimizer)
+        self.memory = memory
+        self.task_chunk = task_chunk
+        self.loss_fn = resolve_loss(loss_fn)
+        self.clip_norm = clip_norm
+        self.truncate = truncate
+        self._memory_plans: dict[Any, MemoryPlan] = {}
+        super().train(patched.training)
+
+    # -- meta-parameters ---------------------------------------------------------------------
+
+    def named_parameters(  # type: ignore[override]
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """The meta-parameters by name."""
+        yield from self.patched.named_parameters(prefix)
+        for name, parameter in self.rates.named_parameters():
+            yield (f"{prefix}." if prefix else "") + f"inner_lr.{name}", parameter
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
+        """The meta-parameters, detached, by name."""
+        return {name: p.detach() for name, p in self.named_parameters()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, **_: Any):  # type: ignore[override]
+        """Copy meta-parameters in place, into the user's model where they are its own."""
+        rates = {f"inner_lr.{n}": p for n, p in self.rates.named_parameters()}
+        missing = rates.keys() - state_dict.keys()
+        if strict and missing:
+            raise ValueError(f"the state lacks the learned rates {sorted(missing)}")
+        rest = {k: v for k, v in state_dict.items() if k not in rates}
+        for name in rates.keys() & state_dict.keys():
+            if rates[name].shape != state_dict[name].shape:
+                raise ValueError(
+                    f"expected shape {list(rates[name].shape)} for {name!r}, "
+                    f"got {list(state_dict[name].shape)}"
+                )
+        self.patched.load_state_dict(rest, strict)
+        with torch.no_grad():
+            for name in rates.keys() & state_dict.keys():
+                rates[name].copy_(state_dict[name])
+
+    # -- running -----------------------------------------------------------------------------
+
+    def inner_loop(self, steps: int | None = None) -> InnerLoop:
+        """This learner's inner loop, optionally with another number of steps."""
+        steps = self.steps if steps is None else check_steps(steps)
+        exact = steps if self.order == 2 else 0
+        return InnerLoop(
+            patched=self.patched,
+            rule=self.rule,
+            rates=self.rates,
+            steps=steps,
+            loss_fn=self.loss_fn,
+            second_order=exact if self.truncate is None else min(exact, self.truncate),
+            clip_norm=self.clip_norm,
+        )
+
+    def forward(self, batch: TaskBatch, *, steps: int | None = None) -> MetaOutput:
+        """Adapt T tasks on their support sets and judge them on their query sets.
+
+        Args:
+            batch: T tasks.
+            steps: Inner steps, when other than the learner's.
+
+        Returns:
+            A `MetaOutput`; ``out.loss.backward()`` fills the meta-parameters' ``.grad``. Under
+            ``torch.no_grad()`` nothing is kept, which is how to evaluate.
+
+        Raises:
+            ValueError: Labels out of range, an empty support set, or tensors on another device.
+        """
+        self.check(batch)
+        loop = self.inner_loop(steps)
+        return self._with_memory(loop, batch, lambda plan: self._run(loop, batch, plan))
+
+    def _run(self, loop: InnerLoop, batch: TaskBatch, plan: MemoryPlan) -> MetaOutput:
+        packed = self.patched.init(batch.num_tasks).packed
+        return run_episode(loop, packed, batch, plan)
+
+    def check(self, batch: TaskBatch) -> None:
+        """Raise one clear sentence for a batch that this learner cannot take."""
+        if not isinstance(batch, TaskBatch):
+            raise TypeError(f"expected a fm.TaskBatch, got {type(batch).__name__}")
+        if batch.device != self.patched.device:
+            raise ValueError(
+                f"the model is on {self.patched.device}, but the batch is on {batch.device}; "
+                f"move it with batch.to({str(self.patched.device)!r})"
+            )
+        self.rates.check_tasks(batch.num_tasks)
+        classes = None
+        if resolve_loss("classification") is self.loss_fn:
+            classes = getattr(getattr(self.patched.model, "config", None), "num_labels", None)
+        if "labels" in batch.support or isinstance(classes, int):
+            check_labels(batch.support, "support", classes)
+            check_labels(batch.query, "query", classes)
+
+    def _with_memory(self, loop: InnerLoop, batch: TaskBatch, run) -> MetaOutput:
+        """Run under the memory plan; halve the chunk when an allocation fails, and go on."""
+        key = (
+            loop.steps,
+            torch.is_grad_enabled(),
+            *(tuple(t.shape) for s in (batch.support, batch.query) for t in s.values()),
+        )
+        plan = self._memory_plans.get(key)
+        if plan is None:
+            plan = self._plan(loop, batch)
+            self._memory_plans[key] = plan
+        while True:
+            try:
+                return run(plan)
+            except (RuntimeError, MemoryError) as error:
+                chunk = plan.task_chunk or batch.num_tasks
+                automatic = self.memory == "auto" or self.task_chunk == "auto"
+                if not (is_out_of_memory(error) and automatic and chunk > 1):
+                    raise
+            mode = "recompute" if self.memory == "auto" else plan.mode
+            plan = MemoryPlan(mode, (chunk + 1) // 2, plan.step_bytes)
+            self._memory_plans[key] = plan
+
+    def _plan(self, loop: InnerLoop, batch: TaskBatch) -> MemoryPlan:
+        fixed = self.task_chunk if isinstance(self.task_chunk, int) else None
+        if not torch.is_grad_enabled() or loop.second_order == 0:
+            return MemoryPlan("unroll", fixed)
+        packed = self.patched.init(1).packed
+        support, _ = with_ways(batch)
+        return choose_plan(loop, packed, support, batch, self.memory, self.task_chunk)
+
+    def train(self, mode: bool = True) -> GradientLearner:
+        super().train(mode)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"steps={self.steps}, order={self.order}, memory={self.memory!r}"

@@ -1,0 +1,68 @@
+"""Reptile: move the initial values towards the adapted ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmeta.algorithms.learner import GradientLearner
+from fastmeta.batch import TaskBatch
+from fastmeta.engine.episode import MetaOutput, run_episode
+from fastmeta.engine.inner import InnerLoop
+from fastmeta.engine.memory import MemoryPlan
+from fastmeta.patching import Patched
+
+
+class Reptile(GradientLearner):
+    """Reptile: the pseudo-gradient of the initial values is ``mean_t (theta - phi_K)``.
+
+    ``out.loss.backward()`` fills ``.grad`` with it, so any outer optimizer works: SGD with rate
+    epsilon is the paper's update. `out.loss` itself reports the query loss. Only what is adapted
+    learns.
+
+    Args:
+        patched: The model, from `fm.patch`.
+        use_query: Adapt on support and query together while training, as the paper does with all
+            of a task's data; evaluation (``learner.eval()`` or no grad) adapts on the support set.
+        **settings: As for `fm.MAML`; `order` is 1.
+
+    Source: Nichol et al. 2018, https://arxiv.org/abs/1803.02999
+    """
+
+    def __init__(self, patched: Patched, *, use_query: bool = True, **settings: Any) -> None:
+        if settings.setdefault("order", 1) != 1:
+            raise ValueError(f"Reptile is first-order: order must be 1, got {settings['order']!r}")
+        super().__init__(patched, **settings)
+        self.use_query = use_query
+
+    def _run(self, loop: InnerLoop, batch: TaskBatch, plan: MemoryPlan) -> MetaOutput:
+        start = self.patched.init(batch.num_tasks).packed
+        learning = torch.is_grad_enabled()
+        if learning and self.use_query:
+            batch = TaskBatch(_join(batch.support, batch.query), batch.query, batch.ways)
+        with torch.no_grad():
+            out = run_episode(loop, start, batch, plan)
+        if learning:
+            out.loss = out.loss + _pseudo_loss(start, out.params.packed, ~out.diverged)
+        return out
+
+
+def _pseudo_loss(start: Tensor, adapted: Tensor, good: Tensor) -> Tensor:
+    """Zero, with gradient ``mean over good tasks of (start - adapted)`` summed into the row."""
+    difference = torch.where(good.unsqueeze(1), start.detach() - adapted, 0.0)
+    surrogate = (start * difference).sum() / good.sum().clamp_min(1)
+    return surrogate - surrogate.detach()
+
+
+def _join(support: dict[str, Tensor], query: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rows of both sets ``[T, N + Q, ...]``, columns padded to the longer."""
+    tasks = next(iter(support.values())).shape[0]
+    pairs = [
+        ({k: v[t] for k, v in support.items()}, {k: v[t] for k, v in query.items()})
+        for t in range(tasks)
+    ]
+    both = TaskBatch.collate([(s, s) for pair in pairs for s in pair])
+    rows = {k: v.unflatten(0, (tasks, 2)) for k, v in both.support.items()}
+    return {k: v.flatten(1, 2) for k, v in rows.items()}

@@ -1,0 +1,1 @@
+"""The engine: K inner steps of T tasks in one batch, and their exact meta-gradient."""

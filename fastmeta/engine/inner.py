@@ -1,0 +1,179 @@
+"""The inner loop: K update steps of T tasks in one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fastmeta.engine.losses import WAYS, LossFn
+from fastmeta.engine.optimizers import State, UpdateRule
+from fastmeta.engine.rates import Rates
+from fastmeta.patching import Patched, TaskParams
+from fastmeta.patching.prefix import PrefixCache
+
+
+@dataclass(frozen=True)
+class InnerLoop:
+    """How tasks adapt.
+
+    Attributes:
+        patched: The model.
+        rule: Update rule.
+        rates: Learning rate of every step.
+        steps: K, at least 1.
+        loss_fn: Task losses, ``(outputs, batch) -> [T]``.
+        second_order: Steps whose gradient is itself differentiated: the last this many.
+        clip_norm: Per-task bound on the gradient's norm, or None.
+        proximal: Weight of ``1/2 |phi - theta|^2`` added to the inner loss (iMAML), or 0.
+        implicit: Iterations of conjugate gradients of an implicit meta-gradient, or 0.
+    """
+
+    patched: Patched
+    rule: UpdateRule
+    rates: Rates
+    steps: int
+    loss_fn: LossFn
+    second_order: int
+    clip_norm: float | None = None
+    proximal: float = 0.0
+    implicit: int = 0
+
+    def create_graph(self, step: int) -> bool:
+        """Whether this step's gradient is differentiated."""
+        return step >= self.steps - self.second_order
+
+
+@dataclass
+class Support:
+    """A support set as the inner loop reads it.
+
+    Attributes:
+        inputs: Model inputs and labels ``[T, N, ...]``.
+        prefix: Stored outputs of the frozen prefix, or None.
+        tasks: Which tasks of the learner's batch these are (rates learned per task).
+        start: ``[T, P]`` that a proximal term pulls towards, or None.
+    """
+
+    inputs: Mapping[str, Tensor]
+    prefix: PrefixCache | None = None
+    tasks: slice | None = None
+    start: Tensor | None = None
+
+
+@dataclass
+class Trajectory:
+    """Where the inner loop went.
+
+    Attributes:
+        params: ``[T, P]`` after the last step.
+        state: The rule's state after the last step.
+        active: bool ``[T]``; False from the step on at which a loss or gradient was not finite.
+        losses: Support losses before each step, K tensors ``[T]``.
+    """
+
+    params: Tensor
+    state: State
+    active: Tensor
+    losses: list[Tensor] = field(default_factory=list)
+
+
+def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What of a task set goes to the model."""
+    return {k: v for k, v in batch.items() if k != WAYS}
+
+
+def task_losses(loop: InnerLoop, packed: Tensor, batch: Mapping[str, Tensor], prefix=None):
+    """Losses ``[T]`` and outputs of the model at fast weights `packed`."""
+    params = TaskParams(loop.patched.layout, packed)
+    outputs = loop.patched(params, prefix_cache=prefix, **model_inputs(batch))
+    losses = loop.loss_fn(outputs, batch)
+    if losses.shape != (packed.shape[0],):
+        raise ValueError(
+            f"loss_fn must return one loss per task, shape [{packed.shape[0]}], "
+            f"got {list(losses.shape)}"
+        )
+    return losses, outputs
+
+
+def gradient(
+    loop: InnerLoop, packed: Tensor, support: Support, create_graph: bool
+) -> tuple[Tensor, Tensor]:
+    """Support losses ``[T]`` and their gradient ``[T, P]``, one batched pass for all tasks."""
+    with torch.enable_grad():
+        if not create_graph:
+            packed = packed.detach().requires_grad_()
+        losses, _ = task_losses(loop, packed, support.inputs, support.prefix)
+        total = losses
+        if loop.proximal:
+            total = losses + 0.5 * loop.proximal * (packed - support.start).square().sum(1)
+        (grad,) = torch.autograd.grad(total.sum(), packed, create_graph=create_graph)
+    return losses.detach(), grad
+
+
+def clip(grad: Tensor, max_norm: float) -> Tensor:
+    """Scale each task's gradient to at most `max_norm`; differentiable, also at zero."""
+    square = grad.square().sum(1, keepdim=True)
+    over = square > max_norm**2
+    norm = torch.where(over, square, 1.0).sqrt()
+    return torch.where(over, grad * (max_norm / norm), grad)
+
+
+def is_finite(losses: Tensor, grad: Tensor) -> Tensor:
+    """bool ``[T]``: the task's loss and whole gradient are finite."""
+    largest = torch.linalg.vector_norm(grad.detach(), ord=float("inf"), dim=1)
+    return torch.isfinite(losses) & torch.isfinite(largest)
+
+
+def inner_step(
+    loop: InnerLoop,
+    step: int,
+    packed: Tensor,
+    state: State,
+    support: Support,
+    active: Tensor,
+    create_graph: bool,
+) -> tuple[Tensor, State, Tensor, Tensor]:
+    """One step: new ``[T, P]``, new state, who is still active, support losses ``[T]``.
+
+    With `create_graph` the gradient is part of the graph (second order); without, the update
+    still is, so that first-order gradients reach learned rates and initial values.
+    """
+    losses, grad = gradient(loop, packed, support, create_graph)
+    active = active & is_finite(losses, grad)
+    if loop.clip_norm is not None:
+        grad = clip(grad, loop.clip_norm)
+    packed, state = loop.rule.update(
+        packed,
+        grad,
+        state,
+        loop.rates.at(step, support.tasks),
+        step,
+        active=_mask(active),
+        segments=loop.rates.segments,
+    )
+    return packed, state, active, losses
+
+
+def unroll(loop: InnerLoop, packed: Tensor, support: Support) -> Trajectory:
+    """All K steps, in the autograd graph as far as gradients are enabled."""
+    state = loop.rule.init(packed)
+    active = torch.ones(packed.shape[0], dtype=torch.bool, device=packed.device)
+    trajectory = Trajectory(packed, state, active)
+    for step in range(loop.steps):
+        create_graph = torch.is_grad_enabled() and loop.create_graph(step)
+        packed, state, active, losses = inner_step(
+            loop, step, packed, state, support, active, create_graph
+        )
+        trajectory.losses.append(losses)
+    trajectory.params, trajectory.state, trajectory.active = packed, state, active
+    return trajectory
+
+
+def _mask(active: Tensor) -> Tensor | None:
+    """None where nobody is frozen and asking costs nothing: the update skips the selection."""
+    if active.device.type == "cpu" and bool(active.all()):
+        return None
+    return active
