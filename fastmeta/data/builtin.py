@@ -31,7 +31,7 @@ def builtin(part: str | None = "train") -> LabelledTexts:
     """Generate the built-in data set: 120 intents ``domain/action_object``, 60 utterances each.
 
     Args:
-        part: ``"train"`` (72 intents), ``"valid"`` (24) or ``"test"`` (24), disjoint; ``None``: all.
+        part: ``"train"`` (72 intents), ``"valid"`` (24) or ``"test"`` (24), disjoint; ``None``: all
 
     Raises:
         ValueError: another part.

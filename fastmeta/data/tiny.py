@@ -76,6 +76,7 @@ def tiny_bert(
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """Build the tokenizer of ``tiny_bert``: the built-in data's words, other words by character."""
     from tokenizers import Tokenizer
+    from tokenizers.decoders import WordPiece as Joiner
     from tokenizers.models import WordPiece
     from tokenizers.normalizers import BertNormalizer
     from tokenizers.pre_tokenizers import BertPreTokenizer
@@ -90,6 +91,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     backend = Tokenizer(WordPiece(vocab, unk_token=_SPECIAL["unk"], max_input_chars_per_word=40))
     backend.normalizer = BertNormalizer(lowercase=True)
     backend.pre_tokenizer = BertPreTokenizer()
+    backend.decoder = Joiner(cleanup=False)
     backend.post_processor = TemplateProcessing(
         single=f"{cls} $A {sep}",
         pair=f"{cls} $A {sep} $B:1 {sep}:1",
