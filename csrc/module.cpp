@@ -9,7 +9,14 @@
 #define FASTMETA_INIT(x) FASTMETA_INIT_(x)
 
 PyMODINIT_FUNC FASTMETA_INIT(FASTMETA_MODULE)(void) {
-  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, FASTMETA_STR(FASTMETA_MODULE), nullptr,
-                                   -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT,
+                                   FASTMETA_STR(FASTMETA_MODULE),
+                                   nullptr,
+                                   -1,
+                                   nullptr,
+                                   nullptr,
+                                   nullptr,
+                                   nullptr,
+                                   nullptr};
   return PyModule_Create(&definition);
 }

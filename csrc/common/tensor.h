@@ -31,8 +31,8 @@ inline Tensor empty_rows(std::initializer_list<int64_t> sizes, ScalarType dtype,
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()),
-                                                  sizes.begin(), strides, code, device_type,
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(),
+                                                  strides, code, device_type,
                                                   like.get_device_index(), &handle));
   return Tensor(handle);
 }

@@ -123,9 +123,9 @@ struct Backward {
   Sgd<A> rule;
   Rows<P> d_params;
   Rows<G> d_grads;
-  A* d_lr;               // [rate_rows, rate.columns]
-  int64_t rate_rows;     // 1 or tasks
-  double* partials;      // [tasks, slots]: sums per (tile, segment), see rows.h
+  A* d_lr;            // [rate_rows, rate.columns]
+  int64_t rate_rows;  // 1 or tasks
+  double* partials;   // [tasks, slots]: sums per (tile, segment), see rows.h
   int64_t tiles, slots;
 
   bool frozen(int64_t t) const { return active != nullptr && !active[t]; }
@@ -135,8 +135,10 @@ struct Backward {
   void tile(const Tile& tile, const F& give) const {
     const P* from = v.row(tile.row);
     if (frozen(tile.row)) {
-      if (d_params) std::copy(from + tile.begin, from + tile.end, d_params.row(tile.row) + tile.begin);
-      if (d_grads) std::fill(d_grads.row(tile.row) + tile.begin, d_grads.row(tile.row) + tile.end, G(0));
+      if (d_params)
+        std::copy(from + tile.begin, from + tile.end, d_params.row(tile.row) + tile.begin);
+      if (d_grads)
+        std::fill(d_grads.row(tile.row) + tile.begin, d_grads.row(tile.row) + tile.end, G(0));
       return;
     }
     for_each_span(rate, tile, [&](int64_t span_begin, int64_t span_end, auto lr, int64_t segment) {
@@ -241,8 +243,7 @@ void run_update(const Tensor& out, const Tensor& params, const Tensor& grads,
     std::optional<Tensor> keep;
     const Rate<A> rate = rate_of<A>(lr, offsets, lr_value, keep);
     update_rows<P, G>(mutable_rows_of<P>(out), rows_of<P>(p), rows_of<G>(g), p.size(0), p.size(1),
-                      rate, pointer_or_null<bool>(active),
-                      {A(maximize ? -1 : 1), A(weight_decay)});
+                      rate, pointer_or_null<bool>(active), {A(maximize ? -1 : 1), A(weight_decay)});
   });
 }
 

@@ -58,8 +58,7 @@ class Stream {
 using Array = py::array_t<int64_t, py::array::c_style | py::array::forcecast>;
 
 py::tuple sample_episodes(const Array& class_starts, int64_t num_episodes, int64_t n_way,
-                          int64_t k_shot, int64_t q_query, uint64_t seed,
-                          uint64_t first_episode) {
+                          int64_t k_shot, int64_t q_query, uint64_t seed, uint64_t first_episode) {
   Array classes({num_episodes, n_way});
   Array support({num_episodes, n_way, k_shot});
   Array query({num_episodes, n_way, q_query});

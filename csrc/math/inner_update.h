@@ -12,9 +12,7 @@ struct Sgd {
   A decay;
 
   // Without decay p is not read, so an infinite p stays out of the derivatives.
-  FM_HD A direction(A p, A g) const {
-    return decay == A(0) ? sign * g : sign * g + decay * p;
-  }
+  FM_HD A direction(A p, A g) const { return decay == A(0) ? sign * g : sign * g + decay * p; }
   FM_HD A forward(A p, A g, A lr) const { return p - lr * direction(p, g); }
   // Vector-Jacobian products for an output cotangent v.
   FM_HD A d_params(A v, A lr) const { return v - lr * decay * v; }

@@ -62,8 +62,8 @@ struct Rate {
   RateKind kind = RateKind::kRow;
   const A* data = nullptr;  // null: `value` everywhere
   A value = 0;
-  int64_t row_stride = 0;   // 0: the same for all tasks
-  int64_t columns = 1;      // 1, P or S
+  int64_t row_stride = 0;  // 0: the same for all tasks
+  int64_t columns = 1;     // 1, P or S
   const int64_t* offsets = nullptr;
   FM_HD A of_row(int64_t t) const { return data == nullptr ? value : data[t * row_stride]; }
   FM_HD A at(int64_t t, int64_t c) const { return data[t * row_stride + c]; }
