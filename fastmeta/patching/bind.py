@@ -12,6 +12,14 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+_INSTALLED = "_fastmeta_installed"
+
+
+def install(module: nn.Module, name: str, function: object) -> None:
+    """Put `function` in place of a method of one instance of a copied structure."""
+    module.__dict__[name] = function
+    module.__dict__[_INSTALLED] = (*module.__dict__.get(_INSTALLED, ()), name)
+
 
 def bind(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     """A shallow clone of `module` that reads `tensors` in place of its parameters.
@@ -21,8 +29,8 @@ def bind(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
         tensors: Parameter or buffer name relative to `module` -> the tensor to read.
 
     Returns:
-        A module of the same classes. Patched forwards on the cloned path are removed, so that
-        the classes' own code runs.
+        A module of the same classes. Methods that :func:`install` replaced on the cloned path
+        are the classes' own again.
     """
     here: dict[str, Tensor] = {}
     below: dict[str, dict[str, Tensor]] = {}
@@ -35,8 +43,8 @@ def bind(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     clone = object.__new__(type(module))
     state = clone.__dict__
     state.update(module.__dict__)
-    # A rule is installed as the instance attribute `forward`; the clone runs its class's own.
-    state.pop("forward", None)
+    for name in state.pop(_INSTALLED, ()):
+        state.pop(name, None)
     if here:
         state["_parameters"] = {k: v for k, v in module._parameters.items() if k not in here}
         state["_buffers"] = {k: v for k, v in module._buffers.items() if k not in here}

@@ -55,7 +55,7 @@ class ParamLayout:
         return torch.tensor([*self.offsets, self.num_params], dtype=torch.int64, device=device)
 
     def pack(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Per-segment tensors ``[*lead, *shape]`` -> ``[*lead, P]``, padding zero; differentiable."""
+        """Tensors ``[*lead, *shape]`` by segment -> ``[*lead, P]``, padding zero."""
         pieces: list[Tensor] = []
         for tensor, shape, numel in zip(tensors, self.shapes, self.numels, strict=True):
             lead = tensor.shape[: tensor.dim() - len(shape)]

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_map
 
-from fastmeta.patching import attention, prefix, units
-from fastmeta.patching.bind import bind, copy_structure
-from fastmeta.patching.context import Call, current_call, running
+from fastmeta.patching import prefix, probe
+from fastmeta.patching.context import Call, running
 from fastmeta.patching.layout import TaskParams
-from fastmeta.patching.plan import Plan, make_plan
+from fastmeta.patching.plan import Plan
+from fastmeta.patching.search import make_plan
 from fastmeta.patching.slots import Slots, make_slots
 from fastmeta.patching.spec import Spec
 
@@ -144,7 +144,11 @@ class Patched(nn.Module):
             with self._lock:
                 plan = self._plans.get(key)
                 if plan is None:
-                    plan = make_plan(self, inputs)
+                    small, large = (
+                        self._model_inputs(_few(inputs, probe.TASKS, rows))
+                        for rows in (probe.ROWS, probe.ROWS + 1)
+                    )
+                    plan = make_plan(self.model, self.slots, small, large)
                     plan.train(self.training)
                     self._plans[key] = plan
         return plan
@@ -194,36 +198,37 @@ class Patched(nn.Module):
     def _flatten(
         self, params: TaskParams, inputs: Mapping[str, Any]
     ) -> tuple[dict[str, Any], int, int]:
-        """``[T, N, ...]`` inputs -> ``[T * N, ...]`` inputs, T, N."""
-        tensors = {k: v for k, v in inputs.items() if isinstance(v, Tensor) and v.dim() >= 2}
-        if not tensors:
+        """``[T, N, ...]`` inputs -> the model's ``[T * N, ...]`` inputs, T, N."""
+        if params.layout is not self.layout and params.layout.shapes != self.layout.shapes:
             raise ValueError(
-                f"expected at least one input of shape [T, N, ...], got {sorted(inputs) or 'none'}"
+                f"params are of another model or specification: expected {self.layout}, "
+                f"got {params.layout}"
             )
-        lead_name = "input_ids" if "input_ids" in tensors else next(iter(tensors))
-        tasks, rows = tensors[lead_name].shape[:2]
+        name, tasks, rows = _leading_axes(inputs)
         if tasks != params.num_tasks:
             raise ValueError(
-                f"params hold {params.num_tasks} tasks, but {lead_name} has {tasks} "
-                f"(shape {list(tensors[lead_name].shape)})"
+                f"params hold {params.num_tasks} tasks, but {name} has {tasks} "
+                f"(shape {list(inputs[name].shape)})"
             )
-        if tensors[lead_name].device != params.packed.device:
-            raise ValueError(
-                f"params are on {params.packed.device}, but {lead_name} is on "
-                f"{tensors[lead_name].device}"
-            )
-        flat = {
-            k: v.reshape(tasks * rows, *v.shape[2:])
-            if k in tensors and tuple(v.shape[:2]) == (tasks, rows)
-            else v
-            for k, v in inputs.items()
-        }
+        if rows == 0:
+            raise ValueError(f"{name} holds no examples (shape {list(inputs[name].shape)})")
+        for key, value in inputs.items():
+            if isinstance(value, Tensor) and value.device != params.packed.device:
+                raise ValueError(
+                    f"params are on {params.packed.device}, but {key} is on {value.device}"
+                )
+        return self._model_inputs(inputs), tasks, rows
+
+    def _model_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """What the model is called with: rows of all tasks on one axis, no labels."""
+        _, tasks, rows = _leading_axes(inputs)
+        flat = {k: v.flatten(0, 1) if _has_axes(v, tasks, rows) else v for k, v in inputs.items()}
         labels = flat.pop("labels", None)
         prepare = getattr(self.model, "prepare_decoder_input_ids_from_labels", None)
         if labels is not None and prepare is not None and "decoder_input_ids" not in flat:
             if labels.dim() == 2:
                 flat["decoder_input_ids"] = prepare(labels=labels)
-        return flat, tasks, rows
+        return flat
 
     def extra_repr(self) -> str:
         return (
@@ -239,3 +244,30 @@ def _unflatten_output(out: Any, tasks: int, rows: int) -> Any:
         return t
 
     return tree_map(fn, out)
+
+
+def _leading_axes(inputs: Mapping[str, Any]) -> tuple[str, int, int]:
+    """The input that counts, T and N."""
+    for name in ("input_ids", *inputs):
+        value = inputs.get(name)
+        if isinstance(value, Tensor) and value.dim() >= 2:
+            return name, value.shape[0], value.shape[1]
+    raise ValueError(
+        f"expected at least one input of shape [T, N, ...], got {sorted(inputs) or 'none'}"
+    )
+
+
+def _has_axes(value: Any, tasks: int, rows: int) -> bool:
+    return isinstance(value, Tensor) and value.dim() >= 2 and value.shape[:2] == (tasks, rows)
+
+
+def _few(inputs: Mapping[str, Any], tasks: int, rows: int) -> dict[str, Any]:
+    """A few of the real inputs' rows, repeated as needed: ``[tasks, rows, ...]``."""
+    name, given_tasks, given_rows = _leading_axes(inputs)
+    index = torch.arange(tasks * rows, device=inputs[name].device) % (given_tasks * given_rows)
+    return {
+        k: v.flatten(0, 1)[index].unflatten(0, (tasks, rows))
+        if _has_axes(v, given_tasks, given_rows)
+        else v
+        for k, v in inputs.items()
+    }

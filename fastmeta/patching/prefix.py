@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from fastmeta.patching.bind import install
 from fastmeta.patching.context import current_call
 
 
@@ -62,7 +63,7 @@ class Replay:
         return self.cache.outputs[name][position]
 
 
-def install(structure: nn.Module, names: Iterable[str]) -> None:
+def install_in(structure: nn.Module, names: Iterable[str]) -> None:
     """Make the named modules of a copied structure store and replay their outputs."""
     for name in names:
         module = structure.get_submodule(name)
@@ -74,7 +75,7 @@ def install(structure: nn.Module, names: Iterable[str]) -> None:
                 return _original(*args, **kwargs)
             return replay.run(_name, _original, args, kwargs)
 
-        module.forward = forward
+        install(module, "forward", forward)
 
 
 def is_random(module: nn.Module) -> bool:

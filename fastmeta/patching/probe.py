@@ -1,21 +1,19 @@
-"""Choose how each adapted module runs, by looking at one small forward pass of the real inputs.
-
-The pass runs the pristine structure on a few rows with two batch sizes and records how every
-module is called. It tells which inputs carry the batch, which modules lie before the first
-adapted one, and, run again through the rules with two different tasks, whether the patched model
-computes what two separate models compute. A module that does not moves down the ladder: its rule,
-its own code under vmap, a loop over tasks, then the same for the module around it.
-"""
+"""Look at how a structure runs: in which order modules are called, on what, with what results."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
+
+from fastmeta.patching.bind import install
+from fastmeta.patching.methods import key, shared_methods
 
 TASKS = 2
 ROWS = 2
@@ -32,64 +30,126 @@ class PatchError(RuntimeError):
 
 @dataclass
 class Trace:
-    """How one forward pass called the modules of a structure."""
+    """One forward pass of a structure.
 
-    order: list[tuple[str, str]] = field(default_factory=list)  # ("enter" | "exit", module name)
-    lead: dict[str, list[int | None]] = field(default_factory=dict)  # leading size of each call
+    Attributes:
+        order: ("enter" | "exit", module or method) in the order of events. Modules called from
+            inside a shared method are left out: the method stands for them.
+        leads: Module -> one tuple per call, the leading size of each argument leaf (None: no
+            tensor, or a scalar).
+        outputs: Module -> the result of each call, where they are kept.
+        open: Modules entered and not left, outermost first; after an error the last is its place.
+        inside: Modules called from inside a shared method.
+    """
+
+    order: list[tuple[str, str]] = field(default_factory=list)
+    leads: dict[str, list[tuple[int | None, ...]]] = field(default_factory=dict)
     outputs: dict[str, list[Any]] = field(default_factory=dict)
+    open: list[str] = field(default_factory=list)
+    inside: set[str] = field(default_factory=set)
 
-    def record(self, structure: nn.Module, keep_outputs: frozenset[str] = frozenset()):
-        return _Recorder(self, structure, keep_outputs)
+
+def watch_methods(structure: nn.Module, traces: list[Trace]) -> None:
+    """Make the shared methods of a structure report to the last of `traces` while they run."""
+    for module_name, method in list(shared_methods(structure)):
+        module = structure.get_submodule(module_name)
+        original, name = getattr(module, method), key(module_name, method)
+
+        def run(*args: Any, _original=original, _name: str = name, **kwargs: Any) -> Any:
+            if not traces or (traces[-1].open and traces[-1].open[-1].endswith("()")):
+                return _original(*args, **kwargs)
+            trace = traces[-1]
+            trace.order.append(("enter", _name))
+            trace.open.append(_name)
+            out = _original(*args, **kwargs)
+            trace.open.pop()
+            trace.order.append(("exit", _name))
+            return out
+
+        install(module, method, run)
 
 
-class _Recorder:
-    def __init__(self, trace: Trace, structure: nn.Module, keep: frozenset[str]) -> None:
-        self.trace, self.structure, self.keep = trace, structure, keep
-        self.handles: list[Any] = []
+@contextmanager
+def record(structure: nn.Module, trace: Trace, keep_outputs: bool = False) -> Iterator[Trace]:
+    """Fill `trace` while the structure, or a clone bound from it, runs."""
 
-    def __enter__(self) -> Trace:
-        for name, module in self.structure.named_modules():
-            self.handles.append(
-                module.register_forward_pre_hook(self._enter(name), with_kwargs=True)
-            )
-            self.handles.append(module.register_forward_hook(self._exit(name)))
-        return self.trace
+    def enter(name: str):
+        def hook(module, args, kwargs):
+            if trace.open and trace.open[-1].endswith("()"):
+                trace.inside.add(name)
+                return
+            trace.order.append(("enter", name))
+            trace.open.append(name)
+            leaves = tree_flatten((args, kwargs))[0]
+            trace.leads.setdefault(name, []).append(tuple(map(_lead, leaves)))
 
-    def __exit__(self, *_: object) -> None:
-        for handle in self.handles:
+        return hook
+
+    def leave(name: str):
+        def hook(module, args, output):
+            if not trace.open or trace.open[-1] != name:
+                return
+            trace.open.pop()
+            trace.order.append(("exit", name))
+            if keep_outputs:
+                trace.outputs.setdefault(name, []).append(output)
+
+        return hook
+
+    handles: list[Any] = []
+    for name, module in structure.named_modules():
+        handles.append(module.register_forward_pre_hook(enter(name), with_kwargs=True))
+        handles.append(module.register_forward_hook(leave(name)))
+    try:
+        yield trace
+    finally:
+        for handle in handles:
             handle.remove()
 
-    def _enter(self, name: str):
-        def hook(module, args, kwargs):
-            self.trace.order.append(("enter", name))
-            tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
-            lead = next((t.shape[0] for t in tensors if t.dim() > 0), None)
-            self.trace.lead.setdefault(name, []).append(lead)
 
-        return hook
-
-    def _exit(self, name: str):
-        def hook(module, args, output):
-            self.trace.order.append(("exit", name))
-            if name in self.keep:
-                self.trace.outputs.setdefault(name, []).append(output)
-
-        return hook
+def _lead(leaf: Any) -> int | None:
+    return leaf.shape[0] if isinstance(leaf, Tensor) and leaf.dim() > 0 else None
 
 
-def batch_kind(small: list[int | None], large: list[int | None], rows: tuple[int, int]) -> str:
-    """``"batched"``, ``"single"`` (one shared row) or ``"shared"``, from two traces' lead sizes."""
-    kinds = set()
-    for a, b in zip(small, large, strict=False):
-        if a is not None and b is not None and a * rows[1] == b * rows[0] and a % rows[0] == 0:
-            kinds.add("batched")
-        elif a == b == 1:
-            kinds.add("single")
-        else:
-            kinds.add("shared")
-    if len(small) != len(large) or len(kinds) != 1:
-        return "shared"
-    return kinds.pop()
+@dataclass
+class CallKind:
+    """How a module is called, from two traces with different numbers of rows.
+
+    Attributes:
+        kind: ``"batched"``: every call's first tensor has the batch axis; ``"single"``: one
+            leading row shared by all; ``"shared"``: no batch axis; ``"mixed"``: several of these.
+        rows: Number of argument leaves -> which of them carry the batch axis.
+    """
+
+    kind: str
+    rows: dict[int, tuple[bool, ...]]
+
+
+def call_kinds(small: Trace, large: Trace, rows: tuple[int, int]) -> dict[str, CallKind]:
+    """The kind of every called module."""
+    found: dict[str, CallKind] = {}
+    for name, calls in small.leads.items():
+        other = large.leads.get(name, [])
+        kinds: set[str] = set()
+        flags: dict[int, tuple[bool, ...]] = {}
+        if len(calls) != len(other):
+            kinds.add("mixed")
+        for a, b in zip(calls, other, strict=False):
+            carries = tuple(
+                x is not None and y is not None and x > 0 and x * rows[1] == y * rows[0]
+                for x, y in zip(a, b, strict=False)
+            )
+            before = flags.get(len(carries), (False,) * len(carries))
+            flags[len(carries)] = tuple(p or q for p, q in zip(before, carries, strict=True))
+            first = next((i for i, size in enumerate(a) if size is not None), None)
+            if first is None:
+                kinds.add("shared")
+            elif carries[first]:
+                kinds.add("batched")
+            else:
+                kinds.add("single" if a[first] == 1 else "shared")
+        found[name] = CallKind(kinds.pop() if len(kinds) == 1 else "mixed", flags)
+    return found
 
 
 def prefix_modules(trace: Trace, adapted: set[str]) -> list[str]:
@@ -105,33 +165,82 @@ def prefix_modules(trace: Trace, adapted: set[str]) -> list[str]:
     for i, (_kind, name) in enumerate(trace.order):
         first.setdefault(name, i)
         last[name] = i
-    done = {n for n in last if last[n] < boundary}
+    done = {n for n in last if last[n] < boundary and not n.endswith("()")}
     return sorted(
-        (n for n in done if not any(p in done for p in _ancestors(n))), key=lambda n: first[n]
+        (n for n in done if not any(p in done for p in ancestors(n))), key=lambda n: first[n]
     )
 
 
-def _ancestors(name: str) -> list[str]:
+def ancestors(name: str) -> list[str]:
+    """Names of the modules around a module, outermost (``""``) first."""
     parts = name.split(".") if name else []
     return ["", *(".".join(parts[:i]) for i in range(1, len(parts)))] if name else []
 
 
-def max_difference(actual: Any, expected: Any) -> float:
-    """Largest difference of two output trees, relative to the expected tensors' scale."""
-    a, b = tree_flatten(actual)[0], tree_flatten(expected)[0]
-    worst = 0.0
-    for x, y in zip(a, b, strict=True):
-        if not isinstance(x, Tensor) or not x.is_floating_point():
+def first_difference(
+    actual: Trace, expected: list[Trace], ignore: set[str], tolerance: float
+) -> str | None:
+    """The first module, in order of completion, whose results differ from the per-task ones.
+
+    Args:
+        actual: The patched model's pass over all tasks, possibly cut short by an error.
+        expected: One pass per task.
+        ignore: Modules whose calls cannot be matched one to one.
+    """
+    position: dict[str, int] = {}
+    for kind, name in actual.order:
+        if kind != "exit" or name in ignore or name not in actual.outputs:
             continue
-        if x.shape != y.shape:
-            return float("inf")
-        finite = torch.isfinite(y)
-        if not bool((torch.isfinite(x) == finite).all()):
-            return float("inf")
-        if bool(finite.any()):
-            scale = y[finite].abs().max().clamp_min(1e-6)
-            worst = max(worst, float((x[finite] - y[finite]).abs().max() / scale))
-    return worst
+        i = position.get(name, 0)
+        position[name] = i + 1
+        want = [trace.outputs.get(name, []) for trace in expected]
+        if all(i < len(w) for w in want):
+            if not agrees(actual.outputs[name][i], [w[i] for w in want], tolerance):
+                return name
+    return None
+
+
+def agrees(actual: Any, expected: list[Any], tolerance: float) -> bool:
+    """Whether a result over all tasks holds what each task's own result holds."""
+    got = tree_flatten(actual)[0]
+    for t, task in enumerate(expected):
+        want = tree_flatten(task)[0]
+        if len(got) != len(want):
+            return False
+        for x, y in zip(got, want, strict=True):
+            if not isinstance(y, Tensor) or not y.is_floating_point():
+                continue
+            if not isinstance(x, Tensor) or not _close(_task_part(x, y, t), y, tolerance):
+                return False
+    return True
+
+
+def _task_part(x: Tensor, y: Tensor, task: int) -> Tensor:
+    """The rows of `x` that belong to a task, where `y` is what the task alone computes."""
+    if x.dim() == y.dim() and x.dim() > 0:
+        if x.shape[0] == y.shape[0] * TASKS:
+            return x.unflatten(0, (TASKS, -1))[task]
+        if y.shape[0] == 1 and x.shape[0] == TASKS * ROWS:
+            return x.unflatten(0, (TASKS, -1))[task, :1]
+    if x.dim() == y.dim() + 1:
+        if x.shape[0] == TASKS * ROWS:  # lifted: every row has a copy
+            return x[task * ROWS]
+        if x.shape[0] == TASKS:
+            return x[task]
+    return x
+
+
+def _close(x: Tensor, y: Tensor, tolerance: float) -> bool:
+    """Whether the largest difference is within `tolerance` of the expected tensor's scale."""
+    if x.shape != y.shape:
+        return False
+    finite = torch.isfinite(y)
+    if not bool((torch.isfinite(x) == finite).all()):
+        return False
+    if not bool(finite.any()):
+        return True
+    scale = y[finite].abs().max().clamp_min(1e-6)
+    return float((x[finite] - y[finite]).abs().max()) <= tolerance * float(scale)
 
 
 def warn_loop(name: str, module: nn.Module) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers.pytorch_utils import Conv1D
 
 from fastmeta.patching.bind import bind
@@ -27,17 +28,19 @@ class Adapted:
         name: The module's name in the model.
         slots: Parameter name (``weight``, ``lora_A``, ...) -> slot index.
         lora_scale: ``alpha / r`` where the module has a LoRA term.
-        single: The module is called with one leading row shared by all tasks (position tables).
     """
 
     name: str
     slots: dict[str, int] = field(default_factory=dict)
     lora_scale: float = 1.0
-    single: bool = False
 
     def tensor(self, call: Call, name: str) -> Tensor | None:
         slot = self.slots.get(name)
         return None if slot is None else call.views[slot]
+
+    def view(self, call: Call, name: str) -> Tensor:
+        """The same for a parameter that is known to be adapted."""
+        return call.views[self.slots[name]]
 
 
 Rule = Callable[[nn.Module, Adapted, Call, Tensor], Tensor]
@@ -78,6 +81,26 @@ def _affine(module: nn.Module, adapted: Adapted, call: Call, x: Tensor, transpos
         low = torch.bmm(rows, lora_a.transpose(1, 2))  # [T, M, r]
         y = torch.baddbmm(y, low, lora_b.transpose(1, 2), alpha=adapted.lora_scale)
     return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def lora_around(module: nn.Linear, adapted: Adapted, call: Call, x: Tensor) -> Tensor:
+    """A linear layer with a forward of its own (quantised ones): that, plus the LoRA term."""
+    y = bind(module, {})(x)
+    low = torch.bmm(
+        x.reshape(call.tasks, -1, x.shape[-1]), adapted.view(call, "lora_A").transpose(1, 2)
+    )
+    delta = torch.bmm(low, adapted.view(call, "lora_B").transpose(1, 2))
+    return y + adapted.lora_scale * delta.reshape(y.shape)
+
+
+def lora_delta(module: nn.Module, adapted: Adapted, call: Call) -> Tensor:
+    """What a LoRA term adds to the module's weight, ``[T, *weight.shape]``."""
+    a, b = adapted.view(call, "lora_A"), adapted.view(call, "lora_B")
+    if isinstance(module, Conv1D):
+        delta = torch.bmm(a.transpose(1, 2), b.transpose(1, 2))  # [T, in, out]
+    else:
+        delta = torch.bmm(b, a)  # [T, out, in]
+    return adapted.lora_scale * delta
 
 
 def embedding(module: nn.Embedding, adapted: Adapted, call: Call, ids: Tensor) -> Tensor:
@@ -147,23 +170,74 @@ def convolution(module: nn.Conv1d | nn.Conv2d, adapted: Adapted, call: Call, x: 
     return y
 
 
+def group_norm(module: nn.GroupNorm, adapted: Adapted, call: Call, x: Tensor) -> Tensor:
+    """nn.GroupNorm: shared normalisation, per-task gain and bias of each channel."""
+    y = F.group_norm(x, module.num_groups, None, None, module.eps)
+    return _scale_channels(module, adapted, call, y)
+
+
+def batch_norm(module: _BatchNorm, adapted: Adapted, call: Call, x: Tensor) -> Tensor:
+    """nn.BatchNorm: each task by its own rows' statistics when training, else the running ones.
+
+    Running statistics are read and never changed: they are the user's model's.
+    """
+    if module.training or module.running_mean is None:
+        rows = x.unflatten(0, (call.tasks, -1))  # [T, N, C, *S]
+        over = [1, *range(3, rows.dim())]
+        var, mean = torch.var_mean(rows, over, correction=0, keepdim=True)
+        y = ((rows - mean) * torch.rsqrt(var + module.eps)).flatten(0, 1)
+    else:
+        y = F.batch_norm(x, module.running_mean, module.running_var, eps=module.eps)
+    return _scale_channels(module, adapted, call, y)
+
+
+def _scale_channels(module: nn.Module, adapted: Adapted, call: Call, y: Tensor) -> Tensor:
+    """Gain and bias per channel of ``[T * N, C, *S]``, each task's where adapted."""
+    y = y.unflatten(0, (call.tasks, -1))
+    for name, combine in (("weight", torch.mul), ("bias", torch.add)):
+        vector = adapted.tensor(call, name)
+        if vector is None:
+            vector = module._parameters[name]
+        if vector is not None:  # [T, C] or [C]
+            lead = call.tasks if vector.dim() == 2 else 1
+            y = combine(y, vector.reshape(lead, 1, -1, *(1,) * (y.dim() - 3)))
+    return y.flatten(0, 1)
+
+
+def isolating_rule(module: nn.Module) -> Rule | None:
+    """The rule of a module that would mix the rows of several tasks, adapted or not."""
+    if isinstance(module, _BatchNorm) and type(module).forward is _BatchNorm.forward:
+        return batch_norm
+    return None
+
+
 def rule_for(module: nn.Module, adapted: Adapted) -> Rule | None:
     """The rule that serves `module`, or None where only the generic ways are left.
 
     A subclass with a forward of its own is not served by its base class's rule.
     """
     forward = type(module).forward
-    if forward is nn.Linear.forward:
-        return linear
-    if forward is Conv1D.forward:
-        return conv1d_gpt2
-    if forward is nn.Embedding.forward and module.max_norm is None:
-        return embedding
-    if forward is nn.LayerNorm.forward:
-        return layer_norm
-    if forward in (nn.Conv1d.forward, nn.Conv2d.forward) and module.padding_mode == "zeros":
-        return convolution
+    rule = _BY_FORWARD.get(forward) or isolating_rule(module)
+    if rule is embedding and module.max_norm is not None:
+        return None
+    if rule is convolution and module.padding_mode != "zeros":
+        return None
+    if rule is not None:
+        return rule
+    if isinstance(module, nn.Linear) and all(name.startswith("lora_") for name in adapted.slots):
+        return lora_around
     if "norm" in type(module).__name__.lower() and not list(module.children()):
         if all(module._parameters[name].dim() == 1 for name in adapted.slots):
             return last_axis
     return None
+
+
+_BY_FORWARD: dict[Callable, Rule] = {
+    nn.Linear.forward: linear,
+    Conv1D.forward: conv1d_gpt2,
+    nn.Embedding.forward: embedding,
+    nn.LayerNorm.forward: layer_norm,
+    nn.GroupNorm.forward: group_norm,
+    nn.Conv1d.forward: convolution,
+    nn.Conv2d.forward: convolution,
+}

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fastmeta.patching.layout import ParamLayout
 from fastmeta.patching.rules import Adapted
-from fastmeta.patching.spec import AddLoRA, AddPrefix, AdaptParameter, Spec
+from fastmeta.patching.spec import AdaptParameter, AddLoRA, AddPrefix, Spec
 
 
 @dataclass

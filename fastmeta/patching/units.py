@@ -1,12 +1,13 @@
 """Modules that no rule serves: run per task by vmap, or one task after another.
 
-A unit is a module that runs as a whole with each task's tensors bound to its pristine copy: by
-`torch.func.vmap` over tasks where the module allows it, else in a loop.
+A unit is a module, or one method of it, that runs as a whole with each task's tensors bound to
+its pristine copy: by `torch.func.vmap` over tasks where it allows that, else in a loop.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,61 +16,115 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastmeta.patching.bind import bind
 from fastmeta.patching.context import Call, running
+from fastmeta.patching.methods import SHARED_METHODS, argument_roles
 
 
-def by_vmap(module: nn.Module, call: Call, tensors: Callable[[Call], dict[str, Tensor]], args: Any):
-    """Run `module` once under vmap; `args` is an ``(args, kwargs)`` pair."""
-    leaves, spec = tree_flatten(args)
-    batched = [_is_batched(leaf, call) for leaf in leaves]
-    stacked = [
-        leaf.reshape(call.tasks, leaf.shape[0] // call.tasks, *leaf.shape[1:]) if b else leaf
-        for leaf, b in zip(leaves, batched, strict=True)
+@dataclass
+class Unit:
+    """What runs per task.
+
+    Attributes:
+        module: Pristine: without rules.
+        tensors: The call's tensors to bind, name below the module -> ``[T, *shape]``.
+        slots: The slots that `tensors` reads.
+        method: ``"forward"`` or one of :data:`SHARED_METHODS`.
+        rows: Number of argument leaves -> which of them carry the batch axis, as the probe saw.
+    """
+
+    module: nn.Module
+    tensors: Callable[[Call], dict[str, Tensor]]
+    slots: frozenset[int]
+    method: str = "forward"
+    rows: dict[int, tuple[bool, ...]] = field(default_factory=dict)
+
+    def run(self, fast: dict[str, Tensor], args: tuple, kwargs: dict) -> Any:
+        bound = bind(self.module, fast)
+        return (
+            bound(*args, **kwargs)
+            if self.method == "forward"
+            else (getattr(bound, self.method)(*args, **kwargs))
+        )
+
+    def roles(self, call: Call, args: tuple, kwargs: dict, leaves: list[Any]) -> list[str]:
+        """``"rows"``, ``"stacked"`` or ``"shared"`` for every argument leaf."""
+        if self.method != "forward":
+            function = getattr(type(self.module), self.method)
+            return argument_roles(SHARED_METHODS[self.method], function, args, kwargs)
+        seen = self.rows.get(len(leaves))
+        return [
+            "rows" if _divides(leaf, call) and (seen is None or seen[i]) else "shared"
+            for i, leaf in enumerate(leaves)
+        ]
+
+    @property
+    def keeps_task_axis(self) -> bool:
+        return self.method != "forward" and SHARED_METHODS[self.method].returns == "stacked"
+
+
+def by_vmap(unit: Unit, call: Call, args: tuple, kwargs: dict) -> Any:
+    """Run the unit once under vmap."""
+    leaves, spec = tree_flatten((args, kwargs))
+    roles = unit.roles(call, args, kwargs, leaves)
+    moving = [
+        leaf.unflatten(0, (call.tasks, -1)) if role == "rows" else leaf
+        for leaf, role in zip(leaves, roles, strict=True)
+        if role != "shared"
     ]
-    fast = tensors(call)
 
-    def one(fast_t: dict[str, Tensor], *moving: Tensor):
-        rest = iter(moving)
-        full = [next(rest) if b else leaf for leaf, b in zip(stacked, batched, strict=True)]
-        a, k = tree_unflatten(full, spec)
-        return bind(module, fast_t)(*a, **k)
+    def one(fast: dict[str, Tensor], *mine: Tensor) -> Any:
+        rest = iter(mine)
+        full = [
+            leaf if role == "shared" else next(rest)
+            for leaf, role in zip(leaves, roles, strict=True)
+        ]
+        return unit.run(fast, *tree_unflatten(full, spec))
 
-    moving = [leaf for leaf, b in zip(stacked, batched, strict=True) if b]
-    out = torch.func.vmap(one, randomness="different")(fast, *moving)
+    out = torch.func.vmap(one, randomness="different")(unit.tensors(call), *moving)
+    if unit.keeps_task_axis:
+        return out
     out_leaves, out_spec = tree_flatten(out)
     return tree_unflatten([_merge(t, call) for t in out_leaves], out_spec)
 
 
-def by_loop(module: nn.Module, call: Call, tensors: Callable[[Call], dict[str, Tensor]], args: Any):
-    """Run `module` for one task after another and join the outputs."""
-    leaves, spec = tree_flatten(args)
-    batched = [_is_batched(leaf, call) for leaf in leaves]
-    outputs, out_spec = [], None
+def by_loop(unit: Unit, call: Call, args: tuple, kwargs: dict) -> Any:
+    """Run the unit for one task after another and join the outputs."""
+    leaves, spec = tree_flatten((args, kwargs))
+    roles = unit.roles(call, args, kwargs, leaves)
+    # One unbind per tensor: its backward stacks, where indexing would fill T buffers of zeros.
+    split = [
+        leaf.unflatten(0, (call.tasks, -1)).unbind(0)
+        if role == "rows"
+        else leaf.unbind(0)
+        if role == "stacked"
+        else (leaf,) * call.tasks
+        for leaf, role in zip(leaves, roles, strict=True)
+    ]
+    views = [v.unbind(0) if i in unit.slots else None for i, v in enumerate(call.views)]
+    outputs: list[list[Any]] = []
+    out_spec = None
     for t in range(call.tasks):
-        mine = [
-            leaf.view(call.tasks, -1, *leaf.shape[1:])[t] if b else leaf
-            for leaf, b in zip(leaves, batched, strict=True)
-        ]
-        a, k = tree_unflatten(mine, spec)
-        one = Call([v[t : t + 1] for v in call.views], 1, call.rows)
+        mine = [v if v is None else v[t].unsqueeze(0) for v in views]
+        one = Call(mine, 1, call.rows)  # type: ignore[arg-type]
         with running(one):
-            fast = {name: v[0] for name, v in tensors(one).items()}
-            out, out_spec = tree_flatten(bind(module, fast)(*a, **k))
-        outputs.append(out)
+            fast = {name: v[0] for name, v in unit.tensors(one).items()}
+            out = unit.run(fast, *tree_unflatten([s[t] for s in split], spec))
+        out_leaves, out_spec = tree_flatten(out)
+        outputs.append(out_leaves)
     joined = []
     for pieces in zip(*outputs, strict=True):
-        if isinstance(pieces[0], Tensor) and pieces[0].dim() > 0:
-            joined.append(_merge(torch.stack(pieces), call))
-        else:
+        if not isinstance(pieces[0], Tensor):
             joined.append(pieces[0])
+            continue
+        stacked = torch.stack(pieces)
+        joined.append(stacked if unit.keeps_task_axis else _merge(stacked, call))
     return tree_unflatten(joined, out_spec)
 
 
-def _is_batched(leaf: Any, call: Call) -> bool:
-    """Whether a tensor's leading rows are the call's ``T * N`` rows (or flattened further)."""
-    total = call.tasks * call.rows
-    return (
-        isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] % total == 0 < leaf.shape[0]
-    )
+def _divides(leaf: Any, call: Call) -> bool:
+    """Whether a tensor's leading size allows ``T * N`` rows (or those flattened further)."""
+    if not isinstance(leaf, Tensor) or leaf.dim() == 0 or leaf.shape[0] == 0:
+        return False
+    return leaf.shape[0] % (call.tasks * call.rows) == 0
 
 
 def _merge(stacked: Any, call: Call) -> Any:

@@ -1,0 +1,277 @@
+"""Find a plan under which tasks in one batch compute what separate models compute.
+
+Every adapted module starts on the first rung that its type and its calls allow: its rule, its own
+code under vmap, a loop over tasks. Two different tasks then run through the plan on a few rows
+of the real inputs and, one by one, through the pristine model. Where they differ, the first
+module that differs moves down a rung; after its last rung, the module around it runs as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastmeta.patching import prefix, probe
+from fastmeta.patching.bind import bind
+from fastmeta.patching.context import Call, running
+from fastmeta.patching.methods import SHARED_METHODS, key, shared_methods, split_key
+from fastmeta.patching.plan import (
+    WHOLE,
+    Plan,
+    different_tasks,
+    inside_any,
+    prepared_copy,
+    unit_tensors,
+)
+from fastmeta.patching.probe import PatchError, Trace
+from fastmeta.patching.rules import rule_for
+from fastmeta.patching.slots import Slots
+
+# Relative difference that the check allows, far above rounding and far below the effect of a task
+# reading another task's weights.
+_TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-3}
+_LOW_PRECISION_TOLERANCE = 0.1
+
+# A unit of more leaf modules than this loops at once: vmap over a large part of a transformer
+# takes several times the loop's time and memory on a CPU.
+_VMAP_LEAVES = 8
+
+
+def make_plan(model: nn.Module, slots: Slots, small: Mapping, large: Mapping) -> Plan:
+    """The plan for inputs like `small` and `large`.
+
+    Args:
+        small: ``TASKS * ROWS`` rows of real model inputs.
+        large: ``TASKS * (ROWS + 1)`` rows of them.
+
+    Raises:
+        ValueError: The model itself does not run on these inputs.
+        PatchError: The model runs, but not with per-task parameters.
+    """
+    search = _Search(model, slots, small, large)
+    while True:
+        plan = search.try_modes()
+        if plan is not None:
+            break
+    for name, mode in plan.modes.items():
+        if mode == "loop":
+            module = model.get_submodule(split_key(name)[0])
+            probe.warn_loop(name, module)
+    entered = {n for n, mode in plan.modes.items() if mode != "skip"} | slots.prefixes.keys()
+    plan.prefix = probe.prefix_modules(search.trace, entered)
+    prefix.install_in(plan.structure, plan.prefix)
+    return plan
+
+
+class _Search:
+    def __init__(self, model: nn.Module, slots: Slots, small: Mapping, large: Mapping) -> None:
+        self.model, self.slots, self.small = model, slots, small
+        self.views = different_tasks(slots, probe.TASKS)
+        self.tolerance = _TOLERANCE.get(slots.initial[0].dtype, _LOW_PRECISION_TOLERANCE)
+        self.modules = dict(model.named_modules())
+        self.reference = prepared_copy(model, slots).eval()
+        self.trace, other = self._trace(small, large)
+        rows = probe.TASKS * probe.ROWS, probe.TASKS * (probe.ROWS + 1)
+        self.kinds = probe.call_kinds(self.trace, other, rows)
+        self.expected = self._per_task()
+        self.rungs: dict[str, list[str]] = {}
+        self.blamed: str | None = None
+        for name in slots.owners:
+            self._add(name)
+        self._add_methods()
+
+    # -- the reference -----------------------------------------------------------------------
+
+    def _trace(self, small: Mapping, large: Mapping) -> list[Trace]:
+        """How the model calls its modules, as one task of all rows."""
+        traces: list[Trace] = []
+        probe.watch_methods(self.reference, traces)
+        for flat in (small, large):
+            traces.append(Trace())
+            one = Call([v[:1] for v in self.views], 1, 1)
+            with torch.no_grad(), running(one), probe.record(self.reference, traces[-1]):
+                try:
+                    self.reference(**flat)
+                except Exception as e:
+                    raise ValueError(
+                        f"{type(self.model).__name__} does not run on the inputs "
+                        f"{sorted(flat)} ({type(e).__name__}: {e})"
+                    ) from e
+        return traces
+
+    def _per_task(self, record: list[Trace] | None = None) -> list[Any]:
+        """The oracle: each task's rows through the model with that task's tensors bound."""
+        tensors, _ = unit_tensors(self.slots, "", self.reference)
+        outputs = []
+        for t in range(probe.TASKS):
+            one = Call([v[t : t + 1] for v in self.views], 1, probe.ROWS)
+            rows = slice(t * probe.ROWS, (t + 1) * probe.ROWS)
+            mine = {
+                k: v[rows]
+                if isinstance(v, Tensor) and v.shape[:1] == (probe.TASKS * probe.ROWS,)
+                else v
+                for k, v in self.small.items()
+            }
+            trace = Trace()
+            with torch.no_grad(), running(one):
+                bound = bind(self.reference, {n: v[0] for n, v in tensors(one).items()})
+                if record is None:
+                    outputs.append(bound(**mine))
+                else:
+                    with probe.record(self.reference, trace, keep_outputs=True):
+                        outputs.append(bound(**mine))
+                    record.append(trace)
+        return outputs
+
+    # -- rungs -------------------------------------------------------------------------------
+
+    def _add(self, name: str) -> None:
+        """Start an adapted module on its first rung; where it has none, the module around it."""
+        rungs = self._rungs(name)
+        if rungs:
+            self.rungs[name] = rungs
+        else:
+            self._add_around(name)
+
+    def _rungs(self, name: str) -> list[str]:
+        adapted, module = self.slots.owners[name], self.modules[name]
+        if name not in self.kinds:
+            return ["skip"]  # never called; the module around it may read its parameters
+        kind = self.kinds[name].kind
+        rungs: list[str] = []
+        if rule_for(module, adapted) is not None:
+            if kind in ("batched", "single"):
+                rungs.append({"batched": "rule", "single": "single"}[kind])
+            elif kind == "shared":
+                rungs.append("lift")
+        elif self._is_alias(name) and self.tolerance < _LOW_PRECISION_TOLERANCE:
+            rungs.append("skip")
+        if adapted.slots and all(
+            p is not None and p.dim() >= 2 and p.shape[0] == 1
+            for p in (module._parameters.get(a) for a in adapted.slots)
+        ):
+            rungs.append("expand")
+        if kind in ("batched", "single"):
+            rungs += self._whole(name)
+        return rungs
+
+    def _whole(self, name: str) -> list[str]:
+        leaves = sum(1 for m in self.modules[name].modules() if not m._modules)
+        return ["vmap", "loop"] if leaves <= _VMAP_LEAVES and name else ["loop"]
+
+    def _is_alias(self, name: str) -> bool:
+        """Whether everything adapted in a module is also read elsewhere, under a tied name."""
+        elsewhere = {
+            slot for n, a in self.slots.owners.items() if n != name for slot in a.slots.values()
+        }
+        return set(self.slots.owners[name].slots.values()) <= elsewhere
+
+    def _add_around(self, name: str) -> None:
+        """Run the nearest module around `name` that has the batch axis as a whole."""
+        for around in reversed(probe.ancestors(name)):
+            if around == "" or self.kinds.get(around, _NEVER).kind == "batched":
+                self._make_unit(around)
+                return
+
+    def _make_unit(self, name: str) -> None:
+        self.rungs = {
+            n: r for n, r in self.rungs.items() if n != name and not inside_any(n, [name])
+        }
+        self.rungs[name] = self._whole(name)
+
+    def _add_methods(self) -> None:
+        """Shared methods that read something adapted run per task, their callers as they are."""
+        ran = {name for _, name in self.trace.order}
+        stacks = False
+        for module_name, method in shared_methods(self.reference):
+            unit, shared = key(module_name, method), SHARED_METHODS[method]
+            if unit not in ran or inside_any(unit, self._units()):
+                continue
+            lead = module_name + "." if module_name else ""
+            reads = {n for n in self.trace.inside if n.startswith(lead)}
+            reads |= {lead + child for child in shared.reads}
+            if reads & self.slots.owners.keys() or (stacks and shared.stacked):
+                self.rungs[unit] = ["vmap", "loop"]
+                stacks |= shared.returns == "stacked"
+
+    def _units(self) -> list[str]:
+        return [n for n, rungs in self.rungs.items() if rungs[0] in WHOLE]
+
+    # -- trying ------------------------------------------------------------------------------
+
+    def try_modes(self) -> Plan | None:
+        """The plan of the present rungs if it computes the right results; else move down."""
+        modes = {name: rungs[0] for name, rungs in self.rungs.items()}
+        plan = Plan(self.model, self.slots, modes, self.kinds)
+        plan.train(False)
+        error: Exception | None = None
+        try:
+            with torch.no_grad(), running(Call(self.views, probe.TASKS, probe.ROWS)):
+                actual = plan.structure(**self.small)
+            if probe.agrees(actual, self.expected, self.tolerance):
+                return plan
+        except Exception as e:
+            error = e
+        place = self._locate(plan)
+        self.blamed = self.blamed or place
+        if "" in modes:
+            raise self._error(error) from error
+        self._move_down(place, modes)
+        return None
+
+    def _locate(self, plan: Plan) -> str:
+        """The first module of the plan that computes something else, or fails."""
+        per_task: list[Trace] = []
+        self._per_task(per_task)
+        actual = Trace()
+        with torch.no_grad(), running(Call(self.views, probe.TASKS, probe.ROWS)):
+            try:
+                with probe.record(plan.structure, actual, keep_outputs=True):
+                    plan.structure(**self.small)
+            except Exception:
+                pass  # `actual.open` tells where
+        differs = probe.first_difference(actual, per_task, self.trace.inside, self.tolerance)
+        if differs is not None:
+            return differs
+        return actual.open[-1] if actual.open else ""
+
+    def _move_down(self, place: str, modes: Mapping[str, str]) -> None:
+        """The next rung for the module at `place`, or for what it contains and relies on."""
+        guesses = [n for n in self.rungs if inside_any(n, [place]) and _is_guess(n, modes[n])]
+        if place in self.rungs and modes[place] not in ("skip", "expand"):
+            guesses = [place]
+        elif place in self.rungs and len(self.rungs[place]) > 1:
+            guesses.append(place)
+        for name in guesses:
+            if name not in self.rungs:
+                continue  # swallowed by a unit made in this round
+            self.rungs[name] = self.rungs[name][1:]
+            if not self.rungs[name]:
+                del self.rungs[name]
+                self._add_around(name)
+        if not guesses:
+            if place == "" or self.kinds.get(place, _NEVER).kind == "batched":
+                self._make_unit(place)
+            else:
+                self._add_around(place)
+
+    def _error(self, error: Exception | None) -> PatchError:
+        name = self.blamed or ""
+        where = f"module {name!r} of {type(self.model).__name__}" if name else "the model"
+        kind = type(self.modules[name]).__name__
+        reason = f" ({type(error).__name__}: {error})" if error else ""
+        return PatchError(
+            f"{where} ({kind}) cannot run with per-task parameters, not even task by task{reason}; "
+            "adapt parameters outside of it, for example with LoRA on named linear layers"
+        )
+
+
+_NEVER = probe.CallKind("never", {})
+
+
+def _is_guess(name: str, mode: str) -> bool:
+    """Modes that are right only where the code around the module uses its result in one way."""
+    return mode in ("single", "lift", "expand") or name.endswith("()")
