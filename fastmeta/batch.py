@@ -35,8 +35,8 @@ class TaskBatch:
         query: Mapping[str, Tensor],
         ways: Tensor | None = None,
     ) -> None:
-        num_tasks = _check_set("support", support)
-        query_tasks = _check_set("query", query)
+        num_tasks = check_set("support", support)
+        query_tasks = check_set("query", query)
         if num_tasks != query_tasks:
             raise ValueError(
                 f"support and query must hold the same tasks: support has {num_tasks} tasks, "
@@ -47,11 +47,12 @@ class TaskBatch:
                 f"support and query must have the same inputs: support has {sorted(support)}, "
                 f"query has {sorted(query)}"
             )
-        devices = sorted({str(t.device) for s in (support, query) for t in s.values()})
+        everything = [*support.values(), *query.values(), *([] if ways is None else [ways])]
+        devices = sorted({str(t.device) for t in everything})
         if len(devices) > 1:
             raise ValueError(f"all tensors of a batch must be on one device, got {devices}")
-        if ways is not None and tuple(ways.shape) != (num_tasks,):
-            raise ValueError(f"ways must have shape [{num_tasks}], got {list(ways.shape)}")
+        if ways is not None:
+            check_ways(ways, num_tasks)
         self.support = dict(support)
         self.query = dict(query)
         self.ways = ways
@@ -123,7 +124,10 @@ class TaskBatch:
                     )
                 if not task or any(v.shape[0] == 0 for v in task.values()):
                     raise ValueError(f"the {name} set of task {t} is empty")
-            sets.append({k: _stack(k, [t[k] for t in per_task], pad_token_id) for k in keys})
+            masked = "attention_mask" in keys
+            sets.append(
+                {k: _stack(k, [t[k] for t in per_task], pad_token_id, masked) for k in keys}
+            )
         if ways is not None:
             ways = torch.as_tensor(ways, dtype=torch.int64)
         return cls(sets[0], sets[1], ways)
@@ -134,7 +138,17 @@ class TaskBatch:
         return f"TaskBatch(tasks={self.num_tasks}, support={shapes}, query={queries})"
 
 
-def _check_set(name: str, tensors: Mapping[str, Tensor]) -> int:
+def check_ways(ways: Tensor, num_tasks: int) -> None:
+    """Raise unless `ways` holds one number of classes per task."""
+    if not isinstance(ways, Tensor) or ways.dtype != torch.int64:
+        got = ways.dtype if isinstance(ways, Tensor) else type(ways).__name__
+        raise TypeError(f"ways must be an int64 tensor, got {got}")
+    if tuple(ways.shape) != (num_tasks,):
+        raise ValueError(f"ways must have shape [{num_tasks}], got {list(ways.shape)}")
+
+
+def check_set(name: str, tensors: Mapping[str, Tensor]) -> int:
+    """The number of tasks in a support or query set, or an error that names it."""
     if not tensors:
         raise ValueError(f"the {name} set must hold at least one tensor, got none")
     leading: tuple[int, int] | None = None
@@ -160,21 +174,56 @@ def _check_set(name: str, tensors: Mapping[str, Tensor]) -> int:
     return leading[0]
 
 
-def _stack(key: str, tensors: list[Tensor], pad_token_id: int) -> Tensor:
+def join_sets(
+    first: Mapping[str, Tensor], second: Mapping[str, Tensor], *, pad_token_id: int = 0
+) -> dict[str, Tensor]:
+    """Rows of both sets, ``[T, N + Q, ...]``, columns padded to the longer."""
+    return {
+        key: torch.cat(
+            _same_columns(
+                key, [first[key], second[key]], 2, pad_token_id, "attention_mask" in first
+            ),
+            dim=1,
+        )
+        for key in first
+    }
+
+
+def _stack(key: str, tensors: list[Tensor], pad_token_id: int, masked: bool) -> Tensor:
     """``[N_t, *S_t]`` per task -> ``[T, max N_t, *max S_t]``."""
+    rows = max(t.shape[0] for t in tensors)
+    stacked = []
+    for tensor in _same_columns(key, tensors, 1, pad_token_id, masked):
+        missing = rows - tensor.shape[0]
+        if missing and key == "labels":
+            filling = tensor.new_full((missing, *tensor.shape[1:]), IGNORE_INDEX)
+        else:
+            filling = tensor[:1].expand(missing, *tensor.shape[1:])
+        stacked.append(torch.cat([tensor, filling]))
+    return torch.stack(stacked)
+
+
+def _same_columns(
+    key: str, tensors: list[Tensor], lead: int, pad_token_id: int, masked: bool
+) -> list[Tensor]:
+    """The tensors padded to one size on every axis from `lead` on."""
     if len({t.dim() for t in tensors}) > 1:
         raise ValueError(
             f"{key!r} must have the same number of axes in every task, "
             f"got {[list(t.shape) for t in tensors]}"
         )
-    shape = [max(sizes) for sizes in zip(*(t.shape for t in tensors), strict=True)]
+    sizes = [max(sizes) for sizes in zip(*(t.shape[lead:] for t in tensors), strict=True)]
+    if all(list(t.shape[lead:]) == sizes for t in tensors):
+        return tensors
+    if not masked:
+        raise ValueError(
+            f"{key!r} must have the same size in every task where there is no 'attention_mask' "
+            f"to mask padding with, got {[list(t.shape) for t in tensors]}"
+        )
     fill = _COLUMN_FILL.get(key, pad_token_id if key == "input_ids" else 0)
-    out = tensors[0].new_full((len(tensors), *shape), fill)
-    for t, tensor in enumerate(tensors):
-        index = tuple(slice(n) for n in tensor.shape)
-        out[t][index] = tensor
-        if key == "labels":
-            out[t, tensor.shape[0] :] = IGNORE_INDEX
-        elif tensor.shape[0] < shape[0]:
-            out[t, tensor.shape[0] :] = out[t, 0]
-    return out
+    padded = []
+    for tensor in tensors:
+        out = tensor.new_full((*tensor.shape[:lead], *sizes), fill)
+        out[(..., *(slice(n) for n in tensor.shape[lead:]))] = tensor
+        padded.append(out)
+    return padded

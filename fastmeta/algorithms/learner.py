@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from fastmeta.batch import TaskBatch
-from fastmeta.engine.adaptation import check_steps
+from fastmeta.engine.allocator import reuse_large_buffers
+from fastmeta.engine.checks import check_clip_norm, check_sets, check_steps
 from fastmeta.engine.episode import MetaOutput, run_episode, with_ways
 from fastmeta.engine.inner import InnerLoop
-from fastmeta.engine.losses import LossFn, check_labels, resolve_loss
+from fastmeta.engine.losses import LossFn, resolve_loss
 from fastmeta.engine.memory import (
     MemoryPlan,
     check_memory,
@@ -67,10 +68,12 @@ class GradientLearner(nn.Module):
         if order not in (1, 2):
             raise ValueError(f"order must be 1 or 2, got {order!r}")
         check_memory(memory, task_chunk)
-        if clip_norm is not None and not clip_norm > 0:
-            raise ValueError(f"clip_norm must be positive or None, got {clip_norm}")
-        if truncate is not None and not 0 <= truncate <= steps:
-            raise ValueError(f"truncate must be between 0 and steps={steps}, got {truncate}")
+        check_clip_norm(clip_norm)
+        if truncate is not None:
+            if isinstance(truncate, bool) or not isinstance(truncate, int):
+                raise TypeError(f"truncate must be an integer or None, got {truncate!r}")
+            if not 0 <= truncate <= steps:
+                raise ValueError(f"truncate must be between 0 and steps={steps}, got {truncate}")
         self.patched = patched
         self.rates = Rates(lr, patched.layout, steps, patched.slots.initial[0])
         self.steps = steps
@@ -82,7 +85,9 @@ class GradientLearner(nn.Module):
         self.clip_norm = clip_norm
         self.truncate = truncate
         self._memory_plans: dict[Any, MemoryPlan] = {}
-        super().train(patched.training)
+        self.train(patched.training)
+        if patched.device.type == "cpu":
+            reuse_large_buffers()
 
     # -- meta-parameters ---------------------------------------------------------------------
 
@@ -158,18 +163,9 @@ class GradientLearner(nn.Module):
         """Raise one clear sentence for a batch that this learner cannot take."""
         if not isinstance(batch, TaskBatch):
             raise TypeError(f"expected a fm.TaskBatch, got {type(batch).__name__}")
-        if batch.device != self.patched.device:
-            raise ValueError(
-                f"the model is on {self.patched.device}, but the batch is on {batch.device}; "
-                f"move it with batch.to({str(self.patched.device)!r})"
-            )
+        support, query = with_ways(batch)
+        check_sets(self.patched, self.loss_fn, {"support": support, "query": query})
         self.rates.check_tasks(batch.num_tasks)
-        classes = None
-        if resolve_loss("classification") is self.loss_fn:
-            classes = getattr(getattr(self.patched.model, "config", None), "num_labels", None)
-        if "labels" in batch.support or isinstance(classes, int):
-            check_labels(batch.support, "support", classes)
-            check_labels(batch.query, "query", classes)
 
     def _with_memory(self, loop: InnerLoop, batch: TaskBatch, run) -> MetaOutput:
         """Run under the memory plan; halve the chunk when an allocation fails, and go on."""
@@ -180,31 +176,16 @@ class GradientLearner(nn.Module):
         )
         plan = self._memory_plans.get(key)
         if plan is None:
-            plan = self._plan(loop, batch)
+            packed = self.patched.init(1).packed
+            plan = choose_plan(loop, packed, batch, self.memory, self.task_chunk)
             self._memory_plans[key] = plan
         while True:
             try:
                 return run(plan)
             except (RuntimeError, MemoryError) as error:
-                chunk = plan.task_chunk or batch.num_tasks
-                automatic = self.memory == "auto" or self.task_chunk == "auto"
-                if not (is_out_of_memory(error) and automatic and chunk > 1):
+                tasks = plan.task_chunk or batch.num_tasks
+                if not (is_out_of_memory(error) and plan.shrink(tasks)):
                     raise
-            mode = "recompute" if self.memory == "auto" else plan.mode
-            plan = MemoryPlan(mode, (chunk + 1) // 2, plan.step_bytes)
-            self._memory_plans[key] = plan
-
-    def _plan(self, loop: InnerLoop, batch: TaskBatch) -> MemoryPlan:
-        fixed = self.task_chunk if isinstance(self.task_chunk, int) else None
-        if not torch.is_grad_enabled() or loop.second_order == 0:
-            return MemoryPlan("unroll", fixed)
-        packed = self.patched.init(1).packed
-        support, _ = with_ways(batch)
-        return choose_plan(loop, packed, support, batch, self.memory, self.task_chunk)
-
-    def train(self, mode: bool = True) -> GradientLearner:
-        super().train(mode)
-        return self
 
     def extra_repr(self) -> str:
         return f"steps={self.steps}, order={self.order}, memory={self.memory!r}"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastmeta.algorithms.learner import GradientLearner
-from fastmeta.batch import TaskBatch
+from fastmeta.batch import TaskBatch, join_sets
 from fastmeta.engine.episode import MetaOutput, run_episode
 from fastmeta.engine.inner import InnerLoop
 from fastmeta.engine.memory import MemoryPlan
@@ -41,7 +41,9 @@ class Reptile(GradientLearner):
         start = self.patched.init(batch.num_tasks).packed
         learning = torch.is_grad_enabled()
         if learning and self.use_query:
-            batch = TaskBatch(_join(batch.support, batch.query), batch.query, batch.ways)
+            pad = getattr(getattr(self.patched.model, "config", None), "pad_token_id", None)
+            both = join_sets(batch.support, batch.query, pad_token_id=pad or 0)
+            batch = TaskBatch(both, batch.query, batch.ways)
         with torch.no_grad():
             out = run_episode(loop, start, batch, plan)
         if learning:
@@ -54,15 +56,3 @@ def _pseudo_loss(start: Tensor, adapted: Tensor, good: Tensor) -> Tensor:
     difference = torch.where(good.unsqueeze(1), start.detach() - adapted, 0.0)
     surrogate = (start * difference).sum() / good.sum().clamp_min(1)
     return surrogate - surrogate.detach()
-
-
-def _join(support: dict[str, Tensor], query: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rows of both sets ``[T, N + Q, ...]``, columns padded to the longer."""
-    tasks = next(iter(support.values())).shape[0]
-    pairs = [
-        ({k: v[t] for k, v in support.items()}, {k: v[t] for k, v in query.items()})
-        for t in range(tasks)
-    ]
-    both = TaskBatch.collate([(s, s) for pair in pairs for s in pair])
-    rows = {k: v.unflatten(0, (tasks, 2)) for k, v in both.support.items()}
-    return {k: v.flatten(1, 2) for k, v in rows.items()}

@@ -8,9 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastmeta.batch import check_set, check_ways
+from fastmeta.engine.checks import check_clip_norm, check_sets, check_steps
+from fastmeta.engine.chunks import split
 from fastmeta.engine.episode import adapt_tasks
 from fastmeta.engine.inner import InnerLoop
-from fastmeta.engine.losses import WAYS, LossFn, check_labels, resolve_loss
+from fastmeta.engine.losses import WAYS, LossFn, resolve_loss
+from fastmeta.engine.memory import check_memory
 from fastmeta.engine.optimizers import UpdateRule, resolve_rule
 from fastmeta.engine.rates import LearnedRate, Rates
 from fastmeta.patching import Patched, TaskParams
@@ -18,10 +22,13 @@ from fastmeta.patching import Patched, TaskParams
 
 @dataclass
 class Adapted:
-    """Attributes:
-    params: Adapted fast weights of T tasks, detached.
-    support_losses: Support losses before each step, ``[K, T]``.
-    diverged: bool ``[T]``; tasks that became NaN or Inf and kept their last finite weights.
+    """What `fm.adapt` returns.
+
+    Attributes:
+        params: Adapted fast weights of T tasks, detached.
+        support_losses: Support losses before each step, ``[K, T]``.
+        diverged: bool ``[T]``; tasks whose loss or gradient became NaN or Inf. They keep the fast
+            weights from before that step.
     """
 
     params: TaskParams
@@ -44,36 +51,45 @@ def adapt(
 ) -> Adapted:
     """Adapt T tasks in one batch and keep no graph.
 
+    ``phi_{k+1} = U(phi_k, dL_support(phi_k)/dphi_k)`` for every task, with U the update rule.
+
     Args:
         patched: The model, from `fm.patch`.
-        support: Model inputs and ``labels``, each ``[T, N, ...]``.
+        support: Model inputs and ``labels``, each ``[T, N, ...]``; of unequal tasks, see
+            `fm.TaskBatch.collate`.
         steps: Inner steps, at least 1.
         lr: Learning rate, positive.
         optimizer: ``"sgd" | "momentum" | "adam" | "adamw" | "rmsprop"`` or a rule object.
         loss_fn: ``"classification"``, ``"causal_lm"`` or a callable ``(outputs, batch) -> [T]``.
-        clip_norm: Bound on each task's gradient norm, or None.
-        task_chunk: Tasks adapted at once, or None for all.
-        params: Fast weights to start from; default the model's own initial values.
-        ways: Number of classes of each task ``[T]``, when fewer than the head has.
+        clip_norm: Bound on each task's gradient norm, positive, or None.
+        task_chunk: Tasks adapted at once, at least 1, or None for all.
+        params: Fast weights of T tasks to start from; default the model's own initial values.
+        ways: Number of classes of each task, int64 ``[T]``, when fewer than the head has.
 
     Returns:
         The adapted fast weights: ``patched(adapted.params, **query_inputs)``.
 
     Raises:
-        ValueError: Empty support, labels out of range, steps below 1, lr not positive.
+        TypeError: `lr` or `steps` is no number, labels are not int64.
+        ValueError: Empty support, labels out of range, tensors on another device, steps below 1,
+            `lr` not positive, `params` of another number of tasks.
+
+    Not differentiable; use a learner for meta-gradients. Several threads may call it at once.
     """
     steps = check_steps(steps)
+    check_clip_norm(clip_norm)
+    check_memory("unroll", task_chunk)
+    if task_chunk == "auto":
+        raise ValueError("task_chunk must be None or an integer of at least 1, got 'auto'")
     if isinstance(lr, LearnedRate):
         raise TypeError("adapt takes a number as lr; learned rates belong to a learner")
-    tasks = next(iter(support.values())).shape[0] if support else 0
-    if params is not None and params.num_tasks != tasks:
-        raise ValueError(f"params hold {params.num_tasks} tasks, the support set {tasks}")
-    if not tasks:
-        raise ValueError("the support set is empty: it has no tasks")
-    check_labels(support, "support", None)
-    if ways is not None:
-        support = {**support, WAYS: ways}
     rates = Rates(lr, patched.layout, steps, patched.slots.initial[0])
+    tasks = check_set("support", support)
+    if params is not None and params.num_tasks != tasks:
+        raise ValueError(f"params hold {params.num_tasks} tasks, but the support set {tasks}")
+    if ways is not None:
+        check_ways(ways, tasks)
+        support = {**support, WAYS: ways}
     loop = InnerLoop(
         patched=patched,
         rule=resolve_rule(optimizer),
@@ -83,30 +99,15 @@ def adapt(
         second_order=0,
         clip_norm=clip_norm,
     )
+    check_sets(patched, loop.loss_fn, {"support": support})
     with torch.no_grad():
         start = (params or patched.init(tasks)).packed
-        size = task_chunk or tasks
         pieces = [
-            adapt_tasks(
-                loop,
-                start[i : i + size],
-                {k: v[i : i + size] for k, v in support.items()},
-                "unroll",
-                slice(i, min(i + size, tasks)),
-            )
-            for i in range(0, tasks, size)
+            adapt_tasks(loop, start[s], {k: v[s] for k, v in support.items()}, "unroll")
+            for s in split(slice(0, tasks), task_chunk)
         ]
     return Adapted(
         TaskParams(patched.layout, torch.cat([p.params for p in pieces])),
         torch.cat([torch.stack(p.losses) for p in pieces], dim=1),
         ~torch.cat([p.active for p in pieces]),
     )
-
-
-def check_steps(steps: object) -> int:
-    """The number of inner steps, or an error."""
-    if isinstance(steps, bool) or not isinstance(steps, int):
-        raise TypeError(f"steps must be an integer of at least 1, got {steps!r}")
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
-    return steps

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fastmeta.batch import TaskBatch
-from fastmeta.engine.implicit import ImplicitGradient
+from fastmeta.engine.chunks import TaskResults, run_chunks
+from fastmeta.engine.implicit import implicit
 from fastmeta.engine.inner import (
     InnerLoop,
     Support,
@@ -18,9 +19,9 @@ from fastmeta.engine.inner import (
     task_losses,
     unroll,
 )
-from fastmeta.engine.losses import WAYS, accuracy
+from fastmeta.engine.losses import WAYS, accuracy, classification
 from fastmeta.engine.memory import MemoryPlan
-from fastmeta.engine.recompute import Rerun, recompute
+from fastmeta.engine.recompute import recompute
 from fastmeta.patching import TaskParams
 
 
@@ -29,13 +30,15 @@ class MetaOutput:
     """What a learner returns.
 
     Attributes:
-        loss: Mean over tasks of the mean query loss; scalar, differentiable.
-        task_losses: Query losses ``[T]``; NaN for diverged tasks.
+        loss: Mean over tasks of the mean query loss; scalar, differentiable. Diverged tasks are
+            left out; where all diverged it is 0, with a gradient of zeros.
+        task_losses: Query losses ``[T]``, differentiable; NaN for diverged tasks.
         logits: Query logits ``[T, Q, ...]``, or None where the model has none.
         params: Adapted fast weights.
-        diverged: bool ``[T]``; tasks whose loss or gradient became NaN or Inf. They keep their
-            last finite fast weights and are left out of `loss` and its gradient.
-        support_losses: Support losses before each step ``[K, T]``.
+        diverged: bool ``[T]``; tasks whose loss or gradient became NaN or Inf. They keep the fast
+            weights from before that step; `loss` and its gradient are what they would be without
+            them.
+        support_losses: Support losses before each step ``[K, T]``, detached.
         accuracy: Share of right query answers ``[T]`` for classification, else None.
     """
 
@@ -48,55 +51,43 @@ class MetaOutput:
     accuracy: Tensor | None = None
 
 
-@dataclass
-class _Result:
-    """Per-task tensors of one episode; the tuple form crosses autograd Functions."""
-
-    losses: Tensor  # [T]
-    params: Tensor  # [T, P]
-    active: Tensor  # [T]
-    support_losses: Tensor  # [K, T]
-    logits: Tensor  # [T, Q, ...], empty where the model has none
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        return (self.losses, self.params, self.active, self.support_losses, self.logits)
-
-
 def with_ways(batch: TaskBatch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Support and query mappings that carry the tasks' numbers of classes to the loss."""
     extra = {} if batch.ways is None else {WAYS: batch.ways}
     return {**batch.support, **extra}, {**batch.query, **extra}
 
 
-def run_episode(
-    loop: InnerLoop,
-    packed: Tensor,
-    batch: TaskBatch,
-    plan: MemoryPlan,
-) -> MetaOutput:
+def run_episode(loop: InnerLoop, packed: Tensor, batch: TaskBatch, plan: MemoryPlan) -> MetaOutput:
     """Adapt and judge T tasks from initial fast weights ``[T, P]``.
 
     A task that diverges is frozen; if any did, the others are run again without it, so that its
     NaNs cannot reach the gradient of weights that all tasks share.
     """
-    result = _run(loop, packed, batch, plan)
-    good = result.active & torch.isfinite(result.losses.detach())
-    if not bool(good.all()):
-        result = _without(loop, packed, batch, plan, result, good)
-    losses = result.losses[good] if not bool(good.all()) else result.losses
-    loss = losses.mean() if losses.numel() else result.losses.new_zeros(()).requires_grad_()
-    logits = result.logits if result.logits.numel() else None
+    results = _run(loop, packed, batch, plan)
+    good = _finite(results)
+    some, every = bool(good.any()), bool(good.all())
+    if not every:
+        results = results.detach()  # lets go of the graph before another one is built
+        if some and torch.is_grad_enabled():
+            results, good = _without(loop, packed, batch, plan, results, good)
+            some = bool(good.any())
+        else:
+            results = results._replace(losses=_nan_where(~good, results.losses))
+    if some:
+        loss = (results.losses if every else results.losses[good]).mean()
+    else:
+        loss = _zero([packed, *loop.rates.parameters(), *loop.patched.shared_parameters()])
+    logits = results.logits if results.logits.numel() else None
     scores = None
-    query = with_ways(batch)[1]
-    if logits is not None and logits.dim() == 3 and query["labels"].shape == logits.shape[:2]:
-        scores = accuracy(logits, query)
+    if logits is not None and loop.loss_fn is classification:
+        scores = accuracy(logits, with_ways(batch)[1])
     return MetaOutput(
         loss=loss,
-        task_losses=result.losses,
+        task_losses=results.losses,
         logits=logits,
-        params=TaskParams(loop.patched.layout, result.params),
+        params=TaskParams(loop.patched.layout, results.params),
         diverged=~good,
-        support_losses=result.support_losses,
+        support_losses=results.support_losses.t(),
         accuracy=scores,
     )
 
@@ -106,73 +97,60 @@ def _without(
     packed: Tensor,
     batch: TaskBatch,
     plan: MemoryPlan,
-    first: _Result,
+    frozen: TaskResults,
     good: Tensor,
-) -> _Result:
-    """The episode of the surviving tasks, with the frozen ones' detached values put back."""
-    nan = torch.full_like(first.losses.detach(), float("nan"))
-    kept = _Result(*(t.detach() for t in first.tensors()))
-    kept.losses = nan
-    kept.active = good
-    index = good.nonzero().flatten()
-    if not index.numel() or not torch.is_grad_enabled():
-        kept.losses = torch.where(good, first.losses, nan)
-        return kept
-    if "task" in loop.rates.axes:
-        raise NotImplementedError(
-            "a task diverged while its rate is learned per task; lower the learning rate"
-        )
-    again = _run(loop, packed[index], batch.select(index), plan)
-    kept.losses = nan.index_copy(0, index, again.losses)
-    kept.params = kept.params.index_copy(0, index, again.params)
-    kept.logits = kept.logits.index_copy(0, index, again.logits)
-    return kept
+) -> tuple[TaskResults, Tensor]:
+    """The episode of the good tasks, with the others' detached values put back; who is good."""
+    while bool(good.any()):
+        index = good.nonzero().flatten()
+        again = _run(loop, packed[index], batch.select(index), plan, index)
+        still = _finite(again)
+        if bool(still.all()):
+            frozen = TaskResults(
+                *(old.index_copy(0, index, new) for old, new in zip(frozen, again, strict=True))
+            )
+            break
+        # Other dropout masks, another task lost: fewer tasks each time, so this ends.
+        good = good.index_copy(0, index, still)
+    return frozen._replace(losses=_nan_where(~good, frozen.losses)), good
 
 
-def _run(loop: InnerLoop, packed: Tensor, batch: TaskBatch, plan: MemoryPlan) -> _Result:
-    """All tasks, in chunks where the plan says so."""
-    chunk = plan.task_chunk or batch.num_tasks
-    if chunk >= batch.num_tasks:
-        return _run_chunk(loop, packed, batch, plan.mode, None)
-    if not torch.is_grad_enabled():
-        pieces = [
-            _run_chunk(loop, packed[s], batch[s], plan.mode, s)
-            for s in _slices(batch.num_tasks, chunk)
-        ]
-    else:
-        meta = [*loop.rates.parameters(), *loop.patched.shared_parameters()]
-        pieces = []
-        for s in _slices(batch.num_tasks, chunk):
-
-            def run(packed: Tensor, *_: Tensor, s: slice = s) -> tuple[Tensor, ...]:
-                return _run_chunk(loop, packed, batch[s], plan.mode, s).tensors()
-
-            pieces.append(_Result(*Rerun.apply(run, loop.patched.training, packed[s], *meta)))
-    joined = [
-        torch.cat(tensors, dim=1 if i == 3 else 0)
-        for i, tensors in enumerate(zip(*(p.tensors() for p in pieces), strict=True))
-    ]
-    return _Result(*joined)
+def _zero(meta: list[Tensor]) -> Tensor:
+    """0, with a gradient of zeros to every tensor, whatever it holds."""
+    everywhere = torch.ones((), dtype=torch.bool, device=meta[0].device)
+    return torch.stack([t.masked_fill(everywhere, 0.0).sum().to(meta[0]) for t in meta]).sum()
 
 
-def _slices(total: int, size: int) -> list[slice]:
-    return [slice(i, min(i + size, total)) for i in range(0, total, size)]
+def _finite(results: TaskResults) -> Tensor:
+    return results.active & torch.isfinite(results.losses.detach())
 
 
-def _run_chunk(
-    loop: InnerLoop, packed: Tensor, batch: TaskBatch, mode: str, tasks: slice | None
-) -> _Result:
-    support_inputs, query_inputs = with_ways(batch)
-    trajectory = adapt_tasks(loop, packed, support_inputs, mode, tasks)
-    losses, outputs = task_losses(loop, trajectory.params, query_inputs)
-    logits = getattr(outputs, "logits", None)
-    return _Result(
-        losses,
-        trajectory.params,
-        trajectory.active,
-        torch.stack(trajectory.losses),
-        losses.new_zeros(losses.shape[0], 0) if logits is None else logits,
-    )
+def _nan_where(bad: Tensor, losses: Tensor) -> Tensor:
+    return losses.masked_fill(bad, float("nan"))
+
+
+def _run(
+    loop: InnerLoop,
+    packed: Tensor,
+    batch: TaskBatch,
+    plan: MemoryPlan,
+    index: Tensor | None = None,
+) -> TaskResults:
+    """The episode of all tasks in `batch`; `index` is where they are in the learner's batch."""
+    if index is None:
+        index = torch.arange(batch.num_tasks, device=packed.device)
+
+    def run(tasks: slice, packed: Tensor, mode: str) -> TaskResults:
+        support_inputs, query_inputs = with_ways(batch[tasks])
+        trajectory = adapt_tasks(loop, packed, support_inputs, mode, index[tasks])
+        losses, outputs = task_losses(loop, trajectory.params, query_inputs)
+        logits = getattr(outputs, "logits", None)
+        if logits is None:
+            logits = losses.new_zeros(losses.shape[0], 0)
+        support_losses = torch.stack(trajectory.losses, 1)
+        return TaskResults(losses, trajectory.params, logits, trajectory.active, support_losses)
+
+    return run_chunks(loop, run, packed, plan)
 
 
 def adapt_tasks(
@@ -180,17 +158,28 @@ def adapt_tasks(
     packed: Tensor,
     inputs: Mapping[str, Tensor],
     mode: str,
-    tasks: slice | None = None,
+    tasks: Tensor | None = None,
 ) -> Trajectory:
-    """The inner loop on a support set, with the frozen prefix computed once."""
-    params = TaskParams(loop.patched.layout, packed)
-    prefix = loop.patched.record_prefix(params, model_inputs(inputs))
+    """The inner loop on a support set, with the frozen prefix computed once.
+
+    Args:
+        packed: Initial fast weights ``[T, P]``.
+        inputs: The support set, each ``[T, N, ...]``.
+        mode: ``"unroll"`` or ``"recompute"``.
+        tasks: Where these tasks are in the learner's batch, int64 ``[T]``.
+    """
+    shared = loop.patched.shared_parameters()
+    start = TaskParams(loop.patched.layout, packed)
+    prefix = loop.patched.record_prefix(start, model_inputs(inputs))
     support = Support(inputs, prefix, tasks, packed.detach() if loop.proximal else None)
-    if loop.implicit and torch.is_grad_enabled():
+    differentiated = torch.is_grad_enabled()
+    if loop.implicit and differentiated:
         with torch.no_grad():
             trajectory = unroll(loop, packed, support)
-        adapted = ImplicitGradient.apply(loop, support, trajectory.params, packed)
-        return replace(trajectory, params=adapted)
-    if mode == "recompute" and loop.second_order and torch.is_grad_enabled():
+        shared = loop.patched.shared_parameters()
+        return replace(
+            trajectory, params=implicit(loop, packed, trajectory.params, support, shared)
+        )
+    if mode == "recompute" and loop.second_order and differentiated:
         return recompute(loop, packed, support, loop.patched.shared_parameters())
     return unroll(loop, packed, support)

@@ -1,19 +1,24 @@
 """Implicit meta-gradients: solve one linear system at the adapted weights instead of unrolling.
 
-At a minimum of ``L_support(phi) + lam/2 |phi - theta|^2`` the meta-gradient is
-``(I + H / lam)^-1 dL_query/dphi`` with H the Hessian of the support loss (Rajeswaran et al. 2019).
+At a minimum phi of ``L(phi, w) + lam/2 |phi - theta|^2``, with L the support loss, H its Hessian in
+phi, and d the gradient of the query loss (Rajeswaran et al. 2019)::
+
+    d theta = v,   d w = -1/lam (dL/dphi dw)^T v,   where (I + H / lam) v = d
+
 Conjugate gradients run for all tasks at once, each with its own step lengths, without asking the
 device for a number.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from fastmeta.engine.inner import InnerLoop, Support, task_losses
+from fastmeta.engine.conditions import Conditions
+from fastmeta.engine.inner import InnerLoop, Support, gradient
+from fastmeta.engine.recompute import backpropagate
 
 
 def conjugate_gradient(product: Callable[[Tensor], Tensor], b: Tensor, iterations: int) -> Tensor:
@@ -21,6 +26,11 @@ def conjugate_gradient(product: Callable[[Tensor], Tensor], b: Tensor, iteration
 
     Args:
         product: ``v [T, P] -> A v``, row by row, A symmetric positive definite.
+        b: Right-hand sides.
+        iterations: Products with A, at least 1.
+
+    Returns:
+        ``x [T, P]``. Where A has no positive curvature along a direction, the row stops there.
     """
     x = torch.zeros_like(b)
     r = b
@@ -41,31 +51,53 @@ def conjugate_gradient(product: Callable[[Tensor], Tensor], b: Tensor, iteration
     return x
 
 
-class ImplicitGradient(torch.autograd.Function):
-    """Identity on the adapted weights whose backward applies ``(I + H / lam)^-1``.
+def implicit(
+    loop: InnerLoop,
+    packed: Tensor,
+    adapted: Tensor,
+    support: Support,
+    shared: Sequence[Tensor],
+) -> Tensor:
+    """`adapted`, differentiable once to `packed`, `shared` weights and the stored prefix.
 
-    ``apply(loop, support, adapted, packed)``, both ``[T, P]``, returns `adapted`, differentiable
-    to the initial weights `packed`.
+    Args:
+        packed: Initial fast weights ``[T, P]``.
+        adapted: Fast weights at the end of the inner loop ``[T, P]``.
+        shared: Weights of the model that are meta-parameters but not adapted.
     """
+    stored = support.stored()
+    carrying = [t for t in stored if t.requires_grad]
+    empty = support.with_stored([None] * len(stored))
+    return _Implicit.apply(loop, empty, shared, stored, adapted, packed, *shared, *carrying)
+
+
+class _Implicit(torch.autograd.Function):
+    """Identity on the adapted weights whose backward pass solves the linear system."""
 
     @staticmethod
-    def forward(ctx, loop: InnerLoop, support: Support, adapted: Tensor, packed: Tensor):
-        ctx.loop, ctx.support = loop, support
-        ctx.save_for_backward(adapted)
+    def forward(ctx, loop, empty, shared, stored, adapted, packed, *meta):
+        ctx.loop, ctx.support, ctx.shared = loop, empty, shared
+        ctx.conditions = Conditions(loop.patched, packed.device)
+        ctx.save_for_backward(adapted, *stored, *shared)
+        ctx.num_stored = len(stored)
         return adapted.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_adapted: Tensor):
-        loop, support = ctx.loop, ctx.support
-        (adapted,) = ctx.saved_tensors
-        with torch.enable_grad():
+        loop, (adapted, *saved) = ctx.loop, ctx.saved_tensors
+        stored = [t.detach().requires_grad_(t.requires_grad) for t in saved[: ctx.num_stored]]
+        support = ctx.support.with_stored(stored)
+        meta = [*ctx.shared, *(t for t in stored if t.requires_grad)]
+        with ctx.conditions.restored(loop.patched):
             phi = adapted.detach().requires_grad_()
-            losses, _ = task_losses(loop, phi, support.inputs, support.prefix)
-            (grad,) = torch.autograd.grad(losses.sum(), phi, create_graph=True)
+            _, grad = gradient(loop, phi, support, create_graph=True)
 
+        # The pull towards the initial weights adds lam I to the Hessian of `gradient`: H + lam I.
         def product(v: Tensor) -> Tensor:
             (hv,) = torch.autograd.grad(grad, phi, v, retain_graph=True)
-            return v + hv / loop.proximal
+            return hv / loop.proximal
 
-        return None, None, None, conjugate_gradient(product, d_adapted, loop.implicit)
+        v = conjugate_gradient(product, d_adapted, loop.implicit)
+        d_meta = backpropagate([grad], [-v / loop.proximal], meta)
+        return None, None, None, None, None, v, *d_meta

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastmeta.engine.losses import WAYS, LossFn
 from fastmeta.engine.optimizers import State, UpdateRule
@@ -46,38 +47,59 @@ class InnerLoop:
         return step >= self.steps - self.second_order
 
 
-@dataclass
+_HOLE = object()
+"""Stands for a tensor that is kept elsewhere."""
+
+
+@dataclass(frozen=True)
 class Support:
     """A support set as the inner loop reads it.
 
     Attributes:
         inputs: Model inputs and labels ``[T, N, ...]``.
         prefix: Stored outputs of the frozen prefix, or None.
-        tasks: Which tasks of the learner's batch these are (rates learned per task).
+        tasks: Which tasks of the learner's batch these are, int64 ``[T]`` (for rates learned per
+            task), or None for all.
         start: ``[T, P]`` that a proximal term pulls towards, or None.
     """
 
     inputs: Mapping[str, Tensor]
     prefix: PrefixCache | None = None
-    tasks: slice | None = None
+    tasks: Tensor | None = None
     start: Tensor | None = None
 
+    def stored(self) -> list[Tensor]:
+        """Every tensor of the stored prefix, in a fixed order."""
+        leaves = [] if self.prefix is None else tree_flatten(self.prefix.outputs)[0]
+        return [t for t in leaves if isinstance(t, Tensor)]
 
-@dataclass
+    def with_stored(self, tensors: Sequence[Tensor | None]) -> Support:
+        """This support set with others in place of :meth:`stored`; None leaves a hole."""
+        if self.prefix is None:
+            return self
+        leaves, spec = tree_flatten(self.prefix.outputs)
+        others = iter(_HOLE if t is None else t for t in tensors)
+        cache = PrefixCache()
+        cache.recording = False
+        cache.outputs = tree_unflatten(
+            [next(others) if isinstance(t, Tensor) or t is _HOLE else t for t in leaves], spec
+        )
+        return replace(self, prefix=cache)
+
+
+@dataclass(frozen=True)
 class Trajectory:
     """Where the inner loop went.
 
     Attributes:
         params: ``[T, P]`` after the last step.
-        state: The rule's state after the last step.
         active: bool ``[T]``; False from the step on at which a loss or gradient was not finite.
         losses: Support losses before each step, K tensors ``[T]``.
     """
 
     params: Tensor
-    state: State
     active: Tensor
-    losses: list[Tensor] = field(default_factory=list)
+    losses: list[Tensor]
 
 
 def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -90,10 +112,10 @@ def task_losses(loop: InnerLoop, packed: Tensor, batch: Mapping[str, Tensor], pr
     params = TaskParams(loop.patched.layout, packed)
     outputs = loop.patched(params, prefix_cache=prefix, **model_inputs(batch))
     losses = loop.loss_fn(outputs, batch)
-    if losses.shape != (packed.shape[0],):
+    if not isinstance(losses, Tensor) or losses.shape != (packed.shape[0],):
+        got = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
         raise ValueError(
-            f"loss_fn must return one loss per task, shape [{packed.shape[0]}], "
-            f"got {list(losses.shape)}"
+            f"loss_fn must return one loss per task, shape [{packed.shape[0]}], got {got}"
         )
     return losses, outputs
 
@@ -109,7 +131,16 @@ def gradient(
         total = losses
         if loop.proximal:
             total = losses + 0.5 * loop.proximal * (packed - support.start).square().sum(1)
-        (grad,) = torch.autograd.grad(total.sum(), packed, create_graph=create_graph)
+        grad = None
+        if total.requires_grad:
+            (grad,) = torch.autograd.grad(
+                total.sum(), packed, create_graph=create_graph, allow_unused=True
+            )
+    if grad is None:
+        raise ValueError(
+            "the support loss must depend on the adapted parameters: a differentiable function "
+            "of the model's outputs was expected, got one without a gradient"
+        )
     return losses.detach(), grad
 
 
@@ -123,8 +154,13 @@ def clip(grad: Tensor, max_norm: float) -> Tensor:
 
 def is_finite(losses: Tensor, grad: Tensor) -> Tensor:
     """bool ``[T]``: the task's loss and whole gradient are finite."""
-    largest = torch.linalg.vector_norm(grad.detach(), ord=float("inf"), dim=1)
-    return torch.isfinite(losses) & torch.isfinite(largest)
+    grad = grad.detach()
+    # A sum is finite only if every summand is, and is the cheapest pass over [T, P]; it may also
+    # overflow on finite numbers, so a suspicion is looked at element by element.
+    finite = torch.isfinite(losses) & torch.isfinite(grad.sum(1))
+    if grad.device.type == "cpu" and bool(finite.all()):
+        return finite
+    return torch.isfinite(losses) & torch.isfinite(grad).all(1)
 
 
 def inner_step(
@@ -161,15 +197,14 @@ def unroll(loop: InnerLoop, packed: Tensor, support: Support) -> Trajectory:
     """All K steps, in the autograd graph as far as gradients are enabled."""
     state = loop.rule.init(packed)
     active = torch.ones(packed.shape[0], dtype=torch.bool, device=packed.device)
-    trajectory = Trajectory(packed, state, active)
+    all_losses = []
     for step in range(loop.steps):
         create_graph = torch.is_grad_enabled() and loop.create_graph(step)
         packed, state, active, losses = inner_step(
             loop, step, packed, state, support, active, create_graph
         )
-        trajectory.losses.append(losses)
-    trajectory.params, trajectory.state, trajectory.active = packed, state, active
-    return trajectory
+        all_losses.append(losses)
+    return Trajectory(packed, active, all_losses)
 
 
 def _mask(active: Tensor) -> Tensor | None:

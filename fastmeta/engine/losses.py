@@ -51,28 +51,6 @@ def resolve_loss(loss_fn: str | LossFn) -> LossFn:
     return known[loss_fn]
 
 
-def check_labels(batch: Mapping[str, Tensor], which: str, num_classes: int | None) -> None:
-    """Labels are int64 and below the number of classes, and every task has one that counts."""
-    if "labels" not in batch:
-        raise ValueError(f"the {which} set needs 'labels', got {sorted(batch)}")
-    labels = batch["labels"]
-    if labels.dtype != torch.int64:
-        raise TypeError(f"{which} labels must be int64 class indices, got {labels.dtype}")
-    valid = labels != IGNORE_INDEX
-    counts = valid.flatten(1).sum(1)
-    empty = (counts == 0).nonzero().flatten().tolist()
-    if empty:
-        raise ValueError(f"the {which} set of task {empty[0]} is empty: all its labels are -100")
-    if num_classes is not None:
-        wrong = valid & ((labels < 0) | (labels >= num_classes))
-        if bool(wrong.any()):
-            task = int(wrong.flatten(1).any(1).nonzero()[0])
-            raise ValueError(
-                f"{which} labels must be in 0..{num_classes - 1} (or -100 to ignore), "
-                f"got {int(labels[wrong][0])} in task {task}"
-            )
-
-
 def accuracy(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
     """Share of right answers per task, ``[T]``; ignored rows do not count."""
     labels = batch["labels"]

@@ -17,17 +17,37 @@ _USABLE = 0.7
 """Share of the free memory that a plan may fill; the rest is for temporaries and fragmentation."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class MemoryPlan:
-    """Attributes:
-    mode: ``"unroll"`` or ``"recompute"``.
-    task_chunk: Tasks differentiated at once, or None for all.
-    step_bytes: Predicted bytes that one inner step of one task keeps, 0 where not measured.
+    """How a batch of one shape is run; shrinks in place when memory runs out.
+
+    Attributes:
+        mode: ``"unroll"`` or ``"recompute"``.
+        task_chunk: Tasks differentiated at once, or None for all.
+        free_mode: Whether the mode may change.
+        free_chunk: Whether the chunk may change.
+        predicted_bytes: Predicted peak of one chunk beyond what is already allocated, 0 where not
+            measured.
     """
 
     mode: str
     task_chunk: int | None = None
-    step_bytes: int = 0
+    free_mode: bool = False
+    free_chunk: bool = False
+    predicted_bytes: int = 0
+
+    def shrink(self, tasks: int) -> bool:
+        """After running out of memory with `tasks` at once: recompute, and half the tasks.
+
+        Returns:
+            False where nothing is left to shrink.
+        """
+        changed = False
+        if self.free_mode and self.mode == "unroll":
+            self.mode, changed = "recompute", True
+        if self.free_chunk and tasks > 1:
+            self.task_chunk, changed = min(self.task_chunk or tasks, (tasks + 1) // 2), True
+        return changed
 
 
 def check_memory(memory: str, task_chunk: int | str | None) -> None:
@@ -43,35 +63,48 @@ def check_memory(memory: str, task_chunk: int | str | None) -> None:
 
 
 def choose_plan(
-    loop: InnerLoop,
-    packed: Tensor,
-    support: dict[str, Tensor],
-    batch: TaskBatch,
-    memory: str,
-    task_chunk: int | str | None,
+    loop: InnerLoop, packed: Tensor, batch: TaskBatch, memory: str, task_chunk: int | str | None
 ) -> MemoryPlan:
     """Fill in what the user left to ``"auto"``.
 
     One task's exact step is run once, counting the bytes its graph keeps. ``unroll`` keeps K such
     steps, ``recompute`` one step and the K fast weights; the query pass comes on top.
     """
-    chunk = task_chunk if isinstance(task_chunk, int) else None
-    if memory != "auto" and task_chunk != "auto":
-        return MemoryPlan(memory, chunk)
-    step, query = _measure(loop, packed[:1], batch[:1])
-    state = packed.shape[1] * packed.element_size() * (1 + len(loop.rule.init(packed[:1, :1])))
-    unroll = loop.steps * (step + state) + query
-    recompute = max(step, query) + loop.steps * state
+    plan = MemoryPlan(
+        mode="unroll" if memory == "auto" else memory,
+        task_chunk=task_chunk if isinstance(task_chunk, int) else None,
+        free_mode=memory == "auto",
+        free_chunk=memory == "auto" or task_chunk == "auto",
+    )
+    exact = torch.is_grad_enabled() and loop.second_order > 0
+    if not exact or not (plan.free_mode or plan.free_chunk):
+        return plan
+    need = predict(loop, packed, batch)
     budget = int(_USABLE * free_bytes(packed.device))
-    tasks = chunk or batch.num_tasks
-    mode = memory
-    if memory == "auto":
-        mode = "unroll" if unroll * tasks <= budget else "recompute"
-    need = unroll if mode == "unroll" else recompute
-    if task_chunk == "auto" or (memory == "auto" and task_chunk is None):
-        fitting = max(1, budget // max(need, 1))
-        chunk = fitting if fitting < batch.num_tasks else None
-    return MemoryPlan(mode, chunk, step)
+    tasks = plan.task_chunk or batch.num_tasks
+    if plan.free_mode and need["unroll"] * tasks > budget:
+        plan.mode = "recompute"
+    fitting = max(1, budget // max(need[plan.mode], 1))
+    if plan.task_chunk is None and fitting < tasks:
+        plan.task_chunk = tasks = fitting
+    plan.predicted_bytes = need[plan.mode] * tasks
+    return plan
+
+
+def predict(loop: InnerLoop, packed: Tensor, batch: TaskBatch) -> dict[str, int]:
+    """Peak bytes that one task adds in each mode, from one measured step.
+
+    Args:
+        packed: Initial fast weights, at least one row ``[T, P]``.
+        batch: Tasks of the shape in question; the first one is run.
+    """
+    step, query = _measure(loop, packed[:1], batch[:1])
+    row = packed.shape[1] * packed.element_size()
+    state = row * (1 + len(loop.rule.init(packed[:1, :1])))
+    return {
+        "unroll": loop.steps * (step + state) + query,
+        "recompute": max(step, query) + loop.steps * state,
+    }
 
 
 def _measure(loop: InnerLoop, packed: Tensor, batch: TaskBatch) -> tuple[int, int]:
@@ -133,7 +166,8 @@ def free_bytes(device: torch.device) -> int:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on any device."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+        isinstance(error, RuntimeError)
+        and any(sign in str(error) for sign in ("can't allocate memory", "ALLOC_FAILED"))
     )
 
 

@@ -88,8 +88,12 @@ class Rates(nn.Module):
         """The layout, where the rate is per layer."""
         return self.layout if "layer" in self.axes else None
 
-    def at(self, step: int, task_slice: slice | None = None) -> float | Tensor:
+    def at(self, step: int, tasks: Tensor | None = None) -> float | Tensor:
         """The rate of one step: a number, or ``[1 or T, 1 or S or P]``.
+
+        Args:
+            step: From 0.
+            tasks: Which tasks of the learner's batch take the step, int64 ``[T]``; None for all.
 
         Steps beyond those learned reuse the last one, so evaluation may take more steps.
         """
@@ -100,8 +104,8 @@ class Rates(nn.Module):
             values = values[min(step, values.shape[0] - 1)]
         if "task" not in self.axes:
             values = values.unsqueeze(0)
-        elif task_slice is not None:
-            values = values[task_slice]
+        elif tasks is not None:
+            values = values[tasks]
         if "layer" not in self.axes and "param" not in self.axes:
             values = values.unsqueeze(-1)
         return values

@@ -1,0 +1,106 @@
+"""One clear sentence for every wrong batch or setting, before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fastmeta.batch import IGNORE_INDEX
+from fastmeta.engine.losses import WAYS, LossFn, causal_lm, classification
+from fastmeta.patching import Patched
+
+
+def check_steps(steps: object) -> int:
+    """The number of inner steps, an integer of at least 1."""
+    if isinstance(steps, bool) or not isinstance(steps, int):
+        raise TypeError(f"steps must be an integer of at least 1, got {steps!r}")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    return steps
+
+
+def check_clip_norm(clip_norm: object) -> None:
+    """A positive number, or None."""
+    if clip_norm is None:
+        return
+    if isinstance(clip_norm, bool) or not isinstance(clip_norm, int | float):
+        raise TypeError(f"clip_norm must be a positive number or None, got {clip_norm!r}")
+    if not clip_norm > 0:
+        raise ValueError(f"clip_norm must be positive or None, got {clip_norm}")
+
+
+def check_sets(patched: Patched, loss_fn: LossFn, sets: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Raise unless the model and the loss can take these task sets.
+
+    Args:
+        patched: The model.
+        loss_fn: The resolved loss; labels are checked for the losses that the library brings.
+        sets: Name (``"support"``, ``"query"``) -> inputs, labels and ways of T tasks.
+    """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "adapting takes gradients, which torch.inference_mode() forbids; "
+            "evaluate under torch.no_grad()"
+        )
+    for which, batch in sets.items():
+        for key, value in batch.items():
+            if value.device != patched.device:
+                raise ValueError(
+                    f"the model is on {patched.device}, but {which}[{key!r}] is on "
+                    f"{value.device}; move it with .to({str(patched.device)!r})"
+                )
+        if loss_fn is classification:
+            check_labels(batch, which, "num_labels", 2, _setting(patched, "num_labels"))
+        elif loss_fn is causal_lm:
+            check_labels(batch, which, "vocab_size", 3, _setting(patched, "vocab_size"))
+
+
+def _setting(patched: Patched, name: str) -> int | None:
+    """An entry of the model's configuration; None for a bare backbone, whose head is missing."""
+    if getattr(patched.model, "base_model", None) is patched.model:
+        return None
+    value = getattr(getattr(patched.model, "config", None), name, None)
+    return value if isinstance(value, int) else None
+
+
+def check_labels(
+    batch: Mapping[str, Tensor], which: str, setting: str, dim: int, num_classes: int | None
+) -> None:
+    """Labels are int64, of the right rank, in range, and every task has one that counts.
+
+    Args:
+        which: ``"support"`` or ``"query"``, for the message.
+        setting: The configuration entry that bounds the labels, for the message.
+        dim: Axes of the labels: 2 for ``[T, N]``, 3 for ``[T, N, L]``.
+        num_classes: Labels must be below it; None where unknown.
+    """
+    if "labels" not in batch:
+        raise ValueError(f"the {which} set needs 'labels', got {sorted(batch)}")
+    labels, ways = batch["labels"], batch.get(WAYS)
+    if labels.dtype != torch.int64:
+        raise TypeError(f"{which} labels must be int64 class indices, got {labels.dtype}")
+    if labels.dim() != dim:
+        axes = "[T, N]" if dim == 2 else "[T, N, L]"
+        raise ValueError(f"{which} labels must have shape {axes}, got {list(labels.shape)}")
+    counted = labels if dim == 2 else labels[:, :, 1:]  # the first token has nothing before it
+    valid = (counted != IGNORE_INDEX).flatten(1)
+    wrong = (labels != IGNORE_INDEX) & (labels < 0)
+    if num_classes is not None:
+        wrong = wrong | (labels >= num_classes)
+    if ways is not None:
+        wrong = wrong | (labels >= ways.view(-1, *[1] * (dim - 1)))
+    # One question to the device where all is well.
+    if not bool(wrong.any() | (~valid.any(1)).any()):
+        return
+    if bool(wrong.any()):
+        task = int(wrong.flatten(1).any(1).nonzero()[0])
+        bound = min(int(b) for b in (num_classes, None if ways is None else ways[task]) if b)
+        what = "the task's ways" if ways is not None and bound != num_classes else setting
+        raise ValueError(
+            f"{which} labels must be in 0..{bound - 1} ({what} is {bound}) or -100 to ignore, "
+            f"got {int(labels[wrong][0])} in task {task}"
+        )
+    task = int((~valid.any(1)).nonzero()[0])
+    raise ValueError(f"the {which} set of task {task} is empty: all its labels are -100")

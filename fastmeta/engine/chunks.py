@@ -1,0 +1,121 @@
+"""Tasks in chunks, so that only one chunk's graph exists at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastmeta.engine.conditions import Conditions
+from fastmeta.engine.inner import InnerLoop
+from fastmeta.engine.memory import MemoryPlan, is_out_of_memory
+from fastmeta.engine.recompute import add, backpropagate
+
+
+class TaskResults(NamedTuple):
+    """What an episode gives per task."""
+
+    losses: Tensor
+    """Query losses ``[T]``."""
+    params: Tensor
+    """Adapted fast weights ``[T, P]``."""
+    logits: Tensor
+    """Query logits ``[T, Q, ...]``; ``[T, 0]`` where the model has none."""
+    active: Tensor
+    """bool ``[T]``: the support losses and gradients of every step were finite."""
+    support_losses: Tensor
+    """``[T, K]``."""
+
+    def detach(self) -> TaskResults:
+        return TaskResults(*(t.detach() for t in self))
+
+
+Run = Callable[[slice, Tensor, str], TaskResults]
+"""``(tasks, their rows of the initial fast weights, memory mode) -> results``."""
+
+
+def run_chunks(loop: InnerLoop, run: Run, packed: Tensor, plan: MemoryPlan) -> TaskResults:
+    """Run all tasks, in chunks where the plan says so.
+
+    With gradients, a chunk's graph is dropped after the forward pass and built again in the
+    backward pass, which draws the same random numbers. A chunk whose backward pass runs out of
+    memory is split as the plan allows; under dropout it cannot be split without changing its
+    masks, and only the memory mode changes.
+    """
+    total = packed.shape[0]
+    pieces = split(slice(0, total), plan.task_chunk)
+    if len(pieces) == 1:
+        return run(pieces[0], packed, plan.mode)
+    if torch.is_grad_enabled():
+        weights = [*loop.rates.parameters(), *loop.patched.shared_parameters()]
+        results = [
+            TaskResults(*_Chunk.apply(loop, run, plan, s, weights, packed[s], *weights))
+            for s in pieces
+        ]
+    else:
+        results = [run(s, packed[s], plan.mode) for s in pieces]
+    return TaskResults(*(torch.cat(tensors) for tensors in zip(*results, strict=True)))
+
+
+def split(tasks: slice, size: int | None) -> list[slice]:
+    """Consecutive slices of at most `size` tasks."""
+    size = size or tasks.stop - tasks.start
+    return [slice(i, min(i + size, tasks.stop)) for i in range(tasks.start, tasks.stop, size)]
+
+
+class _Chunk(torch.autograd.Function):
+    """``run(tasks, packed, plan.mode)``, its graph built only in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, loop, run, plan, tasks, weights, packed, *_):
+        ctx.loop, ctx.run, ctx.plan, ctx.tasks, ctx.weights = loop, run, plan, tasks, weights
+        ctx.conditions = Conditions(loop.patched, packed.device)
+        # The weights are saved only so that changing them before backward() raises.
+        ctx.save_for_backward(packed, *weights)
+        ctx.set_materialize_grads(False)
+        results = run(tasks, packed, plan.mode)
+        ctx.conditions.finish()
+        ctx.mark_non_differentiable(results.active, results.support_losses)
+        return tuple(results)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *gradients: Tensor | None):
+        whole, plan, packed = ctx.tasks, ctx.plan, ctx.saved_tensors[0]
+        random = ctx.conditions.random is not None
+        pending = [whole] if random else split(whole, plan.task_chunk)
+        d_packed: list[Tensor] = []
+        d_weights: list[Tensor | None] = [None] * len(ctx.weights)
+        while pending:
+            tasks, mode = pending[0], plan.mode
+            rows = slice(tasks.start - whole.start, tasks.stop - whole.start)
+            size = tasks.stop - tasks.start
+            try:
+                found = _pull_back(
+                    ctx, tasks, packed[rows], [g if g is None else g[rows] for g in gradients]
+                )
+            except (RuntimeError, MemoryError) as error:
+                if not (is_out_of_memory(error) and plan.shrink(size)):
+                    raise
+                if random and plan.mode == mode:
+                    raise
+                found = None  # try again outside this block, which holds the failed graph
+            if found is None:
+                pending[:1] = [tasks] if random else split(tasks, plan.task_chunk)
+                continue
+            pending.pop(0)
+            d_packed.append(torch.zeros_like(packed[rows]) if found[0] is None else found[0])
+            d_weights = [add(a, b) for a, b in zip(d_weights, found[1:], strict=True)]
+        return None, None, None, None, None, torch.cat(d_packed), *d_weights
+
+
+def _pull_back(
+    ctx, tasks: slice, packed: Tensor, gradients: list[Tensor | None]
+) -> list[Tensor | None]:
+    """Gradients of `packed` and the weights, by building the graph of these tasks."""
+    alias = packed.detach().requires_grad_()
+    with ctx.conditions.restored(ctx.loop.patched):
+        results = ctx.run(tasks, alias, ctx.plan.mode)
+        return backpropagate(results, gradients, [alias, *ctx.weights])

@@ -1,0 +1,63 @@
+"""What a forward pass ran under, restored when its graph is built again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from fastmeta.patching import Patched
+
+
+class Conditions:
+    """Random state (so that dropout draws the same masks), autocast and training mode.
+
+    Args:
+        patched: The model that is about to run.
+        device: Where it runs.
+    """
+
+    def __init__(self, patched: Patched, device: torch.device) -> None:
+        self.device = device
+        self.training = patched.training
+        self.autocast = torch.is_autocast_enabled(device.type)
+        self.dtype = torch.get_autocast_dtype(device.type)
+        self.random = self._random_state() if self.training else None
+
+    def finish(self) -> None:
+        """The forward pass is over: forget the random state if nothing was drawn from it."""
+        if self.random is not None:
+            pairs = zip(self.random, self._random_state(), strict=True)
+            if all(torch.equal(before, after) for before, after in pairs):
+                self.random = None
+
+    @contextmanager
+    def restored(self, patched: Patched) -> Iterator[None]:
+        """Run under these conditions, with gradients; the global random state is left alone.
+
+        Raises:
+            RuntimeError: The model was switched between training and evaluation meanwhile.
+        """
+        if patched.training != self.training:
+            raise RuntimeError(
+                "the model must stay in the mode of its forward pass until backward() has run: "
+                f"expected training={self.training}, got {patched.training}"
+            )
+        autocast = torch.autocast(self.device.type, dtype=self.dtype, enabled=self.autocast)
+        with torch.enable_grad(), autocast:
+            if self.random is None:
+                yield
+                return
+            on_gpu = self.device.type == "cuda"
+            with torch.random.fork_rng(devices=[self.device] if on_gpu else []):
+                torch.set_rng_state(self.random[0])
+                if on_gpu:
+                    torch.cuda.set_rng_state(self.random[1], self.device)
+                yield
+
+    def _random_state(self) -> list[torch.Tensor]:
+        states = [torch.get_rng_state()]
+        if self.device.type == "cuda":
+            states.append(torch.cuda.get_rng_state(self.device))
+        return states
