@@ -169,7 +169,7 @@ def _by_expansion(module: nn.Module, adapted: Adapted) -> Callable:
             name: call.views[slot].expand(-1, call.rows, *call.views[slot].shape[2:]).flatten(0, 1)
             for name, slot in adapted.slots.items()
         }
-        return bind(module, expanded)(*args, **kwargs)
+        return bind(module, expanded).forward(*args, **kwargs)
 
     return forward
 

@@ -85,7 +85,7 @@ def _affine(module: nn.Module, adapted: Adapted, call: Call, x: Tensor, transpos
 
 def lora_around(module: nn.Linear, adapted: Adapted, call: Call, x: Tensor) -> Tensor:
     """A linear layer with a forward of its own (quantised ones): that, plus the LoRA term."""
-    y = bind(module, {})(x)
+    y = type(module).forward(module, x)
     low = torch.bmm(
         x.reshape(call.tasks, -1, x.shape[-1]), adapted.view(call, "lora_A").transpose(1, 2)
     )
@@ -136,7 +136,7 @@ def last_axis(module: nn.Module, adapted: Adapted, call: Call, x: Tensor) -> Ten
     each task's vector to its rows whatever the class computes around it.
     """
     vectors = {name: call.views[slot].unsqueeze(1) for name, slot in adapted.slots.items()}
-    y = bind(module, vectors)(x.reshape(call.tasks, -1, x.shape[-1]))
+    y = bind(module, vectors).forward(x.reshape(call.tasks, -1, x.shape[-1]))
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 

@@ -38,12 +38,8 @@ class Unit:
     rows: dict[int, tuple[bool, ...]] = field(default_factory=dict)
 
     def run(self, fast: dict[str, Tensor], args: tuple, kwargs: dict) -> Any:
-        bound = bind(self.module, fast)
-        return (
-            bound(*args, **kwargs)
-            if self.method == "forward"
-            else (getattr(bound, self.method)(*args, **kwargs))
-        )
+        # The method itself, not the module's call: its hooks have run on the outside.
+        return getattr(bind(self.module, fast), self.method)(*args, **kwargs)
 
     def roles(self, call: Call, args: tuple, kwargs: dict, leaves: list[Any]) -> list[str]:
         """``"rows"``, ``"stacked"`` or ``"shared"`` for every argument leaf."""
