@@ -1,0 +1,114 @@
+"""Sentence encoders as few-shot classifiers: pooled token states under a linear head."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+_HEAD_FILE = "head.safetensors"
+
+
+class SentenceClassifier(nn.Module):
+    """Mean-pooled, normalised token states of an encoder under a linear head.
+
+    ``logits = W s e / |e| + b`` with e the mean of the token states under the attention mask. The
+    head starts at zero, so that label permutations of a task are equivalent to it, and the first
+    inner step sets each class's weights from that class's examples.
+
+    Args:
+        encoder: A transformers model whose output has ``last_hidden_state``.
+        num_labels: Number of logits C.
+        scale: s, the norm of the pooled features. With SGD and rate ``lr`` one step on a balanced
+            C-way task yields logits ``lr s^2 / C`` times a difference of cosines.
+
+    Attributes:
+        base_model_prefix: ``"encoder"``, so that ``fm.Head()`` is the classifier.
+    """
+
+    base_model_prefix = "encoder"
+
+    def __init__(self, encoder: nn.Module, num_labels: int = 5, scale: float = 30.0) -> None:
+        super().__init__()
+        if num_labels < 2:
+            raise ValueError(f"num_labels must be at least 2, got {num_labels}")
+        if not scale > 0:
+            raise ValueError(f"scale must be positive, got {scale}")
+        self.encoder = encoder
+        self.encoder.config.num_labels = num_labels
+        self.scale = float(scale)
+        self.classifier = nn.Linear(encoder.config.hidden_size, num_labels)
+        nn.init.zeros_(self.classifier.weight)
+        nn.init.zeros_(self.classifier.bias)
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, num_labels: int = 5, scale: float = 30.0, **settings: Any
+    ) -> SentenceClassifier:
+        """Load the encoder from a folder or hub name, and the head where one was saved with it.
+
+        Args:
+            path: Whatever `transformers.AutoModel` takes.
+            num_labels, scale: As for the class; a saved head keeps its own scale.
+            **settings: Passed to `AutoModel.from_pretrained`.
+        """
+        settings.setdefault("add_pooling_layer", False)
+        try:
+            encoder = AutoModel.from_pretrained(path, **settings)
+        except TypeError:  # not every encoder has a pooler to leave out
+            settings.pop("add_pooling_layer")
+            encoder = AutoModel.from_pretrained(path, **settings)
+        model = cls(encoder, num_labels, scale)
+        head = Path(path, _HEAD_FILE)
+        if head.is_file():
+            tensors = load_file(head)
+            if tensors["weight"].shape != model.classifier.weight.shape:
+                raise ValueError(
+                    f"the head saved in {path} has {tensors['weight'].shape[0]} classes, "
+                    f"expected num_labels={num_labels}"
+                )
+            model.scale = float(tensors.pop("scale"))
+            model.classifier.load_state_dict(tensors)
+        return model
+
+    @property
+    def config(self) -> Any:
+        """The encoder's configuration."""
+        return self.encoder.config
+
+    @property
+    def dummy_inputs(self) -> dict[str, Tensor]:
+        return self.encoder.dummy_inputs
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write the encoder as transformers does, and the head beside it."""
+        self.encoder.save_pretrained(path)
+        head = {n: p.detach().contiguous() for n, p in self.classifier.named_parameters()}
+        save_file({**head, "scale": torch.tensor(self.scale)}, Path(path, _HEAD_FILE))
+
+    def embed(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any
+    ) -> Tensor:
+        """Features ``[B, D]`` of norm `scale`."""
+        states = self.encoder(
+            input_ids=input_ids, attention_mask=attention_mask, **inputs
+        ).last_hidden_state
+        if attention_mask is None:
+            pooled = states.mean(1)
+        else:
+            weight = attention_mask.to(states.dtype).unsqueeze(-1)
+            pooled = (states * weight).sum(1) / weight.sum(1).clamp_min(1)
+        return F.normalize(pooled, dim=-1) * self.scale
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any
+    ) -> SequenceClassifierOutput:
+        """Logits ``[B, C]`` as ``output.logits``."""
+        features = self.embed(input_ids, attention_mask, **inputs)
+        return SequenceClassifierOutput(logits=self.classifier(features))
