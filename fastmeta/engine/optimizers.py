@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -24,7 +26,7 @@ class UpdateRule:
     """
 
     def init(self, params: Tensor) -> State:
-        """State before the first step."""
+        """State before the first step, tensors ``[T, P]`` that share no memory with `params`."""
         return ()
 
     def update(
@@ -38,6 +40,19 @@ class UpdateRule:
         active: Tensor | None = None,
         segments: ParamLayout | None = None,
     ) -> tuple[Tensor, State]:
+        """One step.
+
+        Args:
+            params, grads: ``[T, P]``.
+            state: As :meth:`init` or the step before returned it.
+            lr: A number, or ``[1 or T, 1]``, ``[1 or T, P]``, or with `segments` ``[1 or T, S]``.
+            step: From 0.
+            active: bool ``[T]``, or None where every task is active.
+            segments: The layout, where the rate is per layer; see `spread_rate`.
+
+        Returns:
+            New parameters and state, differentiable in `params`, `grads`, `state` and `lr`.
+        """
         raise NotImplementedError
 
 
@@ -46,6 +61,9 @@ class SGD(UpdateRule):
     """``params - lr (grads + weight_decay params)``."""
 
     weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check(self, at_least_0=("weight_decay",))
 
     def update(self, params, grads, state, lr, step, *, active=None, segments=None):
         new = ops.sgd_update(
@@ -56,12 +74,27 @@ class SGD(UpdateRule):
 
 @dataclass(frozen=True)
 class Momentum(UpdateRule):
-    """``buf = momentum buf + (1 - dampening) g``, ``params - lr buf`` (first step: ``buf = g``)."""
+    """``buf = momentum buf + (1 - dampening) g``, ``params - lr buf`` (first step: ``buf = g``).
+
+    Args:
+        momentum: In [0, 1).
+        dampening: In [0, 1).
+        nesterov: Step along ``g + momentum buf``; needs a momentum and no dampening.
+        weight_decay: At least 0; ``weight_decay params`` is added to the gradient.
+    """
 
     momentum: float = 0.9
     dampening: float = 0.0
     nesterov: bool = False
     weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check(self, at_least_0=("weight_decay",), below_1=("momentum", "dampening"))
+        if self.nesterov and (self.momentum == 0 or self.dampening != 0):
+            raise ValueError(
+                "nesterov needs a momentum above 0 and a dampening of 0, "
+                f"got momentum={self.momentum} and dampening={self.dampening}"
+            )
 
     def init(self, params: Tensor) -> State:
         return (torch.zeros_like(params, memory_format=torch.contiguous_format),)
@@ -77,15 +110,27 @@ class Momentum(UpdateRule):
 
 @dataclass(frozen=True)
 class Adam(UpdateRule):
-    """Adam (Kingma and Ba 2015); weight decay is added to the gradient.
+    """``m`` and ``v`` are running means of g and g^2; ``params - lr m' / (sqrt(v') + eps)``.
 
-    The derivative of ``sqrt(v)`` at ``v = 0`` is taken as 0, so unused coordinates stay finite.
+    ``m' = m / (1 - beta1^k)`` and ``v' = v / (1 - beta2^k)`` at step k, from 1. The derivative of
+    ``sqrt(v)`` at ``v = 0`` is taken as 0, so unused coordinates stay finite.
+
+    Args:
+        betas: Of m and v, each in [0, 1).
+        eps: Above 0. A larger one, such as 1e-3, keeps second-order gradients well conditioned:
+            the update's derivative grows as ``1 / eps`` where gradients vanish.
+        weight_decay: At least 0; ``weight_decay params`` is added to the gradient.
+
+    Source: Kingma and Ba 2015, https://arxiv.org/abs/1412.6980
     """
 
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
     decoupled: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _check(self, at_least_0=("weight_decay",), above_0=("eps",), below_1=("betas",))
 
     def init(self, params: Tensor) -> State:
         zeros = torch.zeros_like(params, memory_format=torch.contiguous_format)
@@ -111,7 +156,10 @@ class Adam(UpdateRule):
 
 @dataclass(frozen=True)
 class AdamW(Adam):
-    """Adam with decoupled weight decay (Loshchilov and Hutter 2019)."""
+    """Adam on ``params (1 - lr weight_decay)``: the decay does not enter m and v.
+
+    Source: Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101
+    """
 
     weight_decay: float = 1e-2
     decoupled: ClassVar[bool] = True
@@ -119,11 +167,22 @@ class AdamW(Adam):
 
 @dataclass(frozen=True)
 class RMSprop(UpdateRule):
-    """``v = alpha v + (1 - alpha) g^2``, ``params - lr g / (sqrt(v) + eps)``."""
+    """``v = alpha v + (1 - alpha) g^2``, ``params - lr g / (sqrt(v) + eps)``.
+
+    The derivative of ``sqrt(v)`` at ``v = 0`` is taken as 0.
+
+    Args:
+        alpha: In [0, 1).
+        eps: Above 0.
+        weight_decay: At least 0; ``weight_decay params`` is added to the gradient.
+    """
 
     alpha: float = 0.99
     eps: float = 1e-8
     weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check(self, at_least_0=("weight_decay",), above_0=("eps",), below_1=("alpha",))
 
     def init(self, params: Tensor) -> State:
         return (torch.zeros_like(params, memory_format=torch.contiguous_format),)
@@ -149,11 +208,33 @@ def resolve_rule(optimizer: str | UpdateRule) -> UpdateRule:
     """The rule of that name at its defaults, or the rule object itself."""
     if isinstance(optimizer, UpdateRule):
         return optimizer
-    if optimizer not in RULES:
+    if not isinstance(optimizer, str) or optimizer not in RULES:
         raise ValueError(
             f"optimizer must be one of {sorted(RULES)} or a rule object, got {optimizer!r}"
         )
     return RULES[optimizer]()
+
+
+def _check(
+    rule: UpdateRule,
+    at_least_0: Sequence[str] = (),
+    above_0: Sequence[str] = (),
+    below_1: Sequence[str] = (),
+) -> None:
+    """Raise ValueError for a setting out of its range."""
+    ranges = (
+        (at_least_0, "at least 0", lambda x: 0 <= x < math.inf),
+        (above_0, "above 0", lambda x: 0 < x < math.inf),
+        (below_1, "in [0, 1)", lambda x: 0 <= x < 1),
+    )
+    for names, expected, fits in ranges:
+        for name in names:
+            given = getattr(rule, name)
+            for value in given if isinstance(given, tuple) else (given,):
+                if not fits(value):
+                    raise ValueError(
+                        f"{name} of {type(rule).__name__} must be {expected}, got {value}"
+                    )
 
 
 def safe_sqrt(x: Tensor) -> Tensor:

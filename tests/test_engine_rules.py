@@ -1,0 +1,155 @@
+"""Update rules against torch.optim, one task at a time, over many steps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastmeta import rules
+from fastmeta.engine.optimizers import resolve_rule, safe_sqrt
+from fastmeta.engine.rates import LearnedRate, Rates
+from fastmeta.patching import ParamLayout
+
+TASKS, SIZE, STEPS = 3, 16, 25
+
+CASES = {
+    "sgd": (rules.SGD(), torch.optim.SGD, {}),
+    "sgd-decay": (rules.SGD(weight_decay=0.1), torch.optim.SGD, {"weight_decay": 0.1}),
+    "momentum": (rules.Momentum(), torch.optim.SGD, {"momentum": 0.9}),
+    "momentum-all": (
+        rules.Momentum(momentum=0.8, dampening=0.3, weight_decay=0.05),
+        torch.optim.SGD,
+        {"momentum": 0.8, "dampening": 0.3, "weight_decay": 0.05},
+    ),
+    "nesterov": (
+        rules.Momentum(momentum=0.8, nesterov=True, weight_decay=0.05),
+        torch.optim.SGD,
+        {"momentum": 0.8, "nesterov": True, "weight_decay": 0.05},
+    ),
+    "adam": (rules.Adam(), torch.optim.Adam, {}),
+    "adam-all": (
+        rules.Adam(betas=(0.7, 0.9), eps=1e-3, weight_decay=0.1),
+        torch.optim.Adam,
+        {"betas": (0.7, 0.9), "eps": 1e-3, "weight_decay": 0.1},
+    ),
+    "adamw": (rules.AdamW(), torch.optim.AdamW, {}),
+    "adamw-all": (
+        rules.AdamW(betas=(0.7, 0.9), eps=1e-3, weight_decay=0.2),
+        torch.optim.AdamW,
+        {"betas": (0.7, 0.9), "eps": 1e-3, "weight_decay": 0.2},
+    ),
+    "rmsprop": (rules.RMSprop(), torch.optim.RMSprop, {}),
+    "rmsprop-all": (
+        rules.RMSprop(alpha=0.8, eps=1e-3, weight_decay=0.1),
+        torch.optim.RMSprop,
+        {"alpha": 0.8, "eps": 1e-3, "weight_decay": 0.1},
+    ),
+}
+
+
+def _gradient(params: Tensor, step: int) -> Tensor:
+    """A different gradient at every step; one coordinate never has any."""
+    return torch.cos((step + 1) * params) * (torch.arange(SIZE) != 5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_torch_optim(name: str) -> None:
+    rule, optimizer, settings = CASES[name]
+    start = torch.randn(TASKS, SIZE, generator=torch.Generator().manual_seed(0)).double()
+    params, state = start, rule.init(start)
+    for step in range(STEPS):
+        params, state = rule.update(params, _gradient(params, step), state, 0.05, step)
+    for t in range(TASKS):
+        alone = torch.nn.Parameter(start[t].clone())
+        torch_rule = optimizer([alone], lr=0.05, **settings)
+        for step in range(STEPS):
+            alone.grad = _gradient(alone.detach(), step)
+            torch_rule.step()
+        torch.testing.assert_close(params[t], alone.detach(), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_frozen_task_and_its_state_stay(name: str) -> None:
+    rule, _, _ = CASES[name]
+    params = torch.randn(TASKS, SIZE, generator=torch.Generator().manual_seed(0)).double()
+    state = rule.init(params)
+    params, state = rule.update(params, params.sin(), state, 0.1, 0)
+    grads = params.cos()
+    grads[1] = float("nan")
+    active = torch.tensor([True, False, True])
+    new, new_state = rule.update(params, grads, state, 0.1, 1, active=active)
+    free, free_state = rule.update(params, grads, state, 0.1, 1)
+    for old, kept, unmasked in zip(
+        (params, *state), (new, *new_state), (free, *free_state), strict=True
+    ):
+        assert torch.equal(kept[1], old[1])
+        assert torch.equal(kept[::2], unmasked[::2])
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("per", ["layer", "param", "task", ("task", "layer")], ids=str)
+def test_rates_reach_their_coordinates(name: str, per) -> None:
+    """A rate per segment, coordinate or task moves what it should, as separate runs do."""
+    rule, _, _ = CASES[name]
+    layout = ParamLayout(["a", "b"], [(4, 4), (16,)])
+    like = torch.zeros((), dtype=torch.float64)
+    rates = Rates(LearnedRate(per=per, init=1.0, num_tasks=TASKS), layout, 1, like)
+    g = torch.Generator().manual_seed(0)
+    params = torch.randn(TASKS, layout.num_params, generator=g).double()
+    with torch.no_grad():
+        rates.values.copy_(torch.rand(rates.values.shape, generator=g))
+        new, _ = rule.update(
+            params, params.cos(), rule.init(params), rates.at(0), 0, segments=rates.segments
+        )
+        for t in range(TASKS):
+            for i in range(layout.num_params):
+                index = {"task": t, "layer": i // 16, "param": i}
+                lr = float(rates.values[tuple(index[axis] for axis in rates.axes)])
+                x = params[t : t + 1, i : i + 1]
+                want, _ = rule.update(x, x.cos(), rule.init(x), lr, 0)
+                torch.testing.assert_close(new[t, i], want[0, 0], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_second_derivatives(name: str) -> None:
+    """Two steps are twice differentiable in parameters, gradients and rate."""
+    rule, _, _ = CASES[name]
+    g = torch.Generator().manual_seed(1)
+    params, one, two = (torch.randn(2, 4, generator=g).double().requires_grad_() for _ in range(3))
+    lr = torch.full((1, 1), 0.1, dtype=torch.float64, requires_grad=True)
+
+    def run(params: Tensor, one: Tensor, two: Tensor, lr: Tensor) -> Tensor:
+        new, state = rule.update(params, one, rule.init(params), lr, 0)
+        return rule.update(new, two, state, lr, 1)[0]
+
+    assert torch.autograd.gradcheck(run, (params, one, two, lr))
+    assert torch.autograd.gradgradcheck(run, (params, one, two, lr))
+
+
+def test_the_root_of_zero_has_no_slope() -> None:
+    x = torch.tensor([0.0, 4.0], dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(safe_sqrt(x).sum(), x, create_graph=True)
+    assert slope.tolist() == [0.0, 0.25]
+    (curvature,) = torch.autograd.grad(slope.sum(), x)
+    assert curvature.tolist() == [0.0, -1 / 32]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: rules.SGD(weight_decay=-1), "weight_decay of SGD must be at least 0, got -1"),
+        (lambda: rules.Momentum(momentum=1.0), "momentum of Momentum must be in [0, 1), got 1.0"),
+        (lambda: rules.Momentum(dampening=-0.1), "dampening of Momentum must be in [0, 1)"),
+        (lambda: rules.Momentum(nesterov=True, dampening=0.1), "nesterov needs a momentum"),
+        (lambda: rules.Adam(betas=(0.9, 1.0)), "betas of Adam must be in [0, 1), got 1.0"),
+        (lambda: rules.AdamW(eps=0), "eps of AdamW must be above 0, got 0"),
+        (lambda: rules.RMSprop(alpha=float("nan")), "alpha of RMSprop must be in [0, 1), got nan"),
+        (lambda: resolve_rule("lion"), "optimizer must be one of ['adam', 'adamw', 'momentum'"),
+        (lambda: resolve_rule(torch.optim.Adam), "or a rule object, got <class"),
+    ],
+)
+def test_bad_settings(make, message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        make()
+    assert message in str(caught.value)
