@@ -69,7 +69,7 @@ def _work(
         while True:
             slots.acquire()
             if stop.is_set():
-                return
+                break
             try:
                 number = next(numbers)
             except StopIteration:
