@@ -6,8 +6,14 @@ place of ``sdpa`` and the flash and flex variants, with the same masks and the s
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
@@ -142,3 +148,47 @@ def use_in(structure: nn.Module, every: bool = False) -> None:
                 for key in getattr(config, "sub_configs", {})
                 if (sub := getattr(config, key, None)) is not None
             ]
+
+
+class watch_fused(TorchFunctionMode):
+    """Notes whether code run within calls torch's fused attention itself, past the registries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = False
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (F.scaled_dot_product_attention, F.multi_head_attention_forward):
+            self.seen = True
+        return func(*args, **(kwargs or {}))
+
+
+_unfused_lock = threading.Lock()
+_unfused_users = 0
+_unfused_before: dict[str, bool] = {}
+
+
+@contextmanager
+def unfused() -> Iterator[None]:
+    """Torch's own attention by its plain kernels, the only ones that differentiate twice.
+
+    The switch belongs to the process, not to the thread: it is set by the first user within and
+    restored by the last. Another thread's attention meanwhile runs the plain kernels too.
+    """
+    global _unfused_users
+    names = ("flash", "mem_efficient", "cudnn")
+    backends = torch.backends.cuda
+    with _unfused_lock:
+        if _unfused_users == 0:
+            for name in names:
+                _unfused_before[name] = getattr(backends, f"{name}_sdp_enabled")()
+                getattr(backends, f"enable_{name}_sdp")(False)
+        _unfused_users += 1
+    try:
+        yield
+    finally:
+        with _unfused_lock:
+            _unfused_users -= 1
+            if _unfused_users == 0:
+                for name in names:
+                    getattr(backends, f"enable_{name}_sdp")(_unfused_before[name])

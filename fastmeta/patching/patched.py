@@ -128,6 +128,12 @@ class Patched(nn.Module):
         row = self.layout.pack(self.slots.leaves())
         return TaskParams(self.layout, row.expand(num_tasks, -1))
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Patched:
+        raise RuntimeError(
+            "a patched model shares its weights with the user's model: move or convert that one "
+            "before patching it"
+        )
+
     # -- running -----------------------------------------------------------------------------
 
     def train(self, mode: bool = True) -> Patched:
@@ -192,7 +198,7 @@ class Patched(nn.Module):
         plan = self.plan(inputs)
         replay = None if prefix_cache is None else prefix_cache.replay()
         with running(Call(params.views, tasks, rows, prefix=replay)):
-            out = plan.structure(**flat)
+            out = plan.run(flat)
         return _unflatten_output(out, tasks, rows)
 
     def _flatten(

@@ -14,17 +14,18 @@ from fastmeta.patching.bind import bind, copy_structure, install
 from fastmeta.patching.context import Call, current_call
 from fastmeta.patching.methods import split_key
 from fastmeta.patching.probe import CallKind
-from fastmeta.patching.rules import Adapted, isolating_rule, lora_delta, rule_for
+from fastmeta.patching.rules import Adapted, gathering, isolating_rule, lora_delta, rule_for
 from fastmeta.patching.slots import Slots
 from fastmeta.patching.units import Unit, by_loop, by_vmap
 
 Tensors = Callable[[Call], dict[str, Tensor]]
 
-MODES = ("rule", "single", "lift", "expand", "skip", "vmap", "loop")
+MODES = ("rule", "single", "lift", "gather", "expand", "skip", "vmap", "loop")
 """How an adapted module can run.
 
 ``rule``: its type's task-batched rule. ``single``: the rule, on one leading row that all tasks
 share (position tables). ``lift``: the rule, on an input without batch axis (``[L]`` positions).
+``gather``: its own code, its lookups in each task's table (embeddings that scale or shift).
 ``expand``: its own code, its own parameters ``[1, ...]`` expanded to one per row (class tokens).
 ``skip``: as it is; its parameters are not read, or only where they are tied to. ``vmap``: its own
 code under vmap. ``loop``: its own code, one task after another.
@@ -42,6 +43,7 @@ class Plan:
         pristine: A copy without rules, for modules that run as they are, per task.
         modes: Adapted module, or shared method, -> one of :data:`MODES`.
         prefix: Modules whose outputs do not depend on the fast weights, in the order they run.
+        fused_attention: Whether the model calls torch's fused attention past the registries.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Plan:
         self.structure = prepared_copy(model, slots)
         self.pristine = prepared_copy(model, slots)
         self.prefix: list[str] = []
+        self.fused_attention = False
         whole = [n for n, mode in modes.items() if mode in WHOLE]
         for name, module in list(self.structure.named_modules()):
             rule = isolating_rule(module)
@@ -75,6 +78,8 @@ class Plan:
             install(module, method, _by_unit(unit, by_vmap if mode == "vmap" else by_loop))
         elif mode == "expand":
             install(module, method, _by_expansion(module, slots.owners[name]))
+        elif mode == "gather":
+            install(module, method, _by_gathering(module, slots.owners[name]))
         else:
             adapted = slots.owners[name]
             rule = rule_for(module, adapted)
@@ -88,12 +93,19 @@ class Plan:
     def prefix_is_random(self) -> bool:
         return any(prefix.is_random(self.structure.get_submodule(n)) for n in self.prefix)
 
+    def run(self, flat: Mapping[str, Any]) -> Any:
+        """The model's output for inputs ``[T * N, ...]``, in the current call."""
+        if self.fused_attention and torch.is_grad_enabled():
+            with attention.unfused():
+                return self.structure(**flat)
+        return self.structure(**flat)
+
     def run_prefix(self, flat: Mapping[str, Any]) -> None:
         """Run until the first adapted module; the current call's cache records."""
         call = current_call()
         call.only_prefix = True
         try:
-            self.structure(**flat)
+            self.run(flat)
         except _PrefixDone:
             pass
         finally:
@@ -170,6 +182,18 @@ def _by_expansion(module: nn.Module, adapted: Adapted) -> Callable:
             for name, slot in adapted.slots.items()
         }
         return bind(module, expanded).forward(*args, **kwargs)
+
+    return forward
+
+
+def _by_gathering(module: nn.Embedding, adapted: Adapted) -> Callable:
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        call = current_call()
+        if call.only_prefix:
+            raise _PrefixDone
+        table = adapted.view(call, "weight")
+        with gathering(table, call.rows):
+            return bind(module, {"weight": table}).forward(*args, **kwargs)
 
     return forward
 

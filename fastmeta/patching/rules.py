@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
 from fastmeta.patching.bind import bind
@@ -105,15 +106,40 @@ def lora_delta(module: nn.Module, adapted: Adapted, call: Call) -> Tensor:
 
 def embedding(module: nn.Embedding, adapted: Adapted, call: Call, ids: Tensor) -> Tensor:
     """nn.Embedding: one gather from the stacked tables, ids offset by task."""
-    table = adapted.tensor(call, "weight")  # [T, V, D]
+    return _gather(adapted.view(call, "weight"), ids, module.padding_idx)
+
+
+def _gather(table: Tensor, ids: Tensor, padding_idx: int | None) -> Tensor:
+    """Rows of ``[T, V, D]`` tables for task-major ids ``[T * N, ...]``."""
     tasks, vocab, dim = table.shape
     offset = torch.arange(tasks, device=ids.device).mul_(vocab)
     flat = ids.reshape(tasks, -1) + offset.unsqueeze(1)
     y = F.embedding(flat, table.reshape(tasks * vocab, dim)).view(*ids.shape, dim)
-    if module.padding_idx is not None:
+    if padding_idx is not None:
         # torch gives the padding row no gradient; the stacked tables have one such row per task.
-        y = torch.where((ids == module.padding_idx).unsqueeze(-1), y.detach(), y)
+        y = torch.where((ids == padding_idx).unsqueeze(-1), y.detach(), y)
     return y
+
+
+class gathering(TorchFunctionMode):
+    """Within, lookups in a stacked table ``[T, V, D]`` read each task's own.
+
+    For embeddings whose own forward shifts positions or scales what ``super().forward`` returns.
+    """
+
+    def __init__(self, table: Tensor, rows: int) -> None:
+        super().__init__()
+        self.table, self.rows = table, rows
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not F.embedding or args[1] is not self.table:
+            return func(*args, **(kwargs or {}))
+        ids, padding_idx = args[0], (kwargs or {}).get("padding_idx")
+        if ids.shape[0] != 1:
+            return _gather(self.table, ids, padding_idx)
+        # One row of positions shared by all: each task's own, for each of its rows.
+        own = _gather(self.table, ids.expand(len(self.table), *ids.shape[1:]), padding_idx)
+        return own.unsqueeze(1).expand(-1, self.rows, *own.shape[1:]).flatten(0, 1)
 
 
 def layer_norm(module: nn.LayerNorm, adapted: Adapted, call: Call, x: Tensor) -> Tensor:
@@ -129,8 +155,15 @@ def layer_norm(module: nn.LayerNorm, adapted: Adapted, call: Call, x: Tensor) ->
     return y.reshape(x.shape)
 
 
+def rms_norm(module: nn.RMSNorm, adapted: Adapted, call: Call, x: Tensor) -> Tensor:
+    """nn.RMSNorm: shared normalisation, per-task gain."""
+    y = F.rms_norm(x, module.normalized_shape, None, module.eps)
+    y = y.reshape(call.tasks, -1, *module.normalized_shape)
+    return (y * adapted.view(call, "weight").unsqueeze(1)).reshape(x.shape)
+
+
 def last_axis(module: nn.Module, adapted: Adapted, call: Call, x: Tensor) -> Tensor:
-    """Modules that normalise or scale the last axis (every RMSNorm): the class's own code.
+    """Modules that normalise or scale the last axis (RMSNorm variants): the class's own code.
 
     Its vectors are bound as ``[T, 1, D]`` and its input as ``[T, M, D]``, so broadcasting applies
     each task's vector to its rows whatever the class computes around it.
@@ -237,6 +270,7 @@ _BY_FORWARD: dict[Callable, Rule] = {
     Conv1D.forward: conv1d_gpt2,
     nn.Embedding.forward: embedding,
     nn.LayerNorm.forward: layer_norm,
+    nn.RMSNorm.forward: rms_norm,
     nn.GroupNorm.forward: group_norm,
     nn.Conv1d.forward: convolution,
     nn.Conv2d.forward: convolution,

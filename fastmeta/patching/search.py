@@ -8,13 +8,14 @@ module that differs moves down a rung; after its last rung, the module around it
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastmeta.patching import prefix, probe
+from fastmeta.patching import attention, prefix, probe
 from fastmeta.patching.bind import bind
 from fastmeta.patching.context import Call, running
 from fastmeta.patching.methods import SHARED_METHODS, key, shared_methods, split_key
@@ -51,6 +52,7 @@ def make_plan(model: nn.Module, slots: Slots, small: Mapping, large: Mapping) ->
         ValueError: The model itself does not run on these inputs.
         PatchError: The model runs, but not with per-task parameters.
     """
+    _check_names(model, small)
     search = _Search(model, slots, small, large)
     while True:
         plan = search.try_modes()
@@ -64,6 +66,29 @@ def make_plan(model: nn.Module, slots: Slots, small: Mapping, large: Mapping) ->
     plan.prefix = probe.prefix_modules(search.trace, entered)
     prefix.install_in(plan.structure, plan.prefix)
     return plan
+
+
+def _check_names(model: nn.Module, inputs: Mapping[str, Any]) -> None:
+    """Raise where the model's signature asks for other inputs."""
+    parameters = inspect.signature(model.forward).parameters
+    kinds = inspect.Parameter
+    if any(p.kind is kinds.VAR_KEYWORD for p in parameters.values()):
+        unknown: list[str] = []
+    else:
+        unknown = sorted(inputs.keys() - parameters.keys())
+    missing = [
+        name
+        for name, p in parameters.items()
+        if p.default is kinds.empty
+        and p.kind in (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)
+        and name not in inputs
+    ]
+    if missing or unknown:
+        raise ValueError(
+            f"{type(model).__name__} expects the inputs {', '.join(missing) or 'of its signature'}"
+            f", got {', '.join(sorted(inputs)) or 'none'}"
+            + (f" (unknown: {', '.join(unknown)})" if unknown else "")
+        )
 
 
 class _Search:
@@ -92,7 +117,13 @@ class _Search:
         for flat in (small, large):
             traces.append(Trace())
             one = Call([v[:1] for v in self.views], 1, 1)
-            with torch.no_grad(), running(one), probe.record(self.reference, traces[-1]):
+            watch = attention.watch_fused()
+            with (
+                torch.no_grad(),
+                running(one),
+                probe.record(self.reference, traces[-1]),
+                watch,
+            ):
                 try:
                     self.reference(**flat)
                 except Exception as e:
@@ -100,6 +131,7 @@ class _Search:
                         f"{type(self.model).__name__} does not run on the inputs "
                         f"{sorted(flat)} ({type(e).__name__}: {e})"
                     ) from e
+            self.fused_attention = watch.seen
         return traces
 
     def _per_task(self, record: list[Trace] | None = None) -> list[Any]:
@@ -147,6 +179,8 @@ class _Search:
                 rungs.append({"batched": "rule", "single": "single"}[kind])
             elif kind == "shared":
                 rungs.append("lift")
+        elif isinstance(module, nn.Embedding) and kind == "batched":
+            rungs.append("gather")
         elif self._is_alias(name) and self.tolerance < _LOW_PRECISION_TOLERANCE:
             rungs.append("skip")
         if adapted.slots and all(
@@ -159,8 +193,11 @@ class _Search:
         return rungs
 
     def _whole(self, name: str) -> list[str]:
-        leaves = sum(1 for m in self.modules[name].modules() if not m._modules)
-        return ["vmap", "loop"] if leaves <= _VMAP_LEAVES and name else ["loop"]
+        modules = list(self.modules[name].modules())
+        leaves = sum(1 for m in modules if not m._modules)
+        # torch's vmap gives the padding row of every table but the first a gradient.
+        padded = any(isinstance(m, nn.Embedding) and m.padding_idx is not None for m in modules)
+        return ["loop"] if padded or leaves > _VMAP_LEAVES or not name else ["vmap", "loop"]
 
     def _is_alias(self, name: str) -> bool:
         """Whether everything adapted in a module is also read elsewhere, under a tied name."""
@@ -207,6 +244,7 @@ class _Search:
         modes = {name: rungs[0] for name, rungs in self.rungs.items()}
         plan = Plan(self.model, self.slots, modes, self.kinds)
         plan.train(False)
+        plan.fused_attention = self.fused_attention
         error: Exception | None = None
         try:
             with torch.no_grad(), running(Call(self.views, probe.TASKS, probe.ROWS)):
@@ -274,4 +312,4 @@ _NEVER = probe.CallKind("never", {})
 
 def _is_guess(name: str, mode: str) -> bool:
     """Modes that are right only where the code around the module uses its result in one way."""
-    return mode in ("single", "lift", "expand") or name.endswith("()")
+    return mode in ("single", "lift", "gather", "expand") or name.endswith("()")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from fastmeta.patching.discover import self_attentions
 from fastmeta.patching.layout import ParamLayout
 from fastmeta.patching.rules import Adapted
 from fastmeta.patching.spec import AdaptParameter, AddLoRA, AddPrefix, Spec
@@ -100,7 +101,7 @@ def make_slots(model: nn.Module, spec: Spec, seed: int) -> Slots:
                 name = f"{request.module}.{attribute}"
                 adapted.slots[attribute] = add(name, parameter)
         elif isinstance(request, AddPrefix):
-            for module_name, heads, dim in _self_attentions(model):
+            for module_name, heads, dim in self_attentions(model):
                 key_value = []
                 for which in ("prefix_key", "prefix_value"):
                     data = torch.randn(heads, request.length, dim, generator=generator) * 0.02
@@ -134,16 +135,3 @@ def _lora_parameters(
         "lora_A": nn.Parameter(a.to(weight.device, dtype)),
         "lora_B": nn.Parameter(b.to(weight.device, dtype)),
     }
-
-
-def _self_attentions(model: nn.Module) -> list[tuple[str, int, int]]:
-    """Self-attention modules as (name, key/value heads, head size), found by running the model."""
-    from fastmeta.patching.discover import self_attentions
-
-    found = self_attentions(model)
-    if not found:
-        raise ValueError(
-            f"{type(model).__name__} does not run its attention through transformers' "
-            "attention interface, which Prefix needs; use LoRA or Params instead"
-        )
-    return found
