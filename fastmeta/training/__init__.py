@@ -1,0 +1,29 @@
+"""The outer loop as a program: trainer, evaluation, metrics, checkpoints, export."""
+
+from fastmeta.training.checkpoint import find_checkpoint, read_checkpoint
+from fastmeta.training.errors import CheckpointError, Interrupted, TrainingError
+from fastmeta.training.evaluation import (
+    Evaluation,
+    evaluate,
+    evaluate_unadapted,
+    nearest_class_mean,
+)
+from fastmeta.training.metrics import read_metrics
+from fastmeta.training.plot import plot_metrics
+from fastmeta.training.trainer import Trainer, load_learner
+
+__all__ = [
+    "CheckpointError",
+    "Evaluation",
+    "Interrupted",
+    "Trainer",
+    "TrainingError",
+    "evaluate",
+    "evaluate_unadapted",
+    "find_checkpoint",
+    "load_learner",
+    "nearest_class_mean",
+    "plot_metrics",
+    "read_checkpoint",
+    "read_metrics",
+]

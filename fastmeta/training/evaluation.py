@@ -1,0 +1,186 @@
+"""Accuracy over many episodes, with its 95 % interval."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastmeta.batch import TaskBatch
+from fastmeta.data.loader import Loader
+from fastmeta.patching import Patched
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of E episodes.
+
+    Attributes:
+        accuracies: Share of right query answers of each episode, ``[E]``.
+        losses: Mean query loss of each episode ``[E]``, NaN where a task diverged; None where
+            there is no loss.
+        diverged: Number of episodes whose adaptation diverged.
+    """
+
+    accuracies: Tensor
+    losses: Tensor | None = None
+    diverged: int = 0
+
+    @property
+    def accuracy(self) -> float:
+        return float(self.accuracies.double().mean())
+
+    @property
+    def interval(self) -> float:
+        """Half the width of the 95 % interval of the mean, ``1.96 s / sqrt(E)``."""
+        episodes = len(self.accuracies)
+        if episodes < 2:
+            return math.inf
+        return 1.96 * float(self.accuracies.double().std()) / math.sqrt(episodes)
+
+    @property
+    def loss(self) -> float | None:
+        """Mean loss of the tasks that did not diverge."""
+        if self.losses is None or self.diverged == len(self.losses):
+            return None
+        return float(self.losses.double().nanmean())
+
+    def __str__(self) -> str:
+        return f"{100 * self.accuracy:.2f} ± {100 * self.interval:.2f} %"
+
+
+def evaluate(
+    learner: nn.Module,
+    episodes: Loader,
+    count: int = 600,
+    *,
+    steps: int | None = None,
+    on_batch: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """Adapt to the first `count` episodes and judge each on its query set.
+
+    Args:
+        learner: A learner such as `fm.MAML`; it runs in evaluation mode, without meta-gradient.
+        episodes: Where tasks come from; its position is left alone.
+        count: Number of episodes, at least 1.
+        steps: Inner steps, when other than the learner's.
+        on_batch: Called with the number of episodes of each batch done; may raise to stop.
+    """
+    accuracies, losses, diverged = [], [], 0
+    settings = {} if steps is None else {"steps": steps}
+    with evaluating(learner):
+        for batch in take(episodes, count, device_of(learner)):
+            out = learner(batch, **settings)
+            if out.accuracy is None:
+                raise ValueError("evaluation needs accuracies, which this learner does not give")
+            accuracies.append(out.accuracy.cpu())
+            losses.append(out.task_losses.cpu())
+            diverged += int(out.diverged.sum())
+            if on_batch:
+                on_batch(batch.num_tasks)
+    return Evaluation(torch.cat(accuracies), torch.cat(losses), diverged)
+
+
+def evaluate_unadapted(patched: Patched, episodes: Loader, count: int = 600) -> Evaluation:
+    """Accuracy at the initial values, before any inner step."""
+
+    def predict(batch: TaskBatch) -> Tensor:
+        logits = patched(patched.init(batch.num_tasks), **inputs_of(batch.query)).logits
+        if batch.ways is None:
+            return logits.argmax(-1)
+        beyond = torch.arange(logits.shape[-1], device=logits.device) >= batch.ways[:, None]
+        return logits.masked_fill(beyond[:, None], -torch.inf).argmax(-1)
+
+    with evaluating(patched):
+        return _judge(predict, take(episodes, count, patched.device))
+
+
+def nearest_class_mean(model: nn.Module, episodes: Loader, count: int = 600) -> Evaluation | None:
+    """Accuracy of a transformer without adaptation: the class whose mean feature is nearest.
+
+    Features are mean-pooled token states, compared by cosine (Snell et al. 2017 without training).
+
+    Returns:
+        None for a model that has no token states to pool (an encoder-decoder, a vision model).
+    """
+    embed = getattr(model, "embed", None) or _mean_pooling(model)
+    if embed is None:
+        return None
+    device = next(model.parameters()).device
+
+    def features(inputs: dict[str, Tensor]) -> Tensor:
+        tasks, rows = inputs["input_ids"].shape[:2]
+        flat = {k: v.flatten(0, 1) for k, v in inputs_of(inputs).items()}
+        return F.normalize(embed(**flat).float(), dim=-1).view(tasks, rows, -1)
+
+    def predict(batch: TaskBatch) -> Tensor:
+        labels = batch.support["labels"]
+        one_hot = F.one_hot(labels.clamp_min(0), int(labels.max()) + 1).float()
+        one_hot = one_hot * (labels >= 0).unsqueeze(-1)
+        means = one_hot.mT @ features(batch.support)  # [T, C, D], up to the classes' sizes
+        return (features(batch.query) @ F.normalize(means, dim=-1).mT).argmax(-1)
+
+    with evaluating(model):
+        return _judge(predict, take(episodes, count, device))
+
+
+def _mean_pooling(model: nn.Module) -> Callable[..., Tensor] | None:
+    backbone = getattr(model, "base_model", None)
+    config = getattr(model, "config", None)
+    if backbone is None or getattr(config, "is_encoder_decoder", True):
+        return None
+
+    def embed(attention_mask: Tensor, **inputs: Tensor) -> Tensor:
+        states = backbone(attention_mask=attention_mask, **inputs).last_hidden_state
+        weight = attention_mask.to(states.dtype).unsqueeze(-1)
+        return (states * weight).sum(1) / weight.sum(1)
+
+    return embed
+
+
+def _judge(predict: Callable[[TaskBatch], Tensor], batches: Iterator[TaskBatch]) -> Evaluation:
+    scores = []
+    for batch in batches:
+        labels = batch.query["labels"]
+        valid = labels >= 0
+        right = (predict(batch) == labels) & valid
+        scores.append((right.sum(1) / valid.sum(1)).cpu())
+    return Evaluation(torch.cat(scores))
+
+
+def inputs_of(examples: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A task set without its labels."""
+    return {k: v for k, v in examples.items() if k != "labels"}
+
+
+def take(episodes: Loader, count: int, device: torch.device) -> Iterator[TaskBatch]:
+    """The first `count` tasks of `episodes`, batch by batch."""
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ValueError(f"expected a number of episodes of at least 1, got {count!r}")
+    index = 0
+    while count > 0:
+        batch = episodes.batch(index)
+        yield batch[:count].to(device)
+        count -= batch.num_tasks
+        index += 1
+
+
+def device_of(learner: nn.Module) -> torch.device:
+    return next(iter(learner.parameters())).device
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; the mode comes back afterwards."""
+    training = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        module.train(training)

@@ -1,0 +1,367 @@
+"""The outer loop: meta-steps, metrics, evaluation, checkpoints and exact resume."""
+
+from __future__ import annotations
+
+import time
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from tqdm import tqdm
+
+from fastmeta.data.loader import Loader
+from fastmeta.engine.memory import MemoryPlan
+from fastmeta.training.checkpoint import (
+    check_fingerprint,
+    find_checkpoint,
+    fingerprint,
+    read_checkpoint,
+    write_checkpoint,
+)
+from fastmeta.training.errors import CheckpointError, Interrupted, TrainingError
+from fastmeta.training.evaluation import Evaluation, evaluate
+from fastmeta.training.files import check_writable, sweep, whole_file
+from fastmeta.training.metrics import MetricsLog, peak_memory
+from fastmeta.training.plot import plot_metrics
+
+
+class Trainer:
+    """Meta-trains a learner: ``theta <- outer(theta, d mean_t L_query / d theta)`` per batch.
+
+    Everything that later steps depend on is in its checkpoints (meta-parameters, optimizer,
+    schedule, position in the episodes, random states), so a resumed run gives the same bits.
+
+    Args:
+        learner: A learner such as `fm.MAML`.
+        episodes: Task batches, `fm.data.Episodes` or `fm.data.TaskDataset`.
+        outer: Optimizer over ``learner.parameters()``.
+        schedule: Learning-rate schedule of `outer`, stepped once per outer step, or None.
+        clip_norm: Bound on the norm of the whole meta-gradient, positive, or None.
+        autocast: dtype in which the model computes (``torch.bfloat16``), or None.
+        valid: Episodes to evaluate on while training, or None.
+        eval_every: Evaluate after every this many steps; 0 for never.
+        eval_episodes: Episodes of each evaluation.
+        out: Folder of the run: ``metrics.jsonl``, ``curve.png``, ``checkpoints/``. None keeps
+            everything in memory.
+        checkpoint_every: Write a checkpoint after every this many steps, and at the end; 0 for
+            the end only.
+        keep: Number of checkpoints kept, at least 1.
+        config: JSON values to keep in every checkpoint, for example how the run was set up.
+        progress: Whether to show a progress bar.
+
+    Attributes:
+        step: Outer steps done.
+        metrics: One record per step: step, loss, accuracy, tasks_per_s, peak_memory_mb, lr,
+            diverged, and after an evaluation valid_accuracy, valid_interval, valid_loss.
+
+    Raises:
+        ValueError: A number out of its range, or an optimizer without meta-parameters.
+        OSError: `out` cannot be written.
+    """
+
+    def __init__(
+        self,
+        learner: nn.Module,
+        episodes: Loader,
+        outer: Optimizer,
+        *,
+        schedule: LRScheduler | None = None,
+        clip_norm: float | None = None,
+        autocast: torch.dtype | None = None,
+        valid: Loader | None = None,
+        eval_every: int = 0,
+        eval_episodes: int = 200,
+        out: str | Path | None = None,
+        checkpoint_every: int = 0,
+        keep: int = 3,
+        config: dict[str, Any] | None = None,
+        progress: bool = True,
+    ) -> None:
+        for name, value, least in (
+            ("eval_every", eval_every, 0),
+            ("eval_episodes", eval_episodes, 1),
+            ("checkpoint_every", checkpoint_every, 0),
+            ("keep", keep, 1),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+        if clip_norm is not None and not clip_norm > 0:
+            raise ValueError(f"clip_norm must be positive or None, got {clip_norm}")
+        own = {id(p) for p in learner.parameters()}
+        if not any(id(p) in own for group in outer.param_groups for p in group["params"]):
+            raise ValueError(
+                "the outer optimizer holds none of the learner's meta-parameters: "
+                "make it over learner.parameters()"
+            )
+        self.learner = learner
+        self.episodes = episodes
+        self.outer = outer
+        self.schedule = schedule
+        self.clip_norm = clip_norm
+        self.autocast = autocast
+        self.valid = valid
+        self.eval_every = eval_every
+        self.eval_episodes = eval_episodes
+        self.out = None if out is None else check_writable(out)
+        self.checkpoint_every = checkpoint_every
+        self.keep = keep
+        self.config = config or {}
+        self.progress = progress
+        self.step = 0
+        self._log = MetricsLog(None if self.out is None else self.out / "metrics.jsonl")
+        self._unfinished: dict[str, Any] | None = None  # a record whose evaluation was cut short
+        self._stopping = False
+        self._saved_step = -1
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        return self._log.records
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.learner.parameters())).device
+
+    def stop(self) -> None:
+        """End `fit` after the step in progress; safe to call from a signal handler or a thread."""
+        self._stopping = True
+
+    # -- the loop ----------------------------------------------------------------------------
+
+    def fit(self, steps: int) -> list[dict[str, Any]]:
+        """Train until `steps` outer steps have been done in all, earlier calls included.
+
+        Returns:
+            The metrics, one record per step.
+
+        Raises:
+            Interrupted: `stop` was called; a checkpoint has been written.
+            TrainingError: Every task of a batch diverged.
+            OSError: A file cannot be written.
+        """
+        if self.out is not None:
+            sweep(self.out)
+            sweep(self.out / "checkpoints")
+        with tqdm(
+            total=steps,
+            initial=self.step,
+            desc="meta-training",
+            unit="step",
+            disable=not self.progress,
+            dynamic_ncols=True,
+        ) as bar:
+            self._halt_if_asked()
+            if self._unfinished is not None:
+                self._finish_record(self._unfinished, bar)
+            batches = iter(self.episodes)
+            try:
+                while self.step < steps:
+                    record = self._train_step(batches)
+                    self._finish_record(record, bar)
+                    bar.update()
+                    every = self.checkpoint_every
+                    if self.out is not None and every and self.step % every == 0:
+                        self.save()
+                    self._halt_if_asked()
+            finally:
+                batches.close()  # ends the thread that prepares batches
+        if self.out is not None:
+            self.save()
+            self.plot()
+        return self.metrics
+
+    def _train_step(self, batches: Any) -> dict[str, Any]:
+        start = time.perf_counter()
+        batch = next(batches, None)
+        if batch is None:  # a finite set of episodes was seen to its end
+            raise TrainingError(
+                f"the episodes ended after {self.step} steps; give them num_batches=None"
+            )
+        batch = batch.to(self.device)
+        precision = (
+            torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext()
+        )
+        with precision:
+            out = self.learner(batch)
+        good = ~out.diverged
+        if not bool(good.any()):
+            raise TrainingError(
+                f"all {batch.num_tasks} tasks of step {self.step + 1} diverged (loss or gradient "
+                "not finite); use a smaller inner or outer learning rate"
+            )
+        self.outer.zero_grad(set_to_none=True)
+        out.loss.backward()
+        if self.clip_norm is not None:
+            nn.utils.clip_grad_norm_(list(self.learner.parameters()), self.clip_norm)
+        lr = float(self.outer.param_groups[0]["lr"])
+        self.outer.step()
+        if self.schedule is not None:
+            self.schedule.step()
+        self.step += 1
+        accuracy = None if out.accuracy is None else float(out.accuracy[good].mean())
+        return {
+            "step": self.step,
+            "loss": float(out.loss.detach()),
+            "accuracy": accuracy,
+            "lr": lr,
+            "diverged": int(out.diverged.sum()),
+            "tasks_per_s": round(batch.num_tasks / (time.perf_counter() - start), 3),
+            "peak_memory_mb": round(peak_memory(self.device), 1),
+        }
+
+    def _finish_record(self, record: dict[str, Any], bar: tqdm) -> None:
+        """Evaluate where this step is due for it, and log."""
+        if self.valid is not None and self.eval_every and self.step % self.eval_every == 0:
+            self._unfinished = record
+            result = self._evaluate(bar)
+            record["valid_accuracy"] = result.accuracy
+            record["valid_interval"] = result.interval
+            record["valid_loss"] = result.loss
+        self._unfinished = None
+        self._log.append(record)
+        shown = {"loss": f"{record['loss']:.3f}", "tasks/s": f"{record['tasks_per_s']:.1f}"}
+        if record["accuracy"] is not None:
+            shown["accuracy"] = f"{record['accuracy']:.3f}"
+        evaluated = [r for r in self.metrics if "valid_accuracy" in r]
+        if evaluated:
+            shown["valid"] = f"{evaluated[-1]['valid_accuracy']:.3f}"
+        bar.set_postfix(shown, refresh=False)
+
+    def _evaluate(self, bar: tqdm) -> Evaluation:
+        bar.set_description("evaluating", refresh=True)
+        try:
+            return evaluate(
+                self.learner,
+                self.valid,
+                self.eval_episodes,
+                on_batch=lambda _: self._halt_if_asked(),
+            )
+        finally:
+            bar.set_description("meta-training", refresh=False)
+
+    def _halt_if_asked(self) -> None:
+        if not self._stopping:
+            return
+        self._stopping = False
+        raise Interrupted(self.step, None if self.out is None else self.save())
+
+    # -- state -------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that later steps depend on, as tensors and JSON values."""
+        cuda = self.device.type == "cuda"
+        plans = getattr(self.learner, "_memory_plans", {})
+        return {
+            "config": self.config,
+            "fingerprint": fingerprint(self.learner),
+            "meta": dict(self.learner.state_dict()),
+            "outer": self.outer.state_dict(),
+            "schedule": None if self.schedule is None else self.schedule.state_dict(),
+            "episodes": self.episodes.state_dict(),
+            "rng": {
+                "cpu": torch.get_rng_state(),
+                "cuda": torch.cuda.get_rng_state(self.device) if cuda else None,
+            },
+            # Unrolling and recomputing round differently: a resumed run keeps the choice made.
+            "memory_plans": {key: asdict(plan) for key, plan in plans.items()},
+            "unfinished": self._unfinished,
+        }
+
+    def save(self) -> Path:
+        """Write a checkpoint of this step, whole or not at all, and return its folder.
+
+        Raises:
+            ValueError: The trainer has no folder.
+            OSError: It cannot be written.
+        """
+        if self.out is None:
+            raise ValueError("a trainer without a folder cannot save: give it out=...")
+        folder = self.out / "checkpoints"
+        path = folder / f"step-{self.step:08d}"
+        if self._saved_step != self.step or not path.exists() or self._unfinished:
+            path = write_checkpoint(folder, self.step, self.state_dict(), keep=self.keep)
+            self._saved_step = self.step
+        return path
+
+    def resume(self, checkpoint: str | Path | None = None) -> int:
+        """Go on exactly where a checkpoint was written.
+
+        Args:
+            checkpoint: Its folder, or a run's folder for the newest one; default: `out`.
+
+        Returns:
+            The number of steps done.
+
+        Raises:
+            CheckpointError: Missing, damaged, of another model, specification, optimizer or data.
+        """
+        if checkpoint is None and self.out is None:
+            raise ValueError("a trainer without a folder needs the checkpoint to resume from")
+        folder = find_checkpoint(self.out if checkpoint is None else checkpoint)
+        state = read_checkpoint(folder)
+        load_learner(self.learner, state, folder)
+        # What can fail comes first, and the random states, which cannot, last.
+        self._load_outer(state, folder)
+        try:
+            self.episodes.load_state_dict(state["episodes"])
+        except ValueError as error:
+            raise CheckpointError(f"{folder}: {error}") from None
+        plans = {key: MemoryPlan(**plan) for key, plan in state["memory_plans"].items()}
+        getattr(self.learner, "_memory_plans", {}).update(plans)
+        self.step = self._saved_step = state["step"]
+        self._unfinished = state["unfinished"]
+        done = self.step - (self._unfinished is not None)
+        self._log.rewind(done)
+        torch.set_rng_state(state["rng"]["cpu"])
+        if state["rng"]["cuda"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
+        return self.step
+
+    def _load_outer(self, state: dict[str, Any], folder: Path) -> None:
+        if (state["schedule"] is None) != (self.schedule is None):
+            raise CheckpointError(
+                f"{folder} was written {'without' if state['schedule'] is None else 'with'} a "
+                f"schedule, this trainer has {'none' if self.schedule is None else 'one'}"
+            )
+        saved = [sorted(group) for group in state["outer"]["param_groups"]]
+        own = [sorted(group) for group in self.outer.state_dict()["param_groups"]]
+        if saved != own:
+            raise CheckpointError(
+                f"{folder} holds the state of another outer optimizer than "
+                f"{type(self.outer).__name__} with {len(own)} parameter groups"
+            )
+        try:
+            self.outer.load_state_dict(state["outer"])
+        except ValueError as error:
+            raise CheckpointError(f"{folder}: {error}") from None
+        if self.schedule is not None:
+            self.schedule.load_state_dict(state["schedule"])
+
+    def plot(self) -> Path | None:
+        """Write the learning curve to ``curve.png`` in the run's folder, where there is one."""
+        if self.out is None or not self.metrics:
+            return None
+        with whole_file(self.out / "curve.png") as temporary:
+            plot_metrics(self.metrics, temporary)
+        return self.out / "curve.png"
+
+
+def load_learner(learner: nn.Module, state: dict[str, Any], folder: Path) -> None:
+    """Copy the meta-parameters of a checkpoint into `learner`.
+
+    Args:
+        state: From `read_checkpoint`.
+        folder: The checkpoint's folder, for messages.
+
+    Raises:
+        CheckpointError: The checkpoint is of another model or specification.
+    """
+    check_fingerprint(state["fingerprint"], fingerprint(learner), folder)
+    try:
+        learner.load_state_dict(state["meta"])
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {error}") from None
