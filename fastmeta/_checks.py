@@ -48,7 +48,7 @@ def active_tasks(op: str, active: Tensor, params: Tensor) -> Tensor:
         raise ValueError(
             f"{op}: active must be bool [{num_tasks}] on {params.device}, got {describe(active)}"
         )
-    return active
+    return active.contiguous()
 
 
 def segment_offsets(op: str, segments: object, params: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ def segment_offsets(op: str, segments: object, params: Tensor) -> Tensor:
             raise ValueError(
                 f"{op}: segments must rise from 0 to P = {params.shape[1]}, got {starts}"
             )
-    return segments
+    return segments.contiguous()
 
 
 def learning_rate(

@@ -48,11 +48,11 @@ class Extension:
     detail: str  # path, or the reason
 
 
-def _load(module: str, impl: str, device: str) -> Extension:
+def _load(module: str, impl: str, device: str, needs: str) -> Extension:
     full = f"{NAMESPACE}.{module}"
     spec = importlib.util.find_spec(full)
     if spec is None:
-        return Extension(full, impl, device, "not built", "pure-Python installation")
+        return Extension(full, impl, device, "not built", f"needs {needs} at installation")
     try:
         importlib.import_module(full)
     except (ImportError, OSError) as error:
@@ -66,7 +66,10 @@ def _load(module: str, impl: str, device: str) -> Extension:
     return Extension(full, impl, device, "loaded", getattr(sys.modules[full], "__file__", "") or "")
 
 
-EXTENSIONS = (_load("_C", "cpp", "cpu"), _load("_C_cuda", "cuda", "cuda"))
+EXTENSIONS = (
+    _load("_C", "cpp", "cpu", "a C++ compiler and --no-build-isolation"),
+    _load("_C_cuda", "cuda", "cuda", "nvcc and a CUDA build of torch"),
+)
 OPS: dict[str, Op] = {}
 
 
@@ -90,6 +93,8 @@ def register_kernel(name: str, impl: str, device: str, kernel: Callable, *, winn
     A loser stays reachable through ``use_impl``. Raises ValueError where the device has a kernel
     already and this one should win: a second registration would silently replace the first.
     """
+    if name not in OPS:
+        raise ValueError(f"unknown operator {name!r}, expected one of {', '.join(OPS)}")
     op = OPS[name]
     if winner:
         if dispatched(name, device):

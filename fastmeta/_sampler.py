@@ -58,8 +58,8 @@ def sample_episodes(
         impl: ``"auto"``, ``"python"`` or ``"host"`` (the compiled twin).
 
     Returns:
-        int64 ``classes [E, n_way]``, ``support [E, n_way, k_shot]`` and ``query [E, n_way, q_query]``:
-        class indices, and positions in the grouped order.
+        int64 ``classes [E, n_way]`` (class indices), ``support [E, n_way, k_shot]`` and
+        ``query [E, n_way, q_query]`` (positions in the grouped order).
 
     Raises:
         ValueError: a malformed argument, or a class with fewer than ``k_shot + q_query`` examples.
@@ -117,8 +117,8 @@ def _check_counts(
     short = np.flatnonzero(sizes < k_shot + q_query)
     if short.size:
         raise ValueError(
-            f"class {short[0]} has {sizes[short[0]]} examples but an episode takes {k_shot} support "
-            f"+ {q_query} query = {k_shot + q_query} "
+            f"class {short[0]} has {sizes[short[0]]} examples but an episode takes {k_shot} "
+            f"support + {q_query} query = {k_shot + q_query} "
             f"({short.size} of {num_classes} classes are too small)"
         )
 

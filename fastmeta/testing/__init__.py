@@ -1,0 +1,1 @@
+"""What tests and benchmarks share: the operator table, samples, tolerances, float64 helpers."""

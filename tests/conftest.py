@@ -1,0 +1,72 @@
+"""Shared fixtures: fixed seeds, and the implementations a test of an operator runs through."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastmeta import _library
+from fastmeta.ops import use_impl
+
+_KEEP: list[torch.library.Library] = []  # a library is unregistered when it is collected
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def emulated_cuda() -> str:
+    """Registers the CUDA kernels, run on the CPU (tests/cuda_emulation), as ``cuda_emulated``."""
+    if shutil.which("c++") is None or shutil.which("ninja") is None:
+        pytest.skip("emulating the CUDA kernels needs a C++ compiler and ninja")
+    from torch.utils.cpp_extension import load
+
+    folder = ROOT / "tests" / "cuda_emulation"
+    build = ROOT / "build" / f"cuda_emulation-{torch.__version__}"
+    build.mkdir(parents=True, exist_ok=True)
+    load(
+        "fastmeta_emulated",
+        [str(p) for p in sorted(folder.glob("*.cpp"))],
+        extra_include_paths=[str(ROOT / "csrc"), str(folder)],
+        extra_cflags=[
+            *("-O1", "-g0", "-ffp-contract=off", "-fno-strict-aliasing"),
+            "-DTORCH_TARGET_VERSION=0x020a000000000000",
+        ],
+        is_python_module=False,
+        build_directory=str(build),
+    )
+    library = torch.library.Library("fastmeta_emulated", "DEF")
+    _KEEP.append(library)
+    for name, op in _library.OPS.items():
+        library.define(op.schema)
+        key = f"fastmeta_emulated::{name}"
+        if torch._C._dispatch_has_kernel_for_dispatch_key(key, "CPU"):
+            kernel = getattr(torch.ops.fastmeta_emulated, name).default
+            op.kernels["cuda_emulated"] = ("cpu", kernel)
+    return "cuda_emulated"
+
+
+IMPLS = ("reference", "cpp", "cuda_emulated", "cuda")
+
+
+@pytest.fixture(params=IMPLS)
+def impl(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """(implementation, device), in force for the test; skipped with the reason where absent."""
+    name, device = request.param, "cpu"
+    if name == "cuda_emulated":
+        request.getfixturevalue("emulated_cuda")
+    elif name != "reference":
+        extension = next(e for e in _library.EXTENSIONS if e.impl == name)
+        if extension.state != "loaded":
+            pytest.skip(f"{extension.module}: {extension.state}, {extension.detail}")
+        device = extension.device
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    with use_impl(name):
+        yield name, device

@@ -1,0 +1,187 @@
+"""Every operator of the table through every implementation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from fastmeta import _library
+from fastmeta.ops import use_impl
+from fastmeta.testing.ops import TABLE, OpRow, Sample
+from fastmeta.testing.tolerance import assert_within_budget, shake
+
+pytestmark = pytest.mark.filterwarnings(
+    # gradcheck reads .grad of the non-leaf tensors it was given
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)
+
+
+def short(dtypes: tuple[torch.dtype, ...]) -> str:
+    return "-".join(str(d).removeprefix("torch.") for d in dtypes)
+
+
+ROWS_DTYPES = [
+    pytest.param(row, d, id=f"{row.name}-{short(d)}") for row in TABLE for d in row.dtypes
+]
+SMALL = [pytest.param(s, id=f"{row.name}-{s.id}") for row in TABLE for s in row.small()]
+
+
+def leaves(sample: Sample, dtype: torch.dtype | None = None) -> list[torch.Tensor]:
+    """The sample's tensors as they are, or in one dtype, as inputs that require grad."""
+    return [(t if dtype is None else t.to(dtype)).detach().requires_grad_() for t in sample.tensors]
+
+
+def cotangent_of(sample: Sample) -> torch.Tensor:
+    """The same for all precisions: a tensor that bfloat16 can hold."""
+    shape = sample.tensors[0].shape
+    cotangent = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    return cotangent.to(torch.bfloat16).to(sample.tensors[0].device)
+
+
+def run(sample: Sample, tensors: list[torch.Tensor], cotangent=None) -> list[torch.Tensor]:
+    """The result and its gradient for each input."""
+    out = sample.call(*tensors)
+    cotangent = cotangent_of(sample) if cotangent is None else cotangent
+    return [out.detach(), *torch.autograd.grad(out, tensors, cotangent.to(out.dtype))]
+
+
+def shaken_runs(sample: Sample, dtypes: tuple[torch.dtype, ...]) -> list[list[torch.Tensor]]:
+    """Exact results for inputs moved by one rounding of the widest dtype but float64."""
+    eps = torch.finfo(torch.float32 if torch.float64 in dtypes else dtypes[0]).eps
+    generator = torch.Generator().manual_seed(2)
+    runs = []
+    for _ in range(3):
+        moved = [shake(t, eps, generator).requires_grad_() for t in sample.tensors]
+        runs.append(run(sample, moved, shake(cotangent_of(sample), eps, generator)))
+    return runs
+
+
+@pytest.mark.parametrize(("row", "dtypes"), ROWS_DTYPES)
+def test_values_and_gradients(row: OpRow, dtypes, impl):
+    name, device = impl
+    for sample in row.samples(dtypes, device):
+        actual = run(sample, leaves(sample))
+        with use_impl("reference"):
+            exact = run(sample, leaves(sample, torch.float64))
+            low = run(sample, leaves(sample, torch.float32 if torch.float64 in dtypes else None))
+            shaken = shaken_runs(sample, dtypes)
+        for i, (a, e, w, *s) in enumerate(zip(actual, exact, low, *shaken, strict=True)):
+            what = f"{name} {sample.id}: {'result' if i == 0 else f'gradient {i - 1}'}"
+            assert i > 0 or a.is_contiguous(), what
+            assert a.dtype == sample.tensors[max(i - 1, 0)].dtype, what
+            assert_within_budget(what, a, e, w, s)
+        again = run(sample, leaves(sample))
+        for a, b in zip(actual, again, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("sample", SMALL)
+def test_finite_differences(sample: Sample, impl):
+    name, _ = impl
+    inputs = tuple(leaves(sample))
+    batched = name != "reference"
+    assert gradcheck(sample.call, inputs, check_batched_grad=batched)
+    assert gradgradcheck(sample.call, inputs, check_batched_grad=batched)
+
+
+def objective(sample: Sample):
+    return lambda *tensors: sample.call(*tensors).square().sum()
+
+
+@pytest.mark.parametrize("sample", SMALL)
+def test_function_transforms(sample: Sample, impl):
+    inputs = [t.detach() for t in sample.tensors]
+    everything = tuple(range(len(inputs)))
+    gradient = torch.func.grad(objective(sample), argnums=everything)
+
+    def penalty(*tensors):  # a function of the gradient, so that its own gradient is second order
+        return sum(g.pow(3).sum() for g in gradient(*tensors))
+
+    second = torch.func.grad(penalty, argnums=everything)
+    with use_impl("reference"):
+        expected = [*gradient(*inputs), *second(*inputs)]
+    for a, e in zip([*gradient(*inputs), *second(*inputs)], expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-12)
+
+    batch = [torch.stack([t, 0.5 * t, t + 1]) for t in inputs]
+    for in_dims in {
+        (0,) * len(inputs),
+        *((None,) * i + (0,) + (None,) * (len(inputs) - i - 1) for i in range(len(inputs))),
+    }:
+        given = [b if d == 0 else t for b, t, d in zip(batch, inputs, in_dims, strict=True)]
+        for function in (sample.call, gradient, second):
+            rows = [
+                function(*[g[i] if d == 0 else g for g, d in zip(given, in_dims, strict=True)])
+                for i in range(3)
+            ]
+            got = torch.func.vmap(function, in_dims=in_dims)(*given)
+            if isinstance(got, torch.Tensor):
+                got, rows = (got,), [(r,) for r in rows]
+            for i, g in enumerate(got):
+                expected = torch.stack([r[i] for r in rows])
+                torch.testing.assert_close(g, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("sample", SMALL)
+def test_vmapped_axis_anywhere(sample: Sample, impl):
+    inputs = [t.detach() for t in sample.tensors]
+    last = tuple(t.dim() for t in inputs)
+    batch = [torch.stack([t, 2 * t], dim=-1) for t in inputs]
+    got = torch.func.vmap(sample.call, in_dims=last, out_dims=1)(*batch)
+    expected = torch.stack([sample.call(*inputs), sample.call(*[2 * t for t in inputs])], dim=1)
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("sample", SMALL)
+def test_capture(sample: Sample):
+    """make_fx records the raw operators of a gradient, and the graph computes the same."""
+    inputs = [t.detach() for t in sample.tensors]
+    step = torch.func.grad(objective(sample), argnums=tuple(range(len(inputs))))
+    graph = make_fx(step, tracing_mode="fake")(*inputs)
+    called = {str(node.target) for node in graph.graph.nodes}
+    assert "fastmeta.sgd_update.default" in called
+    for a, e in zip(graph(*inputs), step(*inputs), strict=True):
+        torch.testing.assert_close(a, e, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("sample", SMALL)
+def test_forward_mode_is_refused(sample: Sample):
+    inputs = tuple(t.detach() for t in sample.tensors)
+    with pytest.raises(RuntimeError, match="jvp"):
+        torch.func.jvp(sample.call, inputs, inputs)
+
+
+def recorded_calls(row: OpRow):
+    """Arguments of the raw operators, as the public ones pass them."""
+    for sample in [*row.small(), *row.samples(row.dtypes[0]), *row.samples(row.dtypes[2])]:
+        if max((t.numel() for t in sample.tensors), default=0) > 1000:
+            continue
+        calls = []
+
+        class Record(torch.utils._python_dispatch.TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                if func.namespace == _library.NAMESPACE:
+                    calls.append((func, args, kwargs or {}))  # noqa: B023
+                return func(*args, **(kwargs or {}))
+
+        with Record():
+            run(sample, leaves(sample))
+            with torch.no_grad():
+                sample.call(sample.tensors[0].clone(), *sample.tensors[1:])
+        yield from ((sample.id, *call) for call in calls)
+
+
+@pytest.mark.parametrize("row", TABLE, ids=lambda row: row.name)
+def test_opcheck(row: OpRow):
+    """torch's own check of a custom operator: schema, fake kernel, autograd registration."""
+    seen = set()
+    for name, op, args, kwargs in recorded_calls(row):
+        seen.add(op)
+        args = [a.detach().clone() if isinstance(a, torch.Tensor) else a for a in args]
+        # the public functions own the derivatives; the raw operators have none
+        checks = ("test_schema", "test_faketensor")
+        result = torch.library.opcheck(op, args, kwargs, test_utils=checks, raise_exception=False)
+        assert set(result.values()) == {"SUCCESS"}, f"{op} on {name}: {result}"
+    assert len(seen) >= 2
