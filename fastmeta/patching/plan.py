@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastmeta.patching import attention, prefix
+from fastmeta.patching import activations, attention, prefix
 from fastmeta.patching.bind import bind, copy_structure, install
 from fastmeta.patching.context import Call, current_call
 from fastmeta.patching.methods import split_key
@@ -120,6 +120,7 @@ def prepared_copy(model: nn.Module, slots: Slots) -> nn.Module:
     """A copy of the model's structure, sharing its tensors, ready to be differentiated twice."""
     structure = copy_structure(model)
     attention.use_in(structure, every=bool(slots.prefixes))
+    activations.use_in(structure)
     for module in structure.modules():
         config = getattr(module, "config", None)
         if getattr(config, "use_cache", False):
