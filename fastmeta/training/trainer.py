@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -182,10 +182,7 @@ class Trainer:
                 f"the episodes ended after {self.step} steps; give them num_batches=None"
             )
         batch = batch.to(self.device)
-        precision = (
-            torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext()
-        )
-        with precision:
+        with self._precision():
             out = self.learner(batch)
         good = ~out.diverged
         if not bool(good.any()):
@@ -234,14 +231,20 @@ class Trainer:
     def _evaluate(self, bar: tqdm) -> Evaluation:
         bar.set_description("evaluating", refresh=True)
         try:
-            return evaluate(
-                self.learner,
-                self.valid,
-                self.eval_episodes,
-                on_batch=lambda _: self._halt_if_asked(),
-            )
+            with self._precision():
+                return evaluate(
+                    self.learner,
+                    self.valid,
+                    self.eval_episodes,
+                    on_batch=lambda _: self._halt_if_asked(),
+                )
         finally:
             bar.set_description("meta-training", refresh=False)
+
+    def _precision(self) -> AbstractContextManager:
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.autocast)
 
     def _halt_if_asked(self) -> None:
         if not self._stopping:

@@ -1,0 +1,161 @@
+"""``fastmeta adapt``: adapt one task from labelled text and write its weights."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import fastmeta as fm
+from fastmeta.cli import checkpointed
+from fastmeta.cli.build import Parts
+from fastmeta.cli.errors import UserError
+from fastmeta.data import DataError, LabelledTexts
+from fastmeta.data.readers import read_lines
+from fastmeta.training.evaluation import evaluating
+from fastmeta.training.export import check_new, export_task
+from fastmeta.training.files import check_writable, whole_file
+
+SUMMARY = "Adapt a checkpoint to one task from labelled JSONL; write its weights, predict."
+KEYS = ("model", "inner_steps", "text_key", "label_key", "max_length", "device", "threads")
+_ROWS = 64  # texts predicted at once
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    checkpointed.add_arguments(parser, KEYS)
+    parser.add_argument(
+        "--support", required=True, metavar="FILE", help="JSONL with a text and a label per line"
+    )
+    parser.add_argument(
+        "--out",
+        dest="folder",
+        metavar="DIR",
+        help="new folder for the adapted weights: PEFT's format where the spec has LoRA",
+    )
+    parser.add_argument(
+        "--predict", metavar="FILE", help="JSONL with a text per line (a label is compared)"
+    )
+    parser.add_argument(
+        "--predictions", metavar="FILE", help="where predictions go as JSONL [standard output]"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if not arguments.folder and not arguments.predict:
+        raise UserError("expected --out DIR or --predict FILE, or both")
+    if arguments.folder:
+        check_writable(check_new(arguments.folder))
+    if arguments.predictions:
+        check_writable(Path(arguments.predictions).parent)
+    parts = checkpointed.load(arguments)
+    config = parts.config
+    support = fm.data.from_jsonl(arguments.support, text=config.text_key, label=config.label_key)
+    labels = _check_labels(support, arguments.support, config.ways)
+    texts = _read_texts(arguments.predict, config.text_key, config.label_key, labels)
+    params = adapt(parts, support)
+    if arguments.folder:
+        trained = config.model.startswith("builtin") or bool(parts.patched.shared_parameters())
+        kind = export_task(
+            parts.patched,
+            params,
+            arguments.folder,
+            labels=labels,
+            base=None if trained else config.model,
+        )
+        print(
+            f"{arguments.folder}: adapted weights of {len(labels)} classes ({kind})",
+            file=sys.stderr,
+        )
+    if arguments.predict:
+        _write_predictions(predict(parts, params, texts, labels), arguments.predictions)
+    return 0
+
+
+def adapt(parts: Parts, support: LabelledTexts) -> fm.TaskParams:
+    """Fast weights of one task, ``[1, P]``, by the learner's own inner loop."""
+    inputs = _inputs(parts, support.texts, parts.patched.device)
+    labels = torch.from_numpy(support.labels).to(parts.patched.device)
+    examples = {k: v.unsqueeze(0) for k, v in inputs.items()} | {"labels": labels.unsqueeze(0)}
+    ways = torch.tensor([len(support.classes)], device=labels.device)
+    with evaluating(parts.learner):
+        out = parts.learner(fm.TaskBatch(examples, examples, ways))
+    if bool(out.diverged[0]):
+        raise UserError("the adaptation diverged: fewer --inner-steps may help")
+    return out.params
+
+
+def predict(
+    parts: Parts, params: fm.TaskParams, texts: list[dict], labels: list[str]
+) -> list[dict]:
+    """The rows of `texts` with ``predicted`` and ``probability``."""
+    rows = []
+    with evaluating(parts.patched):
+        for begin in range(0, len(texts), _ROWS):
+            chunk = texts[begin : begin + _ROWS]
+            inputs = _inputs(parts, [row["text"] for row in chunk], parts.patched.device)
+            out = parts.patched(params, **{k: v.unsqueeze(0) for k, v in inputs.items()})
+            probabilities = out.logits[0, :, : len(labels)].float().softmax(-1)
+            for row, p in zip(chunk, probabilities, strict=True):
+                best = int(p.argmax())
+                rows.append(
+                    row | {"predicted": labels[best], "probability": round(float(p[best]), 6)}
+                )
+    return rows
+
+
+def _inputs(parts: Parts, texts, device: torch.device) -> dict[str, Tensor]:
+    tokens = fm.data.tokenize(list(texts), parts.tokenizer, max_length=parts.config.max_length)
+    rows = tokens.rows(range(len(texts)))
+    return {k: torch.from_numpy(v).to(device) for k, v in rows.items()}
+
+
+def _check_labels(support: LabelledTexts, file: str, ways: int) -> list[str]:
+    labels = list(support.classes)
+    if not 2 <= len(labels) <= ways:
+        raise UserError(
+            f"{file}: expected 2 to {ways} classes, as the checkpoint was trained with "
+            f"ways={ways}, got {len(labels)}"
+        )
+    return labels
+
+
+def _read_texts(
+    file: str | None, text_key: str | None, label_key: str, labels: list[str]
+) -> list[dict]:
+    """``text`` and, where given, ``label`` of every line."""
+    rows = []
+    for number, line in read_lines(Path(file)) if file else ():
+        where = f"{file}, line {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{where}: malformed JSON ({error.msg}, column {error.colno})"
+            ) from None
+        if not isinstance(row, dict):
+            raise DataError(f"{where}: expected a JSON object with a text, got {line[:60]!r}")
+        key = text_key or next((k for k in ("sentence", "text") if k in row), "text")
+        text = row.get(key)
+        if not isinstance(text, str) or not text.strip():
+            raise DataError(f"{where}: expected {key!r} to be a text, got {text!r}")
+        rows.append({"text": text} | ({"label": str(row[label_key])} if label_key in row else {}))
+    if file and not rows:
+        raise DataError(f"{file}: expected lines of JSON, got an empty file")
+    return rows
+
+
+def _write_predictions(rows: list[dict], file: str | None) -> None:
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    if file:
+        with whole_file(Path(file)) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    else:
+        sys.stdout.write(text)
+    known = [row for row in rows if "label" in row]
+    if known:
+        right = sum(row["label"] == row["predicted"] for row in known)
+        print(f"accuracy {100 * right / len(known):.2f} % of {len(known)}", file=sys.stderr)

@@ -1,0 +1,300 @@
+"""From a configuration to objects: model, data, learner, optimizer, trainer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import fastmeta as fm
+from fastmeta.cli.config import Config
+from fastmeta.cli.errors import UserError, as_user_errors
+from fastmeta.cli.specs import options, parse_spec
+from fastmeta.data import Episodes, LabelledTexts
+from fastmeta.data.benchmarks import PARTS
+from fastmeta.training import Trainer
+
+_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}
+# Fixed, different from a training run's own seeds: evaluation episodes are the same for all runs.
+_EVAL_SEED = {"train": 10_000_001, "valid": 10_000_002, "test": 10_000_003}
+
+
+@dataclass
+class Parts:
+    """What a configuration describes."""
+
+    config: Config
+    model: nn.Module
+    tokenizer: Any
+    patched: fm.Patched
+    learner: nn.Module
+
+
+def build_parts(config: Config) -> Parts:
+    """Load the model, patch it and make the learner."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    device = _device(config.device)
+    spec = parse_spec(config.spec)
+    model, tokenizer = load_model(config)
+    model.to(device=device, dtype=_DTYPES[config.dtype])
+    model.requires_grad_(config.train == "all")
+    model.train(config.dropout)
+    with as_user_errors():
+        patched = fm.patch(model, spec, seed=config.seed)
+        learner = _learner(config, patched)
+    return Parts(config, model, tokenizer, patched, learner)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device {name!r} cannot be used ({reason})") from None
+    return device
+
+
+# -- model ---------------------------------------------------------------------------------------
+
+
+def load_model(config: Config) -> tuple[nn.Module, Any]:
+    """Return the classifier with one output per way, and its tokenizer."""
+    with _seeded(config.seed):  # a new head's weights
+        if config.model == "builtin" or config.model.startswith("builtin:"):
+            return _builtin_model(config)
+        with _quiet_transformers():
+            return _pretrained(config)
+
+
+def _builtin_model(config: Config) -> tuple[nn.Module, Any]:
+    given = options(config.model.partition(":")[2], ("hidden", "layers", "dropout"), "model")
+    names = {"hidden": ("hidden_size", int), "layers": ("num_layers", int)}
+    names["dropout"] = ("dropout", float)
+    with as_user_errors("model: "):
+        sizes = {names[k][0]: names[k][1](v) for k, v in given.items()}
+        model, tokenizer = fm.data.tiny_bert(config.ways, seed=config.seed, **sizes)
+        if config.pooling == "mean":
+            from fastmeta.models import SentenceClassifier
+
+            return SentenceClassifier(model.bert, config.ways, config.pooling_scale), tokenizer
+    return model, tokenizer
+
+
+def _pretrained(config: Config) -> tuple[nn.Module, Any]:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    name, dtype = config.model, _DTYPES[config.dtype]
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    path = Path(name).expanduser()
+    if looks_local and not path.is_dir():
+        raise UserError(f"model {name!r}: no such folder")
+    source = str(path) if path.is_dir() else name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        if config.pooling == "mean":
+            from fastmeta.models import SentenceClassifier
+
+            model: nn.Module = SentenceClassifier.from_pretrained(
+                source, config.ways, config.pooling_scale, dtype=dtype
+            )
+        else:
+            model = AutoModelForSequenceClassification.from_pretrained(
+                source, num_labels=config.ways, dtype=dtype, ignore_mismatched_sizes=True
+            )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        reason = reason if len(reason) <= 300 else reason[:297] + "..."
+        raise UserError(f"model {name!r} cannot be loaded: {reason}") from error
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise UserError(f"model {name!r}: its tokenizer has no padding token and no end token")
+        tokenizer.pad_token = tokenizer.eos_token
+    if getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Draw from torch's generator as seeded, and leave its state as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No loading bar and no report of the head that is new, as it must be."""
+    from transformers.utils import logging
+
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
+
+
+# -- learner -------------------------------------------------------------------------------------
+
+
+def _learner(config: Config, patched: fm.Patched) -> nn.Module:
+    lr: float | fm.LearnedRate = config.inner_lr
+    if config.learn_lr is not None:
+        axes = () if config.learn_lr == "global" else tuple(config.learn_lr.split("+"))
+        if "task" in axes:
+            raise UserError("learn_lr: expected global, layer, param or step, got 'task'")
+        lr = fm.LearnedRate(per=axes, init=config.inner_lr)
+    settings: dict[str, Any] = {
+        "lr": lr,
+        "steps": config.inner_steps,
+        "order": config.order,
+        "optimizer": config.inner_optimizer,
+        "memory": config.memory,
+        "task_chunk": config.task_chunk,
+        "clip_norm": config.inner_clip,
+        "truncate": config.truncate,
+    }
+    if config.method == "imaml":
+        settings |= {"lam": config.lam, "cg_steps": config.cg_steps}
+    methods = {"maml": fm.MAML, "fomaml": fm.MAML, "anil": fm.ANIL, "reptile": fm.Reptile}
+    methods |= {"metasgd": fm.MetaSGD, "imaml": fm.IMAML}
+    return methods[config.method](patched, **settings)
+
+
+# -- data ----------------------------------------------------------------------------------------
+
+
+def load_texts(config: Config, part: str) -> LabelledTexts:
+    """The labelled texts of the training, validation or test classes."""
+    with as_user_errors():
+        if config.data == "builtin":
+            return fm.data.builtin(part)
+        path = Path(config.data).expanduser()
+        if path.is_dir():
+            return fm.data.clinc(path, split=config.split, part=part)
+        if path.suffix in (".jsonl", ".json") or path.is_file():
+            return _from_files(config, path, part)
+        if config.data.startswith((".", "/", "~")):
+            raise UserError(f"data {config.data!r}: no such file or folder")
+        return _from_hub(config, part)
+
+
+def _from_files(config: Config, path: Path, part: str) -> LabelledTexts:
+    def read(file: str | Path) -> LabelledTexts:
+        return fm.data.from_jsonl(
+            Path(file).expanduser(), text=config.text_key, label=config.label_key
+        )
+
+    other = {"train": None, "valid": config.valid, "test": config.test}[part]
+    if other is not None:
+        return read(other)
+    if config.valid is None and config.test is None:
+        return _split(read(path), config.seed, part)
+    if part == "train":
+        return read(path)
+    raise UserError(f"no {part} classes: {config.data} has no split, give --{part} FILE")
+
+
+def _from_hub(config: Config, part: str) -> LabelledTexts:
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(
+            f"data {config.data!r} is no file or folder, and reading it from the hub needs the "
+            "package 'datasets' (pip install fastmeta[data])"
+        ) from None
+    try:
+        dataset = datasets.load_dataset(config.data, split="train")
+    except Exception as error:  # whatever the hub, the network or the format have to say
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"data {config.data!r} cannot be loaded: {reason}") from error
+    data = fm.data.from_huggingface(dataset, config.text_key or "text", config.label_key)
+    return _split(data, config.seed, part)
+
+
+def _split(data: LabelledTexts, seed: int, part: str) -> LabelledTexts:
+    """Classes split 60 : 20 : 20 at random."""
+    return dict(zip(PARTS, data.split(0.6, 0.2, 0.2, seed=seed), strict=True))[part]
+
+
+def build_episodes(
+    config: Config, tokenizer: Any, part: str, *, seed: int | None = None, **changes: Any
+) -> Episodes:
+    """Endless episodes of the training, validation or test classes."""
+    texts = load_texts(config, part)
+    if seed is None:
+        seed = config.seed if part == "train" else _EVAL_SEED[part]
+    settings = {k: getattr(config, k) for k in ("ways", "shots", "queries", "tasks", "max_length")}
+    with as_user_errors():
+        return Episodes(texts, tokenizer, seed=seed, **{**settings, **changes})
+
+
+# -- outer loop ----------------------------------------------------------------------------------
+
+
+def build_trainer(config: Config, parts: Parts, *, progress: bool = True) -> Trainer:
+    """Put the training run together; nothing is written yet."""
+    outer = _outer(config, parts.learner)
+    valid = build_episodes(config, parts.tokenizer, "valid") if config.eval_every else None
+    episodes = build_episodes(config, parts.tokenizer, "train")
+    with as_user_errors():
+        return Trainer(
+            parts.learner,
+            episodes,
+            outer,
+            schedule=_schedule(config, outer),
+            clip_norm=config.outer_clip,
+            autocast=torch.bfloat16 if config.dtype == "bfloat16" else None,
+            valid=valid,
+            eval_every=config.eval_every,
+            eval_episodes=config.eval_episodes,
+            out=config.out,
+            checkpoint_every=config.checkpoint_every,
+            keep=config.keep,
+            config=config.to_dict(),
+            progress=progress,
+        )
+
+
+def _outer(config: Config, learner: nn.Module) -> torch.optim.Optimizer:
+    rates, values = [], []
+    for name, parameter in learner.named_parameters():
+        (rates if name.startswith("inner_lr.") else values).append(parameter)
+    groups: list[dict[str, Any]] = [{"params": values, "weight_decay": config.weight_decay}]
+    if rates:
+        lr = config.rates_lr or config.outer_lr
+        groups.append({"params": rates, "lr": lr, "weight_decay": 0.0})
+    if config.outer == "sgd":
+        return torch.optim.SGD(groups, lr=config.outer_lr, momentum=config.momentum)
+    make = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.outer]
+    return make(groups, lr=config.outer_lr)
+
+
+def _schedule(
+    config: Config, outer: torch.optim.Optimizer
+) -> torch.optim.lr_scheduler.LRScheduler | None:
+    if config.schedule == "constant" and not config.warmup:
+        return None
+
+    def factor(step: int) -> float:
+        if step < config.warmup:
+            return (step + 1) / config.warmup
+        if config.schedule == "constant":
+            return 1.0
+        done = (step - config.warmup) / max(1, config.steps - config.warmup)
+        done = min(done, 1.0)
+        return 1.0 - done if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+
+    return torch.optim.lr_scheduler.LambdaLR(outer, factor)

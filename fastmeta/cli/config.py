@@ -1,0 +1,279 @@
+"""A run's configuration: one flat table of keys, from a YAML file and flags."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import Field, asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import yaml
+
+from fastmeta.cli.errors import UserError, near
+
+METHODS = ("maml", "fomaml", "anil", "reptile", "metasgd", "imaml")
+
+
+def _key(
+    default: Any, help: str, *, choices: tuple = (), least: float | None = None, above=None
+) -> Any:
+    """A configuration key: `least` is the smallest value allowed, `above` a bound not allowed."""
+    checks = {"help": help, "choices": choices, "least": least, "above": above}
+    return field(default=default, metadata=checks)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that a run depends on; see `fastmeta train --help`."""
+
+    # model
+    model: str = _key("builtin", "builtin, builtin:hidden=128,layers=2, a folder or a hub name")
+    pooling: str | None = _key(
+        None,
+        "null: the model's own classification head; mean: mean-pooled token states under a "
+        "linear head, for sentence encoders",
+        choices=("mean",),
+    )
+    pooling_scale: float = _key(30.0, "norm of the pooled features (with pooling: mean)", above=0)
+    train: str | None = _key(
+        None,
+        "what the outer loop trains: adapted (the rest is frozen) or all; default: all for anil, "
+        "else adapted",
+        choices=("adapted", "all"),
+    )
+    dropout: bool = _key(False, "whether the model's own dropout is on while training")
+    # data
+    data: str = _key("builtin", "builtin, a folder as of CLINC150/HWU64, a JSONL file, a hub name")
+    split: int = _key(1, "class split of a folder's splits/", least=1)
+    valid: str | None = _key(None, "JSONL file of validation classes (with data: a JSONL file)")
+    test: str | None = _key(None, "JSONL file of test classes (with data: a JSONL file)")
+    text_key: str | None = _key(None, "key or column of the text; default: text or sentence")
+    label_key: str = _key("label", "key or column of the label")
+    max_length: int = _key(128, "longest text in tokens", least=1)
+    ways: int = _key(5, "classes per task", least=2)
+    shots: int = _key(1, "support texts per class", least=1)
+    queries: int = _key(5, "query texts per class", least=1)
+    tasks: int = _key(16, "tasks per outer step", least=1)
+    # method
+    method: str = _key("maml", "algorithm", choices=METHODS)
+    spec: str | None = _key(
+        None,
+        "what a task may change: all, head, bias, norm, prefix:length=16, params:GLOB+GLOB, "
+        "lora:r=8,alpha=16,targets=query+value, joined by ' + ' (or a YAML list); default: head "
+        "for anil, else all",
+    )
+    inner_steps: int = _key(5, "inner steps K", least=1)
+    inner_lr: float = _key(0.05, "inner learning rate, or its initial value", above=0)
+    learn_lr: str | None = _key(
+        None, "learn the inner rate: global, or any of layer, param, step joined by '+'"
+    )
+    inner_optimizer: str = _key(
+        "sgd", "inner update rule", choices=("sgd", "momentum", "adam", "adamw", "rmsprop")
+    )
+    inner_clip: float | None = _key(None, "bound on each task's inner gradient norm", above=0)
+    order: int | None = _key(
+        None, "1 or 2; default: 1 for fomaml and reptile, else 2", choices=(1, 2)
+    )
+    memory: str = _key("auto", "memory mode", choices=("auto", "unroll", "recompute"))
+    task_chunk: int | str | None = _key(
+        None, "tasks differentiated at once: null (all), a number, or auto"
+    )
+    truncate: int | None = _key(None, "differentiate the last this many inner steps", least=0)
+    lam: float = _key(1.0, "imaml: strength of the pull to the initial values", above=0)
+    cg_steps: int = _key(5, "imaml: iterations of conjugate gradients", least=1)
+    # outer loop
+    steps: int = _key(1000, "outer steps", least=1)
+    outer: str = _key("adamw", "outer optimizer", choices=("adamw", "adam", "sgd"))
+    outer_lr: float = _key(1e-3, "outer learning rate", above=0)
+    rates_lr: float | None = _key(None, "outer rate of learned inner rates", above=0)
+    weight_decay: float = _key(0.0, "outer weight decay, not on learned inner rates", least=0)
+    momentum: float = _key(0.0, "momentum of outer sgd", least=0)
+    outer_clip: float | None = _key(None, "bound on the norm of the meta-gradient", above=0)
+    schedule: str = _key(
+        "constant", "outer rate over the steps", choices=("constant", "linear", "cosine")
+    )
+    warmup: int = _key(0, "outer steps over which the rate rises linearly", least=0)
+    # run
+    eval_every: int = _key(0, "evaluate on validation classes every n steps; 0: never", least=0)
+    eval_episodes: int = _key(200, "episodes per evaluation", least=1)
+    checkpoint_every: int = _key(100, "write a checkpoint every n steps; 0: at the end", least=0)
+    keep: int = _key(3, "checkpoints kept", least=1)
+    seed: int = _key(0, "of new weights, episodes and dropout", least=0)
+    device: str = _key("cpu", "cpu, cuda, cuda:1, ...")
+    dtype: str = _key(
+        "float32",
+        "float32, float64, or bfloat16 (computes in bfloat16, weights and updates in float32)",
+        choices=("float32", "float64", "bfloat16"),
+    )
+    threads: int | None = _key(None, "CPU threads; default: torch's", least=1)
+    out: str = _key("fastmeta-run", "folder of the run")
+
+    def resolved(self) -> Config:
+        """The configuration with every default that depends on the method filled in."""
+        anil = self.method == "anil"
+        first = self.method in ("fomaml", "reptile")
+        if first and self.order == 2:
+            raise UserError(f"{self.method} is first-order: expected order 1, got 2")
+        return replace(
+            self,
+            train=self.train or ("all" if anil else "adapted"),
+            spec=self.spec or ("head" if anil else "all"),
+            order=self.order or (1 if first else 2),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+KEYS: dict[str, Field] = {f.name: f for f in fields(Config)}
+_TYPES = get_type_hints(Config)
+
+FREE = frozenset(
+    "steps eval_every eval_episodes checkpoint_every keep device threads memory task_chunk".split()
+    + ["out"]
+)
+"""Keys that may change when a run is resumed: they change a step by rounding at most."""
+
+
+def make_config(*tables: Mapping[str, Any]) -> Config:
+    """Make a configuration from tables of keys; later tables win.
+
+    Raises:
+        UserError: An unknown key (with near matches), or a value of the wrong type or range.
+    """
+    values: dict[str, Any] = {}
+    for table in tables:
+        for key, value in table.items():
+            values[key] = _checked(key, value)
+    return Config(**values).resolved()
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a configuration file.
+
+    Raises:
+        UserError: The file cannot be read, or is no YAML table (names the line).
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be read ({reason})") from None
+    try:
+        table = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "cannot be parsed"
+        raise UserError(f"{path}{line}: malformed YAML ({problem})") from None
+    if not isinstance(table, dict):
+        got = "an empty file" if table is None else type(table).__name__
+        raise UserError(f"{path}: expected a table of 'key: value' lines, got {got}")
+    try:
+        for key, value in table.items():
+            _checked(key, value)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return table
+
+
+def write_yaml(config: Config, path: Path) -> None:
+    """Write the configuration as a file that `read_yaml` takes."""
+    path.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
+
+
+def add_flags(parser: argparse.ArgumentParser, keys: Iterable[str] = ()) -> None:
+    """Give `parser` one flag per key (all, or `keys`); what was not given stays absent."""
+    group = parser.add_argument_group(
+        "changes to the checkpoint's configuration"
+        if keys
+        else "configuration (also the keys of --config FILE)"
+    )
+    for name in keys or KEYS:
+        key = KEYS[name]
+        default = "" if keys or key.default is None else f" [{key.default}]"
+        choices = f" ({', '.join(map(str, key.metadata['choices']))})"
+        group.add_argument(
+            "--" + name.replace("_", "-"),
+            dest=f"key_{name}",
+            default=argparse.SUPPRESS,
+            metavar="X",
+            help=key.metadata["help"].replace("%", "%%")
+            + (choices if key.metadata["choices"] and name != "train" else "")
+            + default,
+        )
+
+
+def flag_values(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The keys that flags gave, their values parsed as YAML."""
+    found = {}
+    for name, text in vars(arguments).items():
+        if not name.startswith("key_"):
+            continue
+        key = name.removeprefix("key_")
+        try:
+            found[key] = text if _options(key)[0] is str else yaml.safe_load(text)
+        except yaml.YAMLError:
+            found[key] = text
+        if text in ("null", "none") and type(None) in _options(key):
+            found[key] = None
+    return found
+
+
+def _options(key: str) -> tuple[type, ...]:
+    hint = _TYPES[key]
+    return get_args(hint) or (hint,)
+
+
+def _checked(key: Any, value: Any) -> Any:
+    """The value in its key's type, or a UserError."""
+    if key not in KEYS:
+        raise UserError(f"unknown key {key!r}{near(str(key), KEYS)}")
+    types, rules = _options(key), KEYS[key].metadata
+    if key == "task_chunk":
+        return _task_chunk(value)
+    if key == "spec" and isinstance(value, list) and all(isinstance(v, str) for v in value):
+        value = " + ".join(value)
+    if value is None and type(None) in types:
+        return None
+    value = _converted(key, value, types)
+    if rules["choices"] and value not in rules["choices"]:
+        allowed = ", ".join(map(str, rules["choices"]))
+        hint = near(str(value), map(str, rules["choices"]))
+        raise UserError(f"{key}: expected one of {allowed}, got {value!r}{hint}")
+    if rules["least"] is not None and value < rules["least"]:
+        raise UserError(f"{key}: expected at least {rules['least']}, got {value}")
+    if rules["above"] is not None and not value > rules["above"]:
+        raise UserError(f"{key}: expected a number above {rules['above']}, got {value}")
+    return value
+
+
+def _converted(key: str, value: Any, types: tuple[type, ...]) -> Any:
+    if float in types:
+        try:
+            # A string, because YAML 1.1 reads 1e-3 as one.
+            number = math.nan if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise UserError(f"{key}: expected a finite number, got {value!r}")
+        return number
+    wanted = {int: "an integer", bool: "true or false", str: "a text"}
+    for kind in types:
+        if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+            return value
+    names = " or ".join(wanted[t] for t in types if t in wanted)
+    raise UserError(f"{key}: expected {names}, got {value!r}")
+
+
+def _task_chunk(value: Any) -> int | str | None:
+    if isinstance(value, str) and value.isdecimal():
+        value = int(value)
+    good = value in (None, "auto") or (type(value) is int and value >= 1)
+    if not good:
+        raise UserError(
+            f"task_chunk: expected null, 'auto' or an integer of at least 1, got {value!r}"
+        )
+    return value

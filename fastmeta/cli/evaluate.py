@@ -1,0 +1,100 @@
+"""``fastmeta eval``: accuracy of a checkpoint on many episodes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from fastmeta.cli import checkpointed
+from fastmeta.cli.build import Parts, build_episodes
+from fastmeta.data.benchmarks import PARTS
+from fastmeta.training import (
+    Evaluation,
+    evaluate,
+    evaluate_unadapted,
+    nearest_class_mean,
+)
+from fastmeta.training.files import check_writable, whole_file
+
+SUMMARY = "Evaluate a checkpoint on episodes of classes it has not seen."
+KEYS = tuple("model data split valid test shots queries tasks inner_steps device threads".split())
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    checkpointed.add_arguments(parser, KEYS)
+    parser.add_argument("--part", default="test", choices=PARTS, help="which classes [test]")
+    parser.add_argument("--episodes", type=int, default=600, metavar="N", help="[600]")
+    parser.add_argument("--episode-seed", type=int, metavar="N", help="[one fixed seed per part]")
+    parser.add_argument("--no-baselines", action="store_true", help="the learner itself only")
+    parser.add_argument("--json", metavar="FILE", help="write the results as JSON, too")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if arguments.episodes < 1:
+        from fastmeta.cli.errors import UserError
+
+        raise UserError(f"--episodes: expected at least 1, got {arguments.episodes}")
+    if arguments.json:
+        check_writable(Path(arguments.json).parent)
+    parts = checkpointed.load(arguments)
+    config = parts.config
+    seed = arguments.episode_seed
+    episodes = build_episodes(config, parts.tokenizer, arguments.part, seed=seed)
+    start = time.perf_counter()
+    results = {
+        f"{config.method}, {config.inner_steps} inner steps": adapted(
+            parts, episodes, arguments.episodes, quiet=arguments.quiet
+        )
+    }
+    seconds = time.perf_counter() - start
+    if not arguments.no_baselines:
+        results |= baselines(parts, episodes, arguments.episodes)
+    print(
+        f"{arguments.part} classes of {config.data}: {config.ways}-way {config.shots}-shot, "
+        f"{arguments.episodes} episodes, {arguments.episodes / seconds:.1f} tasks/s"
+    )
+    print(table(results))
+    if arguments.json:
+        rows = {
+            name: {"accuracy": r.accuracy, "interval": r.interval, "diverged": r.diverged}
+            for name, r in results.items()
+        }
+        with whole_file(Path(arguments.json)) as temporary:
+            temporary.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def adapted(parts: Parts, episodes, count: int, *, quiet: bool = False) -> Evaluation:
+    """The learner's accuracy, with a progress bar."""
+    device = torch.device(parts.config.device)
+    low = parts.config.dtype == "bfloat16"
+    precision = torch.autocast(device.type, torch.bfloat16) if low else nullcontext()
+    with tqdm(total=count, desc="evaluating", unit="task", disable=quiet, leave=False) as bar:
+        with precision:
+            return evaluate(parts.learner, episodes, count, on_batch=bar.update)
+
+
+def baselines(parts: Parts, episodes, count: int) -> dict[str, Evaluation]:
+    """What the same weights do without adaptation."""
+    rows = {"the same, not adapted": evaluate_unadapted(parts.patched, episodes, count)}
+    means = nearest_class_mean(parts.model, episodes, count)
+    if means is not None:
+        rows["nearest class mean of its features"] = means
+    return rows
+
+
+def table(results: dict[str, Evaluation]) -> str:
+    """Rows of name, mean accuracy and 95 % interval."""
+    width = max(len("learner"), *(len(name) for name in results))
+    lines = [f"{'learner':<{width}}  accuracy, 95 % interval", "-" * (width + 25)]
+    for name, result in results.items():
+        note = f"  ({result.diverged} diverged)" if result.diverged else ""
+        lines.append(f"{name:<{width}}  {result}{note}")
+    return "\n".join(lines)
