@@ -6,10 +6,6 @@ place of ``sdpa`` and the flash and flex variants, with the same masks and the s
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -163,32 +159,41 @@ class watch_fused(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-_unfused_lock = threading.Lock()
-_unfused_users = 0
-_unfused_before: dict[str, bool] = {}
+class plain_attention(TorchFunctionMode):
+    """Within, torch's own attention runs by plain operations, which differentiate twice.
 
-
-@contextmanager
-def unfused() -> Iterator[None]:
-    """Torch's own attention by its plain kernels, the only ones that differentiate twice.
-
-    The switch belongs to the process, not to the thread: it is set by the first user within and
-    restored by the last. Another thread's attention meanwhile runs the plain kernels too.
+    For models that call it themselves; also keeps torch's transformer layers off the fused kernels
+    that read their children's weights past the children.
     """
-    global _unfused_users
-    names = ("flash", "mem_efficient", "cudnn")
-    backends = torch.backends.cuda
-    with _unfused_lock:
-        if _unfused_users == 0:
-            for name in names:
-                _unfused_before[name] = getattr(backends, f"{name}_sdp_enabled")()
-                getattr(backends, f"enable_{name}_sdp")(False)
-        _unfused_users += 1
-    try:
-        yield
-    finally:
-        with _unfused_lock:
-            _unfused_users -= 1
-            if _unfused_users == 0:
-                for name in names:
-                    getattr(backends, f"enable_{name}_sdp")(_unfused_before[name])
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            return _plain(*args, **kwargs)
+        if func is F.multi_head_attention_forward:
+            # Asked for its weights, it computes them and leaves the fused kernels alone.
+            out, weights = func(*args, **{**kwargs, "need_weights": True})
+            return out, weights if kwargs.get("need_weights", True) else None
+        return func(*args, **kwargs)
+
+
+def _plain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    return torch.ops.aten._scaled_dot_product_attention_math(
+        query,
+        key,
+        value,
+        attn_mask,
+        dropout_p,
+        is_causal,
+        scale=scale,
+        enable_gqa=enable_gqa,
+    )[0]

@@ -49,6 +49,8 @@ class Patched(nn.Module):
 
     def __init__(self, model: nn.Module, spec: Spec, *, seed: int = 0) -> None:
         super().__init__()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"expected a torch.nn.Module to patch, got {model!r}")
         if not isinstance(spec, Spec):
             raise TypeError(
                 f"expected a specification such as fm.LoRA() or fm.Params('*'), got {spec!r}"

@@ -248,7 +248,7 @@ class _Search:
         error: Exception | None = None
         try:
             with torch.no_grad(), running(Call(self.views, probe.TASKS, probe.ROWS)):
-                actual = plan.structure(**self.small)
+                actual = plan.run(self.small)
             if probe.agrees(actual, self.expected, self.tolerance):
                 return plan
         except Exception as e:
@@ -268,7 +268,7 @@ class _Search:
         with torch.no_grad(), running(Call(self.views, probe.TASKS, probe.ROWS)):
             try:
                 with probe.record(plan.structure, actual, keep_outputs=True):
-                    plan.structure(**self.small)
+                    plan.run(self.small)
             except Exception:
                 pass  # `actual.open` tells where
         differs = probe.first_difference(actual, per_task, self.trace.inside, self.tolerance)

@@ -67,19 +67,23 @@ def by_vmap(unit: Unit, call: Call, args: tuple, kwargs: dict) -> Any:
         if role != "shared"
     ]
 
-    def one(fast: dict[str, Tensor], *mine: Tensor) -> Any:
+    template: list[Any] = []  # the output's leaves and structure; vmap itself returns tensors only
+
+    def one(fast: dict[str, Tensor], *mine: Tensor) -> tuple[Tensor, ...]:
         rest = iter(mine)
         full = [
             leaf if role == "shared" else next(rest)
             for leaf, role in zip(leaves, roles, strict=True)
         ]
-        return unit.run(fast, *tree_unflatten(full, spec))
+        template[:] = tree_flatten(unit.run(fast, *tree_unflatten(full, spec)))
+        return tuple(leaf for leaf in template[0] if isinstance(leaf, Tensor))
 
-    out = torch.func.vmap(one, randomness="different")(unit.tensors(call), *moving)
-    if unit.keeps_task_axis:
-        return out
-    out_leaves, out_spec = tree_flatten(out)
-    return tree_unflatten([_merge(t, call) for t in out_leaves], out_spec)
+    stacked = torch.func.vmap(one, randomness="different")(unit.tensors(call), *moving)
+    tensors = iter(stacked if unit.keeps_task_axis else [_merge(t, call) for t in stacked])
+    out, out_spec = template
+    return tree_unflatten(
+        [next(tensors) if isinstance(leaf, Tensor) else leaf for leaf in out], out_spec
+    )
 
 
 def by_loop(unit: Unit, call: Call, args: tuple, kwargs: dict) -> Any:

@@ -1,0 +1,133 @@
+"""Wrong calls give one sentence that says what was expected and what came."""
+
+from __future__ import annotations
+
+import families
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, BertModel
+
+import fastmeta as fm
+
+
+@pytest.fixture(scope="module")
+def bert() -> nn.Module:
+    return families.build("bert")
+
+
+@pytest.fixture(scope="module")
+def patched(bert: nn.Module) -> fm.Patched:
+    return fm.patch(bert, fm.Params("classifier"))
+
+
+def test_pattern_matching_nothing_gives_near_matches(bert: nn.Module) -> None:
+    message = r"pattern 'clasifier.weight' matches no parameter of Bert.*classifier.weight"
+    with pytest.raises(ValueError, match=message):
+        fm.patch(bert, fm.Params("clasifier.weight"))
+    with pytest.raises(ValueError, match=r"matches no parameter .* it has, for example: bert\."):
+        fm.patch(bert, fm.Params("zzz"))
+
+
+def test_lora_targets(bert: nn.Module) -> None:
+    with pytest.raises(ValueError, match=r"target 'qury' matches no linear .* query"):
+        fm.patch(bert, fm.LoRA(targets=("qury",)))
+    with pytest.raises(ValueError, match=r"target 'word_embeddings' names a Embedding"):
+        fm.patch(bert, fm.LoRA(targets=("word_embeddings",)))
+    with pytest.raises(ValueError, match="two LoRA specifications"):
+        fm.patch(bert, fm.LoRA(r=2, targets="query") + fm.LoRA(r=3, targets="query"))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: fm.LoRA(r=0), "rank r must be an integer of at least 1, got 0"),
+        (lambda: fm.LoRA(alpha=0), "alpha must be positive, got 0"),
+        (lambda: fm.Prefix(0), "length must be an integer of at least 1, got 0"),
+        (lambda: fm.Params(), "at least one pattern"),
+    ],
+    ids=["rank", "alpha", "length", "patterns"],
+)
+def test_specification_values(make, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_specification_types(bert: nn.Module) -> None:
+    with pytest.raises(TypeError, match="must be a string, got 3"):
+        fm.Params(3)
+    with pytest.raises(TypeError, match=r"expected a specification .* got 'classifier'"):
+        fm.patch(bert, "classifier")
+    with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module .* got 'bert-base'"):
+        fm.patch("bert-base", fm.LoRA())
+
+
+def test_a_model_without_head() -> None:
+    config = BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)
+    with pytest.raises(ValueError, match="BertModel has no head to adapt; load it with one"):
+        fm.patch(BertModel(config), fm.Head())
+
+
+def test_a_model_without_what_the_specification_names() -> None:
+    with pytest.raises(ValueError, match="has no bias parameters"):
+        fm.patch(families.build("llama"), fm.Bias())
+    with pytest.raises(ValueError, match="has no normalisation parameters"):
+        fm.patch(nn.Sequential(nn.Linear(2, 2)), fm.Norm())
+
+
+def test_mixed_dtypes_and_devices() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).double())
+    with pytest.raises(ValueError, match=r"must share one dtype, got \['torch.float32', 'torch.fl"):
+        fm.patch(model, fm.Params("*"))
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta"))
+    with pytest.raises(ValueError, match=r"must share one device, got \['cpu', 'meta'\]"):
+        fm.patch(model, fm.Params("*"))
+
+
+def test_integer_parameters() -> None:
+    model = nn.Linear(2, 2)
+    model.codes = nn.Parameter(torch.zeros(3, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"'codes' holds torch.int8; only floating-point"):
+        fm.patch(model, fm.Params("*"))
+
+
+def test_task_counts(patched: fm.Patched) -> None:
+    inputs = families.inputs("bert", 2, 2)
+    with pytest.raises(ValueError, match="num_tasks must be at least 1, got 0"):
+        patched.init(0)
+    message = r"params hold 3 tasks, but input_ids has 2 \(shape \[2, 2, 6\]\)"
+    with pytest.raises(ValueError, match=message):
+        patched(patched.init(3), **inputs)
+    with pytest.raises(ValueError, match=r"input_ids holds no examples \(shape \[2, 0, 6\]\)"):
+        patched(patched.init(2), **{k: v[:, :0] for k, v in inputs.items()})
+
+
+def test_parameters_of_another_model(patched: fm.Patched) -> None:
+    other = fm.patch(families.build("bert"), fm.LoRA(r=2))
+    with pytest.raises(ValueError, match="params are of another model or specification"):
+        patched(other.init(2), **families.inputs("bert", 2, 2))
+    with pytest.raises(ValueError, match=r"expected packed parameters of shape \[T, 64\], got"):
+        fm.TaskParams(patched.layout, torch.zeros(2, 5))
+
+
+def test_inputs(patched: fm.Patched) -> None:
+    inputs = families.inputs("bert", 2, 2)
+    with pytest.raises(ValueError, match=r"at least one input of shape \[T, N, ...\], got none"):
+        patched(patched.init(2))
+    with pytest.raises(ValueError, match="BertForSequenceClassification does not run on the inp"):
+        patched(patched.init(2), attention_mask=inputs["attention_mask"])
+    with pytest.raises(ValueError, match=r"params are on cpu, but attention_mask is on meta"):
+        patched(
+            patched.init(2),
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"].to("meta"),
+        )
+    plain = fm.patch(nn.Linear(4, 2), fm.Params("*"))
+    with pytest.raises(ValueError, match=r"Linear expects the inputs input, got x \(unknown: x\)"):
+        plain(plain.init(2), x=torch.zeros(2, 3, 4))
+
+
+def test_moving_a_patched_model(patched: fm.Patched) -> None:
+    for move in (patched.double, patched.cpu, lambda: patched.to(torch.float16)):
+        with pytest.raises(RuntimeError, match="move or convert that one before patching"):
+            move()
