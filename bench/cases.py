@@ -1,0 +1,88 @@
+"""The meta-steps that are compared: model, tasks, what adapts. Inputs are made from a seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification
+
+import fastmeta as fm
+
+WAYS = 5
+LR = 0.01
+
+
+@dataclass(frozen=True)
+class Case:
+    """Attributes:
+    title: What it is, for tables.
+    layers, hidden, heads: Size of the BERT; its vocabulary has 1,000 words.
+    tasks, shots, length, steps: T, K-shot, L, inner steps; the query set has the support's size.
+    spec: What adapts.
+    trained: Parameters that the outer loop learns, by substring of their name; None for all.
+    """
+
+    title: str
+    layers: int
+    hidden: int
+    heads: int
+    tasks: int
+    shots: int
+    length: int
+    steps: int
+    spec: Callable[[], fm.Spec]
+    trained: tuple[str, ...] | None = None
+
+    def model(self) -> nn.Module:
+        torch.manual_seed(0)
+        config = BertConfig(
+            vocab_size=1000,
+            hidden_size=self.hidden,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            intermediate_size=4 * self.hidden,
+            max_position_embeddings=64,
+            num_labels=WAYS,
+        )
+        model = BertForSequenceClassification(config).eval()
+        if self.trained is not None:
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(any(part in name for part in self.trained))
+        return model
+
+    def batch(self) -> fm.TaskBatch:
+        generator = torch.Generator().manual_seed(1)
+        sets = []
+        for _ in range(2):
+            shape = (self.tasks, WAYS * self.shots, self.length)
+            ids = torch.randint(5, 1000, shape, generator=generator)
+            mask = torch.ones_like(ids)
+            mask[:, 1::3, self.length * 3 // 4 :] = 0  # some texts are shorter
+            labels = (torch.arange(shape[1]) % WAYS).expand(shape[:2]).contiguous()
+            sets.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
+        return fm.TaskBatch(*sets)
+
+
+CASES = {
+    "full": Case(
+        "2-layer BERT h=128, T=32, 1-shot, L=16, K=5, all parameters",
+        2, 128, 2, 32, 1, 16, 5, lambda: fm.Params("*"),
+    ),
+    "lora": Case(
+        "the same, LoRA (r=8) + head",
+        2, 128, 2, 32, 1, 16, 5, lambda: fm.LoRA(r=8) + fm.Params("classifier.*"),
+    ),
+    "last2": Case(
+        "6-layer BERT h=384 (MiniLM), T=8, 5-shot, L=24, K=5, last 2 layers + head",
+        6, 384, 12, 8, 5, 24, 5,
+        lambda: fm.Params("bert.encoder.layer.4.*", "bert.encoder.layer.5.*", "classifier.*"),
+        ("layer.4.", "layer.5.", "classifier"),
+    ),
+    "memory": Case(
+        "4-layer BERT h=256, T=8, 5-shot, L=32, all parameters",
+        4, 256, 4, 8, 5, 32, 10, lambda: fm.Params("*"),
+    ),
+}  # fmt: skip

@@ -1,0 +1,185 @@
+"""Compare meta-steps with other libraries, interleaved in one process; peak memory in its own.
+
+    python -m bench.compare [--cases full,lora,last2,memory] [--rounds 5] [--out results.json]
+
+`higher` and `torchopt` take part where they are installed (``pip install fastmeta[bench]``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import fastmeta as fm
+from bench.baselines import BASELINES, math_attention, with_lora
+from bench.cases import CASES, LR
+
+PEERS = {
+    "full": ["per-task loop", "torch.func.vmap", "higher", "torchopt"],
+    "lora": ["per-task loop"],
+    "last2": ["per-task loop", "higher"],
+}
+
+
+def gemm_rate() -> float:
+    """Best float32 GEMM rate in FLOP/s, over a few sizes of transformer layers."""
+    best = 0.0
+    for m, k, n in ((2560, 512, 512), (1024, 1024, 1024), (4800, 384, 1536)):
+        a, b = torch.randn(m, k), torch.randn(k, n)
+        times = []
+        for _ in range(10):
+            start = time.perf_counter()
+            torch.mm(a, b)
+            times.append(time.perf_counter() - start)
+        best = max(best, 2 * m * k * n / min(times))
+    return best
+
+
+def fastmeta_step(name: str, memory: str, steps: int | None = None):
+    case = CASES[name]
+    model, batch = case.model(), case.batch()
+    patched = fm.patch(model, case.spec())
+    learner = fm.MAML(patched, lr=LR, steps=steps or case.steps, memory=memory)
+
+    def step() -> float:
+        for p in learner.parameters():
+            p.grad = None
+        out = learner(batch)
+        out.loss.backward()
+        return out.loss.item()
+
+    return step
+
+
+def peer_step(name: str, peer: str):
+    case = CASES[name]
+    model, batch = case.model(), case.batch()
+    patched = fm.patch(model, case.spec())
+    names = with_lora(model, patched) if name == "lora" else list(patched.layout.names)
+
+    def step() -> float:
+        model.zero_grad()
+        with math_attention():
+            return BASELINES[peer](model, names, batch, case.steps)
+
+    return step
+
+
+def compare(name: str, rounds: int) -> dict:
+    steps = {"fastmeta": fastmeta_step(name, "unroll")}
+    steps["fastmeta, recompute"] = fastmeta_step(name, "recompute")
+    for peer in PEERS[name]:
+        try:
+            steps[peer] = peer_step(name, peer)
+        except ImportError:
+            continue
+    losses, times = {}, {k: [] for k in steps}
+    for label, step in list(steps.items()):
+        try:
+            losses[label] = step()  # first run: plans, caches, page faults
+        except ImportError:
+            print(f"{label} is not installed: left out", file=sys.stderr)
+            del steps[label], times[label]
+    for _ in range(rounds):
+        for label, step in steps.items():
+            start = time.perf_counter()
+            step()
+            times[label].append(time.perf_counter() - start)
+    with FlopCounterMode(display=False) as counter:
+        steps["fastmeta"]()
+    flops, rate = counter.get_total_flops(), gemm_rate()
+    ours = median(times["fastmeta"])
+    rows = {
+        label: {
+            "seconds": median(t),
+            "ratio": median(a / b for a, b in zip(t, times["fastmeta"], strict=True)),
+            "loss": losses[label],
+            "all": t,
+        }
+        for label, t in times.items()
+    }
+    floor = flops / rate
+    print(f"\n{CASES[name].title}")
+    for label, row in rows.items():
+        print(f"  {label:22s} {row['seconds']:8.3f} s   {row['ratio']:5.2f} x fastmeta")
+    print(f"  GEMM floor {floor:.3f} s ({flops / 1e9:.0f} GFLOP at {rate / 1e9:.0f} GFLOP/s)")
+    return {
+        "title": CASES[name].title,
+        "rows": rows,
+        "gemm_flops": flops,
+        "gemm_rate": rate,
+        "floor_seconds": floor,
+        "times_floor": ours / floor,
+    }
+
+
+def peak_memory(mode: str, steps: int) -> dict:
+    """Peak resident memory and time of one meta-step, in a process of its own."""
+    command = [sys.executable, "-m", "bench.compare", "--measure", mode, str(steps)]
+    out = subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(out.stdout.splitlines()[-1])
+
+
+def measure(mode: str, steps: int) -> None:
+    """Child of :func:`peak_memory`."""
+    step = fastmeta_step("memory", mode, steps)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step()
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - start)
+    print(json.dumps({"peak_mib": (after - before) / 1024, "seconds": median(times)}))
+
+
+def memory_table() -> list[dict]:
+    print(f"\n{CASES['memory'].title}: peak memory and time of one meta-step")
+    rows = []
+    for steps in (2, 5, 10, 20):
+        for mode in ("unroll", "recompute"):
+            if mode == "unroll" and steps == 20:
+                continue  # about twice K=10: too much for a machine of 16 GiB
+            row = {"K": steps, "memory": mode, **peak_memory(mode, steps)}
+            rows.append(row)
+            print(f"  K={steps:2d} {mode:10s} {row['peak_mib']:8.0f} MiB {row['seconds']:7.2f} s")
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cases", default="full,lora,last2,memory")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.measure:
+        measure(args.measure[0], int(args.measure[1]))
+        return
+    result: dict = {
+        "machine": platform.processor() or platform.machine(),
+        "threads": args.threads,
+        "torch": torch.__version__,
+    }
+    for name in args.cases.split(","):
+        result[name] = memory_table() if name == "memory" else compare(name, args.rounds)
+        if args.out:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
