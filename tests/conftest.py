@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -52,13 +53,20 @@ def emulated_cuda() -> str:
     return "cuda_emulated"
 
 
-IMPLS = ("reference", "cpp", "cuda_emulated", "cuda")
-
-
-@pytest.fixture(params=IMPLS)
-def impl(request: pytest.FixtureRequest) -> tuple[str, str]:
+@pytest.fixture(params=("reference", "cpp", "cuda_emulated", "cuda"))
+def impl(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
     """(implementation, device), in force for the test; skipped with the reason where absent."""
-    name, device = request.param, "cpu"
+    yield from _in_force(request, request.param)
+
+
+@pytest.fixture(params=("reference", "cpp", "cuda"))
+def native_impl(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
+    """As ``impl`` without emulation, for tests that make thousands of calls."""
+    yield from _in_force(request, request.param)
+
+
+def _in_force(request: pytest.FixtureRequest, name: str) -> Iterator[tuple[str, str]]:
+    device = "cpu"
     if name == "cuda_emulated":
         request.getfixturevalue("emulated_cuda")
     elif name != "reference":

@@ -3,6 +3,7 @@
 // and arithmetic without a GPU; it does not model speed, memory order or races between blocks.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cstdint>
@@ -28,94 +29,96 @@ inline EmulatedIndex threadIdx, blockIdx, blockDim, gridDim;
 
 namespace cuda_emulation {
 
+constexpr unsigned kMaxThreads = 1024;
 constexpr size_t kStack = 64 * 1024;
 
-// The stacks of a block's fibers, kept from block to block.
-inline char* stack_of(size_t thread) {
-  static std::vector<std::unique_ptr<char[]>> stacks;
-  while (stacks.size() <= thread) stacks.emplace_back(new char[kStack]);
-  return stacks[thread].get();
-}
-
+// The threads of one block. Fibers are started once and kept from block to block; after the start
+// they are switched by _setjmp and _longjmp, which make no system call.
 class Block {
  public:
-  static Block*& current() {
-    static Block* block = nullptr;
+  static Block& the() {
+    static Block block;
     return block;
-  }
-
-  Block(unsigned threads, std::function<void()> body) : body_(std::move(body)), fibers_(threads) {
-    for (size_t thread = 0; thread < threads; ++thread) {
-      Fiber& fiber = fibers_[thread];
-      getcontext(&fiber.context);
-      fiber.context.uc_stack.ss_sp = stack_of(thread);
-      fiber.context.uc_stack.ss_size = kStack;
-      fiber.context.uc_link = &scheduler_;
-      makecontext(&fiber.context, &Block::start, 0);
-    }
   }
 
   // Runs all threads from barrier to barrier; the order changes every time, which shows a missing
   // barrier as a wrong result.
-  void run() {
-    current() = this;
-    size_t waiting = fibers_.size();
-    for (bool ascending = true; waiting > 0; ascending = !ascending) {
-      size_t finished = 0;
-      for (size_t i = 0; i < fibers_.size(); ++i) {
-        const size_t thread = ascending ? i : fibers_.size() - 1 - i;
-        threadIdx.x = static_cast<unsigned>(thread);
-        running_ = &fibers_[thread];
-        if (!running_->done) swapcontext(&scheduler_, &running_->context);
-        finished += running_->done ? 1 : 0;
+  void run(unsigned threads, std::function<void()> body) {
+    body_ = std::move(body);
+    for (unsigned i = 0; i < threads; ++i) fibers_[i].done = false;
+    unsigned finished = 0;
+    for (bool ascending = true; finished < threads; ascending = !ascending) {
+      finished = 0;
+      for (unsigned i = 0; i < threads; ++i) {
+        const unsigned thread = ascending ? i : threads - 1 - i;
+        threadIdx.x = thread;
+        resume(fibers_[thread]);
+        finished += fibers_[thread].done ? 1 : 0;
       }
-      if (finished != 0 && finished != fibers_.size()) {
+      if (finished != 0 && finished != threads) {
         throw std::runtime_error("some threads of a block left while others wait at a barrier");
       }
-      waiting = fibers_.size() - finished;
     }
   }
 
-  void barrier() { swapcontext(&running_->context, &scheduler_); }
+  void barrier() {
+    if (_setjmp(running_->context) == 0) _longjmp(scheduler_, 1);
+  }
 
-  double& exchange(size_t thread) { return fibers_[thread].exchange; }
-  size_t size() const { return fibers_.size(); }
+  double& exchange(unsigned thread) { return fibers_[thread].exchange; }
 
  private:
   struct Fiber {
-    ucontext_t context;
+    jmp_buf context;
+    std::unique_ptr<char[]> stack;
     double exchange = 0;
     bool done = false;
   };
 
-  static void start() {
-    Block* block = current();
-    Fiber* self = block->running_;
-    block->body_();
-    self->done = true;
+  void resume(Fiber& fiber) {
+    running_ = &fiber;
+    if (_setjmp(scheduler_) != 0) return;
+    if (fiber.stack) _longjmp(fiber.context, 1);
+    fiber.stack.reset(new char[kStack]);
+    ucontext_t start;
+    getcontext(&start);
+    start.uc_stack.ss_sp = fiber.stack.get();
+    start.uc_stack.ss_size = kStack;
+    makecontext(&start, &Block::live, 0);
+    setcontext(&start);
+  }
+
+  static void live() {
+    Block& block = the();
+    Fiber& self = *block.running_;
+    for (;;) {
+      block.body_();
+      self.done = true;
+      block.barrier();
+    }
   }
 
   std::function<void()> body_;
-  std::vector<Fiber> fibers_;
-  ucontext_t scheduler_;
+  std::vector<Fiber> fibers_{kMaxThreads};
+  jmp_buf scheduler_;
   Fiber* running_ = nullptr;
 };
 
 }  // namespace cuda_emulation
 
-inline void __syncthreads() { cuda_emulation::Block::current()->barrier(); }
+inline void __syncthreads() { cuda_emulation::Block::the().barrier(); }
 
 template <typename T>
 T __shfl_down_sync(unsigned mask, T x, unsigned delta) {
   static_assert(sizeof(T) <= sizeof(double));
-  auto* block = cuda_emulation::Block::current();
+  auto& block = cuda_emulation::Block::the();
   const unsigned thread = threadIdx.x;
   if (mask != 0xffffffffu) throw std::runtime_error("only full-warp shuffles are emulated");
-  block->exchange(thread) = static_cast<double>(x);
-  block->barrier();
+  block.exchange(thread) = static_cast<double>(x);
+  block.barrier();
   const bool inside = thread % 32 + delta < 32;
-  const T result = static_cast<T>(block->exchange(inside ? thread + delta : thread));
-  block->barrier();
+  const T result = static_cast<T>(block.exchange(inside ? thread + delta : thread));
+  block.barrier();
   return result;
 }
 
@@ -136,7 +139,7 @@ class OnDevice {
     blockDim.x = 256;
     for (unsigned block = 0; block < gridDim.x; ++block) {
       blockIdx.x = block;
-      cuda_emulation::Block(blockDim.x, [&] { kernel(arguments...); }).run();
+      cuda_emulation::Block::the().run(blockDim.x, [&] { kernel(arguments...); });
     }
   }
 };
