@@ -65,6 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.folder,
             labels=labels,
             base=None if trained else config.model,
+            tokenizer=parts.tokenizer,
         )
         print(
             f"{arguments.folder}: adapted weights of {len(labels)} classes ({kind})",

@@ -19,6 +19,7 @@ from fastmeta.cli.specs import options, parse_spec
 from fastmeta.data import Episodes, LabelledTexts
 from fastmeta.data.benchmarks import PARTS
 from fastmeta.training import Trainer
+from fastmeta.training.export import quiet_transformers
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}
 # Fixed, different from a training run's own seeds: evaluation episodes are the same for all runs.
@@ -70,7 +71,7 @@ def load_model(config: Config) -> tuple[nn.Module, Any]:
     with _seeded(config.seed):  # a new head's weights
         if config.model == "builtin" or config.model.startswith("builtin:"):
             return _builtin_model(config)
-        with _quiet_transformers():
+        with quiet_transformers():
             return _pretrained(config)
 
 
@@ -128,22 +129,6 @@ def _seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """No loading bar and no report of the head that is new, as it must be."""
-    from transformers.utils import logging
-
-    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bar:
-            logging.enable_progress_bar()
 
 
 # -- learner -------------------------------------------------------------------------------------

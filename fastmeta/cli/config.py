@@ -130,10 +130,9 @@ class Config:
 KEYS: dict[str, Field] = {f.name: f for f in fields(Config)}
 _TYPES = get_type_hints(Config)
 
-FREE = frozenset(
-    "steps eval_every eval_episodes checkpoint_every keep device threads memory task_chunk".split()
-    + ["out"]
-)
+_WHERE_AND_HOW_LONG = "steps eval_every eval_episodes checkpoint_every keep out"
+_HOW = "device threads memory task_chunk"
+FREE = frozenset(f"{_WHERE_AND_HOW_LONG} {_HOW}".split())
 """Keys that may change when a run is resumed: they change a step by rounding at most."""
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
 
 from fastmeta.patching import Head, Patched, TaskParams
 from fastmeta.training.files import whole_folder
@@ -24,6 +26,7 @@ def export_task(
     *,
     labels: Sequence[str] = (),
     base: str | None = None,
+    tokenizer: Any = None,
     task: int = 0,
 ) -> str:
     """Write one task's adapted weights to a new folder, whole or not at all.
@@ -40,6 +43,7 @@ def export_task(
         labels: Class names in the order of the logits.
         base: Name or folder of the model as it was loaded; None writes the model itself to
             ``folder/base``, as is needed where its shared weights were trained.
+        tokenizer: Written beside the model in ``folder/base``, where given.
         task: Which of the T tasks.
 
     Returns:
@@ -61,7 +65,10 @@ def export_task(
     }
     with whole_folder(folder) as temporary:
         if base is None:
-            patched.model.save_pretrained(temporary / "base")
+            with quiet_transformers():
+                patched.model.save_pretrained(temporary / "base")
+            if tokenizer is not None:
+                tokenizer.save_pretrained(temporary / "base")
         if peft is None:
             save_file(weights, temporary / WEIGHTS)
         else:
@@ -72,6 +79,20 @@ def export_task(
             )
         _write_json(temporary / ABOUT, about)
     return about["format"]
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No bar for loading and saving, and no report of a head that is new, as it must be."""
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
 
 
 def check_new(folder: str | Path) -> Path:
