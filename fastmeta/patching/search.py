@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastmeta.patching import attention, prefix, probe
+from fastmeta.patching import attention, first_token, prefix, probe
 from fastmeta.patching.bind import bind
 from fastmeta.patching.context import Call, running
 from fastmeta.patching.methods import SHARED_METHODS, key, shared_methods, split_key
@@ -58,6 +58,7 @@ def make_plan(model: nn.Module, slots: Slots, small: Mapping, large: Mapping) ->
         plan = search.try_modes()
         if plan is not None:
             break
+    plan = search.try_first_token(plan)
     for name, mode in plan.modes.items():
         if mode == "loop":
             module = model.get_submodule(split_key(name)[0])
@@ -259,6 +260,24 @@ class _Search:
             raise self._error(error) from error
         self._move_down(place, modes)
         return None
+
+    def try_first_token(self, plan: Plan) -> Plan:
+        """The plan with its last layer shortened, where the model's output does not change."""
+        order = [name for kind, name in self.trace.order if kind == "enter"]
+        name = first_token.last_layer(self.reference, [n for n in order if n in self.modules])
+        lengths = [v.shape[1] for v in self.small.values() if isinstance(v, Tensor) and v.dim() > 1]
+        if name is None or not lengths or min(lengths) < 2:
+            return plan
+        shorter = Plan(self.model, self.slots, plan.modes, self.kinds)
+        shorter.train(False)
+        shorter.fused_attention = self.fused_attention
+        first_token.shorten(shorter.structure.get_submodule(name))
+        try:
+            with torch.no_grad(), running(Call(self.views, probe.TASKS, probe.ROWS)):
+                actual = shorter.run(self.small)
+        except Exception:
+            return plan  # something reads the other tokens
+        return shorter if probe.agrees(actual, self.expected, self.tolerance) else plan
 
     def _locate(self, plan: Plan) -> str:
         """The first module of the plan that computes something else, or fails."""
