@@ -176,8 +176,7 @@ class GradientLearner(nn.Module):
         )
         plan = self._memory_plans.get(key)
         if plan is None:
-            packed = self.patched.init(1).packed
-            plan = choose_plan(loop, packed, batch, self.memory, self.task_chunk)
+            plan = choose_plan(loop, batch, self.memory, self.task_chunk)
             self._memory_plans[key] = plan
         while True:
             try:

@@ -1,15 +1,15 @@
-"""Which memory mode and how many tasks at once: measured on one task, chosen to fit."""
+"""Which memory mode and how many tasks at once: measured on a few tasks, chosen to fit."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from fastmeta.batch import TaskBatch
-from fastmeta.engine.inner import InnerLoop, Support, gradient, task_losses
+from fastmeta.engine.inner import InnerLoop
+from fastmeta.engine.meter import PeakMemory
 
 MODES = ("unroll", "recompute", "auto")
 
@@ -63,12 +63,11 @@ def check_memory(memory: str, task_chunk: int | str | None) -> None:
 
 
 def choose_plan(
-    loop: InnerLoop, packed: Tensor, batch: TaskBatch, memory: str, task_chunk: int | str | None
+    loop: InnerLoop, batch: TaskBatch, memory: str, task_chunk: int | str | None
 ) -> MemoryPlan:
-    """Fill in what the user left to ``"auto"``.
+    """Fill in what the user left to ``"auto"``: measure small episodes, choose what fits.
 
-    One task's exact step is run once, counting the bytes its graph keeps. ``unroll`` keeps K such
-    steps, ``recompute`` one step and the K fast weights; the query pass comes on top.
+    Unrolling is preferred where all tasks fit, then recomputing, then chunks of tasks.
     """
     plan = MemoryPlan(
         mode="unroll" if memory == "auto" else memory,
@@ -79,76 +78,85 @@ def choose_plan(
     exact = torch.is_grad_enabled() and loop.second_order > 0
     if not exact or not (plan.free_mode or plan.free_chunk):
         return plan
-    need = predict(loop, packed, batch)
-    budget = int(_USABLE * free_bytes(packed.device))
+    budget = int(_USABLE * free_bytes(loop.patched.device))
     tasks = plan.task_chunk or batch.num_tasks
-    if plan.free_mode and need["unroll"] * tasks > budget:
-        plan.mode = "recompute"
-    fitting = max(1, budget // max(need[plan.mode], 1))
-    if plan.task_chunk is None and fitting < tasks:
-        plan.task_chunk = tasks = fitting
-    plan.predicted_bytes = need[plan.mode] * tasks
+    try:
+        need = predict(loop, batch, plan.mode)
+        if plan.free_mode and need.bytes(tasks) > budget:
+            plan.mode = "recompute"
+            need = predict(loop, batch, plan.mode)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        plan.shrink(2)  # not even two tasks fit: one at a time
+        return plan
+    if plan.task_chunk is None and need.bytes(tasks) > budget:
+        plan.task_chunk = tasks = need.fitting(budget, batch.num_tasks)
+    plan.predicted_bytes = need.bytes(tasks)
     return plan
 
 
-def predict(loop: InnerLoop, packed: Tensor, batch: TaskBatch) -> dict[str, int]:
-    """Peak bytes that one task adds in each mode, from one measured step.
+@dataclass(frozen=True)
+class Need:
+    """Peak bytes of a forward and backward pass over some tasks at once.
+
+    Attributes:
+        fixed: Whatever the number of tasks, such as gradients of shared weights.
+        per_task: What every task adds.
+    """
+
+    fixed: float
+    per_task: float
+
+    def bytes(self, tasks: int) -> int:
+        return int(self.fixed + self.per_task * tasks)
+
+    def fitting(self, budget: int, most: int) -> int:
+        """How many tasks fit, at least 1."""
+        return min(most, max(1, int((budget - self.fixed) // max(self.per_task, 1))))
+
+
+def predict(loop: InnerLoop, batch: TaskBatch, mode: str) -> Need:
+    """Peak memory of the loop in one mode, from small episodes that are really run.
+
+    The peak is linear in tasks and in steps: one and two tasks give the one slope; the other is
+    measured from a step more (``unroll``), or known (``recompute`` stores weights and state). The
+    global random state and ``.grad`` are left alone.
 
     Args:
-        packed: Initial fast weights, at least one row ``[T, P]``.
-        batch: Tasks of the shape in question; the first one is run.
+        loop: The inner loop in question.
+        batch: Tasks of the shape in question; the first ones are run.
+        mode: ``"unroll"`` or ``"recompute"``.
     """
-    step, query = _measure(loop, packed[:1], batch[:1])
-    row = packed.shape[1] * packed.element_size()
-    state = row * (1 + len(loop.rule.init(packed[:1, :1])))
-    return {
-        "unroll": loop.steps * (step + state) + query,
-        "recompute": max(step, query) + loop.steps * state,
-    }
+    if mode == "unroll":
+        steps, all_steps = 1, loop.second_order
+        base = _measure(loop, batch, mode, 1, steps)
+        per_step = _measure(loop, batch, mode, 1, steps + 1) - base if all_steps > 1 else 0
+    else:
+        # From the second step on, gradients of two steps meet.
+        steps, all_steps = min(2, loop.steps), loop.steps
+        base = _measure(loop, batch, mode, 1, steps)
+        row = loop.patched.init(1).packed
+        per_step = row.nbytes * (1 + len(loop.rule.init(row[:, :1])))
+    per_task = base
+    if batch.num_tasks > 1:
+        per_task = _measure(loop, batch, mode, 2, steps) - base
+    return Need(base - per_task, per_task + (all_steps - steps) * per_step)
 
 
-def _measure(loop: InnerLoop, packed: Tensor, batch: TaskBatch) -> tuple[int, int]:
-    """Bytes kept by the graph of one exact inner step, and of one query pass, of one task."""
-    from fastmeta.engine.episode import with_ways
+def _measure(loop: InnerLoop, batch: TaskBatch, mode: str, tasks: int, steps: int) -> int:
+    """Peak bytes of one episode with its backward pass."""
+    from fastmeta.engine.episode import run_episode
 
-    support, query = with_ways(batch)
-    known = {t.untyped_storage().data_ptr() for t in loop.patched.model.parameters()}
-    known |= {t.untyped_storage().data_ptr() for t in (*support.values(), *query.values())}
-    packed = packed.detach().clone().requires_grad_()
-    known.add(packed.untyped_storage().data_ptr())
-    start = packed.detach() if loop.proximal else None
-    with torch.enable_grad():
-        with count_saved(known) as step:
-            gradient(loop, packed, Support(support, start=start), create_graph=True)
-        with count_saved(known) as judged:
-            task_losses(loop, packed, query)
-    return step.bytes, judged.bytes
-
-
-class count_saved:
-    """Count the bytes that graphs built inside keep for their backward passes."""
-
-    def __init__(self, known: set[int]) -> None:
-        self.seen = set(known)
-        self.kept: list[Tensor] = []  # holds storages so that their addresses stay distinct
-        self.bytes = 0
-
-    def _pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self.seen:
-            self.seen.add(storage.data_ptr())
-            self.kept.append(tensor)
-            self.bytes += storage.nbytes()
-        return tensor
-
-    def __enter__(self) -> count_saved:
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda t: t)
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._hooks.__exit__(*exc)
-        self.kept.clear()
+    patched = loop.patched
+    small = replace(loop, steps=steps, second_order=steps)
+    devices = [patched.device] if patched.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), PeakMemory() as meter:
+        packed = patched.init(tasks).packed
+        meta = [*patched.shared_parameters(), *loop.rates.parameters()]
+        out = run_episode(small, packed, batch[:tasks], MemoryPlan(mode))
+        torch.autograd.grad(out.loss, [packed, *meta], allow_unused=True)
+    return meter.peak
 
 
 def free_bytes(device: torch.device) -> int:
