@@ -13,8 +13,9 @@
 namespace fastmeta {
 namespace {
 
-constexpr int64_t kTile = 16384;  // columns of a parallel unit
-constexpr int64_t kBlock = 1024;  // columns that stay in the L1 cache
+constexpr int64_t kTile = 16384;    // columns of a parallel unit
+constexpr int64_t kBlock = 1024;    // columns that stay in the L1 cache
+constexpr int64_t kColumns = 4096;  // columns that a unit sums down the rows
 constexpr int kLanes = 16;
 
 template <typename A>
@@ -175,16 +176,18 @@ struct Backward : BackwardArgs<P, G> {
     });
   }
 
-  // One rate per column for all tasks: a unit owns a block of columns and walks down the rows.
+  // One rate per column for all tasks: a unit owns some columns and walks down the rows.
   void column_sums() const {
-    const int64_t blocks = ceil_div(columns, kBlock);
-    parallel_units(blocks, tasks * least(columns, kBlock), [&](int64_t unit) {
-      Tile block = tile_at(unit, blocks, kBlock, columns);
-      double sums[kBlock] = {};
-      for (block.row = 0; block.row < tasks; ++block.row) {
-        tile(block, [&](int64_t, int64_t n, const A* terms, int64_t) { add_span(sums, terms, n); });
+    const int64_t blocks = ceil_div(columns, kColumns);
+    parallel_units(blocks, tasks * least(columns, kColumns), [&](int64_t unit) {
+      Tile at = tile_at(unit, blocks, kColumns, columns);
+      double sums[kColumns] = {};
+      for (at.row = 0; at.row < tasks; ++at.row) {
+        tile(at, [&](int64_t begin, int64_t n, const A* terms, int64_t) {
+          add_span(sums + (begin - at.begin), terms, n);
+        });
       }
-      for (int64_t c = block.begin; c < block.end; ++c) d_lr[c] = A(sums[c - block.begin]);
+      for (int64_t c = at.begin; c < at.end; ++c) d_lr[c] = A(sums[c - at.begin]);
     });
   }
 
