@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fastmeta.patching.bind import bind
 from fastmeta.patching.context import Call
+from fastmeta.patching.linear import affine
 
 
 @dataclass
@@ -58,40 +59,30 @@ def conv1d_gpt2(module: nn.Module, adapted: Adapted, call: Call, x: Tensor) -> T
 
 
 def _affine(module: nn.Module, adapted: Adapted, call: Call, x: Tensor, transposed: bool) -> Tensor:
-    tasks = call.tasks
-    weight = adapted.tensor(call, "weight")
-    bias = adapted.tensor(call, "bias")
-    lora_a = adapted.tensor(call, "lora_A")
-    rows = x.reshape(tasks, -1, x.shape[-1])  # [T, M, in]
+    weight, bias = adapted.tensor(call, "weight"), adapted.tensor(call, "bias")
+    rows = x.reshape(call.tasks, -1, x.shape[-1])  # [T, M, in]
     if weight is not None:
-        weight = weight if transposed else weight.transpose(1, 2)  # [T, in, out]
-        if bias is not None:
-            y = torch.baddbmm(bias.unsqueeze(1), rows, weight)
-        else:
-            y = torch.bmm(rows, weight)
-            if module.bias is not None:
-                y = y + module.bias
+        base = bias.unsqueeze(1) if bias is not None else module.bias
+        if bias is None and base is not None:
+            base = base.expand(call.tasks, 1, -1)
+        y = affine(rows, weight, base, nt=not transposed)
     else:
         shared = module.weight.t() if transposed else module.weight
+        y = F.linear(rows, shared, None if bias is not None else module.bias)
         if bias is not None:
-            y = F.linear(rows, shared) + bias.unsqueeze(1)
-        else:
-            y = F.linear(rows, shared, module.bias)
-    if lora_a is not None:
-        lora_b = adapted.tensor(call, "lora_B")
-        low = torch.bmm(rows, lora_a.transpose(1, 2))  # [T, M, r]
-        y = torch.baddbmm(y, low, lora_b.transpose(1, 2), alpha=adapted.lora_scale)
+            y = y + bias.unsqueeze(1)
+    if "lora_A" in adapted.slots:
+        low = affine(rows, adapted.view(call, "lora_A")) * adapted.lora_scale  # [T, M, r]
+        y = affine(low, adapted.view(call, "lora_B"), y)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def lora_around(module: nn.Linear, adapted: Adapted, call: Call, x: Tensor) -> Tensor:
     """A linear layer with a forward of its own (quantised ones): that, plus the LoRA term."""
     y = type(module).forward(module, x)
-    low = torch.bmm(
-        x.reshape(call.tasks, -1, x.shape[-1]), adapted.view(call, "lora_A").transpose(1, 2)
-    )
-    delta = torch.bmm(low, adapted.view(call, "lora_B").transpose(1, 2))
-    return y + adapted.lora_scale * delta.reshape(y.shape)
+    low = affine(x.reshape(call.tasks, -1, x.shape[-1]), adapted.view(call, "lora_A"))
+    delta = affine(low * adapted.lora_scale, adapted.view(call, "lora_B"))
+    return y + delta.reshape(y.shape)
 
 
 def lora_delta(module: nn.Module, adapted: Adapted, call: Call) -> Tensor:

@@ -1,0 +1,83 @@
+"""The task-batched affine map: value and derivatives to third order, no transposed copies."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastmeta.patching.linear import affine
+
+CASES = list(itertools.product((True, False), (0, 1, 3)))
+
+
+def operands(nt: bool, base_rows: int) -> tuple[Tensor, ...]:
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+    weight = random(2, 4, 5) if nt else random(2, 5, 4)
+    return (random(2, 3, 5), weight, *([random(2, base_rows, 4)] if base_rows else []))
+
+
+@pytest.mark.parametrize(("nt", "base_rows"), CASES)
+def test_derivatives_of_every_order(nt: bool, base_rows: int) -> None:
+    args = operands(nt, base_rows)
+    expected = torch.einsum("tmk,tnk->tmn" if nt else "tmk,tkn->tmn", *args[:2])
+    torch.testing.assert_close(affine(*args, nt=nt), expected + sum(args[2:]))
+
+    def run(*args: Tensor) -> Tensor:
+        return affine(*args, nt=nt).sin()
+
+    def of_gradients(*args: Tensor) -> Tensor:
+        grads = torch.autograd.grad(run(*args).sum(), args, create_graph=True)
+        return sum(g.sin().sum() for g in grads)
+
+    torch.autograd.gradcheck(run, args)
+    torch.autograd.gradgradcheck(run, args)
+    torch.autograd.gradgradcheck(of_gradients, args)
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2), (1, 2)])
+def test_only_what_is_asked_for(wanted: tuple[int, ...]) -> None:
+    args = [a.requires_grad_(i in wanted) for i, a in enumerate(operands(True, 1))]
+    plain = [a.detach().clone().requires_grad_(i in wanted) for i, a in enumerate(args)]
+    found = []
+    for tensors, run in ((args, affine), (plain, lambda x, w, b: x @ w.mT + b)):
+        moving = [tensors[i] for i in wanted]
+        y = run(*tensors).sin().sum()
+        first = torch.autograd.grad(y, moving, create_graph=True)
+        second = torch.autograd.grad(sum(g.sin().sum() for g in first), moving)
+        found.append([*first, *second])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_weight_gradients_are_laid_out_as_the_weights() -> None:
+    for nt in (True, False):
+        args = operands(nt, 1)
+        y = affine(*args, nt=nt).sin().sum()
+        first = torch.autograd.grad(y, args, create_graph=True)
+        second = torch.autograd.grad(sum(g.sin().sum() for g in first), args)
+        assert all(g.is_contiguous() for g in (*first, *second))
+
+
+def test_transforms() -> None:
+    x, weight, base = (a.detach() for a in operands(True, 1))
+
+    def loss(weight: Tensor) -> Tensor:
+        return affine(x, weight, base).sin().sum()
+
+    def plain(weight: Tensor) -> Tensor:
+        return (x @ weight.mT + base).sin().sum()
+
+    grad, vmap = torch.func.grad, torch.func.vmap
+    many = torch.stack([weight, 2 * weight])
+    torch.testing.assert_close(grad(loss)(weight), grad(plain)(weight))
+    torch.testing.assert_close(vmap(grad(loss))(many), vmap(grad(plain))(many))
+
+    def twice(f):
+        return grad(lambda w: grad(f)(w).sin().sum())
+
+    torch.testing.assert_close(twice(loss)(weight), twice(plain)(weight))
