@@ -42,7 +42,8 @@ def torch_extensions() -> list:
     from torch.utils.cpp_extension import CUDA_HOME, CppExtension, CUDAExtension
 
     # Without contraction to fused multiply-adds every CPU gives the same bits.
-    flags = ["/O2"] if os.name == "nt" else ["-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden"]
+    unix = ["-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden"]
+    flags = ["/O2"] if os.name == "nt" else unix
     common = {"include_dirs": [str(HERE / "csrc")], "py_limited_api": True}
     modules = [
         CppExtension(

@@ -75,7 +75,8 @@ def sgd_update(
 
     Note:
         Differentiable to any order in reverse mode with respect to ``params``, ``grads`` and
-        ``lr``, also under ``torch.func.grad`` and ``vmap``; forward mode raises. Two runs give equal bits.
+        ``lr``, also under ``torch.func.grad`` and ``vmap``; forward mode raises. Two runs give
+        equal bits.
     """
     args = _prepare("sgd_update", params, grads, lr, weight_decay, maximize, active, segments)
     if _backend.reference_requested():
