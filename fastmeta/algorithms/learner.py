@@ -29,20 +29,32 @@ class GradientLearner(nn.Module):
     """Adapts tasks by gradient steps; ``learner(batch)`` gives a differentiable `MetaOutput`.
 
     ``parameters()`` are the meta-parameters: initial values, shared weights that require grad,
-    and learned rates.
+    and learned rates. ``out.loss.backward()`` fills their ``.grad``, for the user's own weights on
+    the user's model. ``eval()`` and ``train()`` set the mode of the patched model only.
 
     Args:
         patched: The model, from `fm.patch`.
-        lr: Inner learning rate, or a `fm.LearnedRate`.
-        steps: Inner steps K, at least 1.
-        order: 1 or 2: whether inner gradients are differentiated.
+        lr: Inner learning rate, positive, or a `fm.LearnedRate`. Default 1e-2.
+        steps: Inner steps K, at least 1. Default 5.
+        order: 2 differentiates through the inner gradients, 1 treats them as constants.
         optimizer: ``"sgd" | "momentum" | "adam" | "adamw" | "rmsprop"`` or a rule object.
         memory: ``"unroll"`` keeps the graph of all K steps; ``"recompute"`` keeps one step's,
-            whatever K; ``"auto"`` chooses by the free memory. All give the same numbers.
-        task_chunk: Tasks differentiated at once: None (all), an integer, or ``"auto"``.
-        loss_fn: ``"classification"``, ``"causal_lm"`` or a callable ``(outputs, batch) -> [T]``.
-        clip_norm: Bound on each task's inner gradient norm, or None.
-        truncate: Differentiate through the last this many inner gradients only; None for all.
+            whatever K; ``"auto"`` measures a few small episodes for every new input shape and
+            chooses by the free memory. All give the same numbers.
+        task_chunk: Tasks differentiated at once: None (all), an integer of at least 1, or
+            ``"auto"``. Chunks give the same numbers; under dropout each draws its own masks.
+        loss_fn: ``"classification"``, ``"causal_lm"`` or a callable ``(outputs, batch) -> [T]``
+            that treats tasks separately; `batch` is the support or query mapping.
+        clip_norm: Bound on each task's inner gradient norm, positive, or None.
+        truncate: Differentiate through the last this many inner gradients only, 0 to K; None for
+            all.
+
+    Raises:
+        TypeError: `patched` is no patched model, or a setting is of the wrong type.
+        ValueError: A setting is out of range.
+
+    The loss is differentiable once to the meta-parameters; with ``memory="unroll"`` and no chunks,
+    to any order.
     """
 
     def __init__(
@@ -185,6 +197,12 @@ class GradientLearner(nn.Module):
                 tasks = plan.task_chunk or batch.num_tasks
                 if not (is_out_of_memory(error) and plan.shrink(tasks)):
                     raise
+
+    def _apply(self, fn: Any, recurse: bool = True) -> GradientLearner:
+        raise RuntimeError(
+            "a learner shares its weights with the user's model: move or convert the model "
+            "before fm.patch, and build the learner on what that returns"
+        )
 
     def extra_repr(self) -> str:
         return f"steps={self.steps}, order={self.order}, memory={self.memory!r}"

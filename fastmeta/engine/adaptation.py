@@ -70,12 +70,16 @@ def adapt(
         The adapted fast weights: ``patched(adapted.params, **query_inputs)``.
 
     Raises:
-        TypeError: `lr` or `steps` is no number, labels are not int64.
+        TypeError: `patched` is no patched model, `lr` or `steps` no number, labels not int64.
         ValueError: Empty support, labels out of range, tensors on another device, steps below 1,
             `lr` not positive, `params` of another number of tasks.
 
     Not differentiable; use a learner for meta-gradients. Several threads may call it at once.
     """
+    if not isinstance(patched, Patched):
+        raise TypeError(
+            f"expected a patched model (fm.patch(model, spec)), got {type(patched).__name__}"
+        )
     steps = check_steps(steps)
     check_clip_norm(clip_norm)
     check_memory("unroll", task_chunk)
