@@ -25,6 +25,11 @@ def affine(x: Tensor, weight: Tensor, base: Tensor | None = None, *, nt: bool = 
     Returns:
         ``[T, M, N]``; differentiable to any order.
     """
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        # Before the Function, whose backward runs outside the autocast region on what it saved.
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+        base = base if base is None else base.to(dtype)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return _Affine.apply(x, weight, base, nt)
     return _affine(x, weight, base, nt)

@@ -102,10 +102,9 @@ def embedding(module: nn.Embedding, adapted: Adapted, call: Call, ids: Tensor) -
 
 def _gather(table: Tensor, ids: Tensor, padding_idx: int | None) -> Tensor:
     """Rows of ``[T, V, D]`` tables for task-major ids ``[T * N, ...]``."""
-    tasks, vocab, dim = table.shape
-    offset = torch.arange(tasks, device=ids.device).mul_(vocab)
-    flat = ids.reshape(tasks, -1) + offset.unsqueeze(1)
-    y = F.embedding(flat, table.reshape(tasks * vocab, dim)).view(*ids.shape, dim)
+    task = torch.arange(len(table), device=ids.device)
+    # Indexed as it lies in the packed buffer: the tables are large and never copied.
+    y = table[task.unsqueeze(1), ids.reshape(len(table), -1)].view(*ids.shape, -1)
     if padding_idx is not None:
         # torch gives the padding row no gradient; the stacked tables have one such row per task.
         y = torch.where((ids == padding_idx).unsqueeze(-1), y.detach(), y)
