@@ -42,7 +42,7 @@ def parse_spec(text: str) -> fm.Spec:
     Raises:
         UserError: An unknown term or option (with near matches), or a malformed value.
     """
-    terms = re.split(r"\s+\+\s+", text.strip())
+    terms = re.split(r"\s+\+(?:\s+|$)", text.strip())
     if not all(terms):
         raise UserError(f"spec: expected terms such as 'lora:r=8 + head', got {text!r}")
     first, *others = (_term(t.strip()) for t in terms)

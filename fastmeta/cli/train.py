@@ -6,6 +6,8 @@ import argparse
 import shutil
 from pathlib import Path
 
+import torch
+
 from fastmeta.cli import config as configs
 from fastmeta.cli.build import build_parts, build_trainer
 from fastmeta.cli.config import Config
@@ -43,6 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
         config = _resumed_config(arguments.resume, tables)
     trainer = build_trainer(config, build_parts(config), progress=not arguments.quiet)
     if arguments.resume is None:
+        torch.manual_seed(config.seed)  # of dropout; the rest has seeds of its own
         if arguments.overwrite:
             clear_run(Path(config.out))
     else:
