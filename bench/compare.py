@@ -136,12 +136,10 @@ def measure(mode: str, steps: int) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     step()
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - start)
-    print(json.dumps({"peak_mib": (after - before) / 1024, "seconds": median(times)}))
+    start = time.perf_counter()
+    step()
+    seconds = time.perf_counter() - start
+    print(json.dumps({"peak_mib": (after - before) / 1024, "seconds": seconds}))
 
 
 def memory_table() -> list[dict]:
