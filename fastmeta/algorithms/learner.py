@@ -161,7 +161,13 @@ class GradientLearner(nn.Module):
             ``torch.no_grad()`` nothing is kept, which is how to evaluate.
 
         Raises:
-            ValueError: Labels out of range, an empty support set, or tensors on another device.
+            TypeError: `batch` is no `fm.TaskBatch`, or its labels are not int64.
+            ValueError: Labels out of range, an empty support set, tensors on another device, or
+                a loss that is not one differentiable number per task.
+            RuntimeError: Called under ``torch.inference_mode()``.
+
+        Several threads may call one learner at once; under dropout they share torch's random
+        state.
         """
         self.check(batch)
         loop = self.inner_loop(steps)

@@ -96,7 +96,8 @@ def check_labels(
         return
     if bool(wrong.any()):
         task = int(wrong.flatten(1).any(1).nonzero()[0])
-        bound = min(int(b) for b in (num_classes, None if ways is None else ways[task]) if b)
+        bounds = (num_classes, None if ways is None else ways[task])
+        bound = min((int(b) for b in bounds if b is not None), default=0)
         what = "the task's ways" if ways is not None and bound != num_classes else setting
         raise ValueError(
             f"{which} labels must be in 0..{bound - 1} ({what} is {bound}) or -100 to ignore, "
