@@ -1,6 +1,6 @@
 """Task-batched meta-learning over transformers: exact, fused, on the model you already have."""
 
-from fastmeta import data, ops
+from fastmeta import data, models, ops, training
 from fastmeta.algorithms.anil import ANIL
 from fastmeta.algorithms.imaml import IMAML
 from fastmeta.algorithms.maml import MAML
@@ -53,7 +53,9 @@ __all__ = [
     "TaskParams",
     "adapt",
     "data",
+    "models",
     "ops",
     "patch",
     "rules",
+    "training",
 ]
