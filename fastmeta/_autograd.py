@@ -26,16 +26,17 @@ def needs_autograd(*tensors: Tensor | None) -> bool:
 
 
 class Function(torch.autograd.Function):
-    """``torch.autograd.Function`` with positional arguments only, and so a cheaper ``apply``.
-
-    torch's own ``apply`` binds the arguments to the signature of ``forward`` on every call, which
-    costs more than the rest of the call. Outside functorch transforms nothing else is needed.
-    """
+    """``torch.autograd.Function`` with :meth:`call`, a cheaper ``apply``."""
 
     @classmethod
-    def apply(cls, *args: Any) -> Any:
+    def call(cls, *args: Any) -> Any:
+        """``apply`` for positional arguments.
+
+        torch's ``apply`` binds the arguments to the signature of ``forward`` on every call, which
+        costs more than the rest of the call and is needed only under functorch transforms.
+        """
         if torch._C._are_functorch_transforms_active():
-            return super().apply(*args)
+            return cls.apply(*args)
         return super(torch.autograd.Function, cls).apply(*unwrap_dead_wrappers(args))
 
 

@@ -10,6 +10,8 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
+
 from fastmeta._library import EXTENSIONS, OPS, Op
 
 IMPLS = ("auto", "reference", "cpp", "cuda", "triton")
@@ -26,7 +28,8 @@ def use_impl(name: str) -> Iterator[None]:
     Args:
         name: ``"auto"`` (the default choice), ``"reference"`` (plain torch, differentiated by
             autograd itself), ``"cpp"`` (compiled, CPU), ``"cuda"`` (compiled, CUDA) or
-            ``"triton"``.
+            ``"triton"``. Within ``torch.compile`` only the first two are possible, and mean the
+            same: the reference is traced and fused by the compiler.
 
     Raises:
         ValueError: an unknown name.
@@ -54,9 +57,21 @@ def requested() -> str:
     return getattr(_local, "impl", "auto")
 
 
-def reference_requested() -> bool:
-    """Whether ``use_impl("reference")`` is in force."""
-    return _overrides > 0 and requested() == "reference"
+def use_reference() -> bool:
+    """Whether the reference is to be called itself, differentiated by autograd.
+
+    True under ``use_impl("reference")`` and inside ``torch.compile``: the compiler fuses plain
+    torch operators, while it loses the derivative of an autograd.Function under ``torch.func``.
+
+    Raises:
+        RuntimeError: another implementation was requested inside ``torch.compile``.
+    """
+    name = requested() if _overrides else "auto"
+    if not torch.compiler.is_compiling():
+        return name == "reference"
+    if name not in ("auto", "reference"):
+        raise RuntimeError(f"use_impl({name!r}): torch.compile traces the reference alone")
+    return True
 
 
 def kernel(op: Op, device: str) -> Callable:

@@ -146,6 +146,19 @@ def test_capture(sample: Sample):
         torch.testing.assert_close(a, e, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("row", TABLE, ids=lambda row: row.name)
+def test_compiled_transforms(row: OpRow):
+    """torch.compile keeps the derivatives under torch.func; it would lose those of a Function."""
+    sample = list(row.small())[-1]
+    inputs = [t.detach() for t in sample.tensors]
+    gradient = torch.func.grad(objective(sample), argnums=tuple(range(len(inputs))))
+    batch = [torch.stack([t, 2 * t]) for t in inputs]
+    for function, given in ((gradient, inputs), (torch.func.vmap(gradient), batch)):
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        for a, e in zip(compiled(*given), function(*given), strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("sample", SMALL)
 def test_forward_mode_is_refused(sample: Sample):
     inputs = tuple(t.detach() for t in sample.tensors)

@@ -79,7 +79,7 @@ def sgd_update(
         equal bits.
     """
     args = _prepare("sgd_update", params, grads, lr, weight_decay, maximize, active, segments)
-    if _backend.reference_requested():
+    if _backend.use_reference():
         return reference.sgd_update(*args)
     return _update(*args)
 
@@ -117,7 +117,10 @@ def sgd_update_(
         raise ValueError(
             f"sgd_update_: params must not be an expanded view, got strides {params.stride()}"
         )
-    _backend.kernel(_UPDATE_, params.device.type)(*args)
+    if _backend.use_reference():
+        reference.sgd_update_(*args)
+    else:
+        _backend.kernel(_UPDATE_, params.device.type)(*args)
     return params
 
 
@@ -138,7 +141,7 @@ def _prepare(op, params, grads, lr, weight_decay, maximize, active, segments) ->
 
 def _update(params, grads, lr, *rest) -> Tensor:
     if needs_autograd(params, grads, lr):
-        return _Update.apply(params, grads, lr, *rest)
+        return _Update.call(params, grads, lr, *rest)
     return _backend.kernel(_UPDATE, params.device.type)(params, grads, lr, *rest)
 
 
@@ -147,7 +150,7 @@ def _backward(d_out, params, grads, lr, *rest) -> tuple[Tensor, ...]:
     if not any(rest[-3:]):
         return ()
     if needs_autograd(d_out, params, grads, lr):
-        return _Backward.apply(d_out, params, grads, lr, *rest)
+        return _Backward.call(d_out, params, grads, lr, *rest)
     return _run_backward(d_out, params, grads, lr, *rest)
 
 
