@@ -49,8 +49,9 @@ CASES = {
 
 
 def _gradient(params: Tensor, step: int) -> Tensor:
-    """A different gradient at every step; one coordinate never has any."""
-    return torch.cos((step + 1) * params) * (torch.arange(SIZE) != 5)
+    """A different gradient at every step, that rounding does not grow in; coordinate 5 has none."""
+    index = torch.arange(SIZE)
+    return (torch.sin(step + index + 0.5) + 0.3 * params) * (index != 5)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -66,7 +67,7 @@ def test_torch_optim(name: str) -> None:
         for step in range(STEPS):
             alone.grad = _gradient(alone.detach(), step)
             torch_rule.step()
-        torch.testing.assert_close(params[t], alone.detach(), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(params[t], alone.detach(), rtol=1e-11, atol=1e-13)
 
 
 @pytest.mark.parametrize("name", CASES)
