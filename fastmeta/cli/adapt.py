@@ -66,6 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
             labels=labels,
             base=None if trained else config.model,
             tokenizer=parts.tokenizer,
+            details={k: getattr(config, k) for k in ("ways", "pooling", "pooling_scale")},
         )
         print(
             f"{arguments.folder}: adapted weights of {len(labels)} classes ({kind})",

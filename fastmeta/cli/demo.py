@@ -18,16 +18,19 @@ SUMMARY = "Meta-train a small BERT on built-in data, with MAML in second order; 
 SETTINGS = {
     "model": "builtin:hidden=64,layers=2",
     "pooling": "mean",
-    "pooling_scale": 10.0,
+    "pooling_scale": 15.0,
     "data": "builtin",
     "method": "maml",
     "spec": "all",
     "order": 2,
     "inner_steps": 3,
-    "inner_lr": 0.1,
+    "inner_lr": 0.03,
+    "learn_lr": "layer",
     "tasks": 32,
     "outer": "adamw",
     "outer_lr": 2e-3,
+    "rates_lr": 3e-3,
+    "schedule": "cosine",
     "outer_clip": 1.0,
     "warmup": 5,
     "eval_every": 20,
@@ -59,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(
         f"BERT, 2 layers of width 64, {size:,} parameters, all adapted per task; "
         f"{config.tasks} tasks per step, {config.ways}-way {config.shots}-shot, "
-        f"{config.inner_steps} inner steps, second order",
+        f"{config.inner_steps} inner steps, second order, learned inner rates",
         flush=True,
     )
     count = arguments.episodes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ def export_task(
     labels: Sequence[str] = (),
     base: str | None = None,
     tokenizer: Any = None,
+    details: Mapping[str, Any] | None = None,
     task: int = 0,
 ) -> str:
     """Write one task's adapted weights to a new folder, whole or not at all.
@@ -44,6 +45,7 @@ def export_task(
         base: Name or folder of the model as it was loaded; None writes the model itself to
             ``folder/base``, as is needed where its shared weights were trained.
         tokenizer: Written beside the model in ``folder/base``, where given.
+        details: JSON values to keep in ``fastmeta.json``, too.
         task: Which of the T tasks.
 
     Returns:
@@ -62,6 +64,7 @@ def export_task(
         "model_class": type(patched.model).__name__,
         "spec": repr(patched.spec),
         "labels": list(labels),
+        **(details or {}),
     }
     with whole_folder(folder) as temporary:
         if base is None:
