@@ -29,7 +29,7 @@ inline EmulatedIndex threadIdx, blockIdx, blockDim, gridDim;
 
 namespace cuda_emulation {
 
-constexpr unsigned kMaxThreads = 1024;
+constexpr unsigned kMaxThreads = 1024, kWarp = 32;
 constexpr size_t kStack = 64 * 1024;
 
 // The threads of one block. Fibers are started once and kept from block to block; after the start
@@ -41,19 +41,16 @@ class Block {
     return block;
   }
 
-  // Runs all threads from barrier to barrier; the order changes every time, which shows a missing
-  // barrier as a wrong result.
+  // Runs all threads from __syncthreads() to __syncthreads(), one warp after another. Lanes and
+  // warps take turns in rising and falling order, so a missing barrier shows as a wrong result.
   void run(unsigned threads, std::function<void()> body) {
     body_ = std::move(body);
-    for (unsigned i = 0; i < threads; ++i) fibers_[i].done = false;
+    for (unsigned i = 0; i < threads; ++i) fibers_[i].state = State::kReady;
     unsigned finished = 0;
     for (bool ascending = true; finished < threads; ascending = !ascending) {
       finished = 0;
-      for (unsigned i = 0; i < threads; ++i) {
-        const unsigned thread = ascending ? i : threads - 1 - i;
-        threadIdx.x = thread;
-        resume(fibers_[thread]);
-        finished += fibers_[thread].done ? 1 : 0;
+      for (unsigned i = 0; i < threads; i += kWarp) {
+        finished += run_warp(ascending ? i : threads - kWarp - i, ascending);
       }
       if (finished != 0 && finished != threads) {
         throw std::runtime_error("some threads of a block left while others wait at a barrier");
@@ -61,19 +58,43 @@ class Block {
     }
   }
 
-  void barrier() {
-    if (_setjmp(running_->context) == 0) _longjmp(scheduler_, 1);
-  }
+  // Called by a fiber: lets the others of its warp, or of its block, come to the same point.
+  void warp_barrier() { leave(State::kAtWarp); }
+  void block_barrier() { leave(State::kAtBlock); }
 
   double& exchange(unsigned thread) { return fibers_[thread].exchange; }
 
  private:
+  enum class State { kReady, kAtWarp, kAtBlock, kDone };
+
   struct Fiber {
     jmp_buf context;
     std::unique_ptr<char[]> stack;
     double exchange = 0;
-    bool done = false;
+    State state = State::kReady;
   };
+
+  // Runs the lanes of a warp until all wait for the block or are done; returns how many are done.
+  unsigned run_warp(unsigned first, bool ascending) {
+    for (;;) {
+      unsigned at_warp = 0, done = 0;
+      for (unsigned i = 0; i < kWarp; ++i) {
+        const unsigned thread = first + (ascending ? i : kWarp - 1 - i);
+        Fiber& fiber = fibers_[thread];
+        threadIdx.x = thread;
+        if (fiber.state != State::kDone) resume(fiber);
+        at_warp += fiber.state == State::kAtWarp ? 1 : 0;
+        done += fiber.state == State::kDone ? 1 : 0;
+      }
+      if (at_warp == 0) return done;
+      if (at_warp != kWarp) throw std::runtime_error("only some lanes of a warp came to a shuffle");
+    }
+  }
+
+  void leave(State state) {
+    running_->state = state;
+    if (_setjmp(running_->context) == 0) _longjmp(scheduler_, 1);
+  }
 
   void resume(Fiber& fiber) {
     running_ = &fiber;
@@ -90,11 +111,9 @@ class Block {
 
   static void live() {
     Block& block = the();
-    Fiber& self = *block.running_;
     for (;;) {
       block.body_();
-      self.done = true;
-      block.barrier();
+      block.leave(State::kDone);
     }
   }
 
@@ -106,7 +125,7 @@ class Block {
 
 }  // namespace cuda_emulation
 
-inline void __syncthreads() { cuda_emulation::Block::the().barrier(); }
+inline void __syncthreads() { cuda_emulation::Block::the().block_barrier(); }
 
 template <typename T>
 T __shfl_down_sync(unsigned mask, T x, unsigned delta) {
@@ -115,10 +134,10 @@ T __shfl_down_sync(unsigned mask, T x, unsigned delta) {
   const unsigned thread = threadIdx.x;
   if (mask != 0xffffffffu) throw std::runtime_error("only full-warp shuffles are emulated");
   block.exchange(thread) = static_cast<double>(x);
-  block.barrier();
+  block.warp_barrier();
   const bool inside = thread % 32 + delta < 32;
   const T result = static_cast<T>(block.exchange(inside ? thread + delta : thread));
-  block.barrier();
+  block.warp_barrier();
   return result;
 }
 
