@@ -176,10 +176,9 @@ def adapt_tasks(
     if loop.implicit and differentiated:
         with torch.no_grad():
             trajectory = unroll(loop, packed, support)
-        shared = loop.patched.shared_parameters()
         return replace(
             trajectory, params=implicit(loop, packed, trajectory.params, support, shared)
         )
     if mode == "recompute" and loop.second_order and differentiated:
-        return recompute(loop, packed, support, loop.patched.shared_parameters())
+        return recompute(loop, packed, support, shared)
     return unroll(loop, packed, support)
