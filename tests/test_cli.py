@@ -194,7 +194,7 @@ def test_a_signal_saves_and_says_how_to_go_on(call, tmp_path, monkeypatch, numbe
     before = signal.getsignal(number)
     out = tmp_path / "run"
     status, _, err = call("train", "--quiet", *flags(out=out, steps=5))
-    assert status == 130 and "stopped after step 2; saved in" in err and "--resume" in err
+    assert status == 130 and "stopped after step 2; saved in" in err and f"--resume {out}\n" in err
     assert signal.getsignal(number) is before
     assert [p.name for p in (out / "checkpoints").iterdir()] == ["step-00000002"]
     monkeypatch.undo()

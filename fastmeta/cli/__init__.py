@@ -69,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fastmeta: error: {_sentence(error)}", file=sys.stderr)
         return 2
     except Interrupted as stopped:
-        print(f"fastmeta: {stopped}; go on with fastmeta train --resume", file=sys.stderr)
+        run = "" if stopped.checkpoint is None else f" {stopped.checkpoint.parent.parent}"
+        print(f"fastmeta: {stopped}; go on with fastmeta train --resume{run}", file=sys.stderr)
         return INTERRUPTED
     except KeyboardInterrupt:
         print("fastmeta: interrupted", file=sys.stderr)
