@@ -11,6 +11,7 @@ A compile that fails is always an error.
 import os
 import shutil
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -44,7 +45,9 @@ def torch_extensions() -> list:
     # Without contraction to fused multiply-adds every CPU gives the same bits.
     unix = ["-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden"]
     flags = ["/O2"] if os.name == "nt" else unix
-    common = {"include_dirs": [str(HERE / "csrc")], "py_limited_api": True}
+    # the free-threaded Python has no limited API yet
+    limited = not sysconfig.get_config_var("Py_GIL_DISABLED")
+    common = {"include_dirs": [str(HERE / "csrc")], "py_limited_api": limited}
     modules = [
         CppExtension(
             "fastmeta._C",
