@@ -181,7 +181,7 @@ def main() -> None:
     parser.add_argument("--method", default="maml")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--cache", type=Path, default=Path("build/trunk"))
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--tasks", type=int, default=4)
     parser.add_argument("--inner-steps", type=int, default=5)
     parser.add_argument("--lr", type=float, default=0.05)

@@ -38,7 +38,10 @@ SETTINGS = {
     "checkpoint_every": 0,
     "memory": "unroll",
 }
-"""Tuned for a clear gain within the time."""
+"""Tuned for a clear gain within the time, on one seed, by the accuracy on the test classes.
+
+The demo shows that the machinery works; its final accuracy is no estimate for new data.
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
