@@ -124,3 +124,107 @@ def _rate_view(op: str, lr: Tensor, tasks: int, params: int, offsets: Tensor | N
     if offsets is not None:
         forms = f"[S], [T, S], [T, 1] or [1, S] with T = {tasks}, S = {columns}"
     raise ValueError(f"{op}: lr must be a number, a scalar tensor, {forms}, got {describe(lr)}")
+
+
+def rows(op: str, name: str, tensor: Tensor) -> None:
+    """Require a floating-point ``[T, P]``."""
+    if not isinstance(tensor, Tensor) or tensor.dim() != 2 or tensor.dtype not in FLOATING:
+        raise ValueError(
+            f"{op}: {name} must be a floating-point tensor [T, P], got {describe(tensor)}"
+        )
+
+
+def state(op: str, name: str, tensor: Tensor, params: Tensor) -> None:
+    """Require a state tensor of the layout of ``params``."""
+    fits = (
+        isinstance(tensor, Tensor)
+        and tensor.shape == params.shape
+        and tensor.dtype == params.dtype
+        and tensor.device == params.device
+    )
+    if not fits:
+        raise ValueError(
+            f"{op}: {name} must be like params, {describe(params)}, got {describe(tensor)}"
+        )
+
+
+def in_range(
+    op: str,
+    name: str,
+    value: float | Tensor,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    at_most: float | None = None,
+) -> None:
+    """Require a finite number within bounds, or a floating-point (for counts: any) tensor of such,
+    which is looked at on the CPU outside transforms."""
+    limits = (
+        (at_least, ">=", lambda x, b: x >= b),
+        (above, ">", lambda x, b: x > b),
+        (below, "<", lambda x, b: x < b),
+        (at_most, "<=", lambda x, b: x <= b),
+    )
+    limits = [limit for limit in limits if limit[0] is not None]
+    if isinstance(value, Tensor):
+        if not _readable(value):
+            return
+        low_high = [value.min().item(), value.max().item()] if value.numel() else []
+        if value.numel() and bool(torch.isnan(value).any()):
+            low_high = [math.nan]
+    elif isinstance(value, (int, float)):
+        low_high = [value]
+    else:
+        raise ValueError(f"{op}: {name} must be a number or a tensor, got {describe(value)}")
+    for x in low_high:
+        if not math.isfinite(x) or not all(holds(x, bound) for bound, _, holds in limits):
+            expected = " and ".join(["finite", *(f"{sign} {bound:g}" for bound, sign, _ in limits)])
+            raise ValueError(f"{op}: {name} must be {expected}, got {x}")
+
+
+def _readable(value: Tensor) -> bool:
+    """Whether looking at the values costs nothing and is possible."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return value.device.type == "cpu" and type(value) in (Tensor, torch.nn.Parameter)
+
+
+def finite_rate(op: str, rate: Tensor, active: Tensor | None) -> None:
+    """Require finite learning rates ``[1 or T, C]`` in active rows; one pass over them."""
+    if not _readable(rate):
+        return
+    sums = rate.detach().sum(1)
+    if active is not None and rate.shape[0] > 1:
+        sums = sums[active]
+    if not bool(torch.isfinite(sums).all()):
+        raise ValueError(f"{op}: lr must be finite, got a tensor with NaN or Inf")
+
+
+def hyperparameters(
+    op: str, values: list, params: Tensor
+) -> tuple[list[float], Tensor | None]:
+    """Hyperparameters as kernels take them: six numbers, or one tensor ``[1 or T, 6]`` in float64.
+
+    Gradients flow back through the stacking.
+    """
+    values = values + [0.0] * (6 - len(values))
+    if not any(isinstance(v, Tensor) for v in values):
+        return [float(v) for v in values], None
+    tasks = params.shape[0]
+    columns = []
+    for value in values:
+        if not isinstance(value, Tensor):
+            value = torch.full((1, 1), float(value), dtype=torch.float64, device=params.device)
+        elif value.dim() == 0 or tuple(value.shape) in ((1,), (1, 1)):
+            value = value.reshape(1, 1)
+        elif tuple(value.shape) in ((tasks,), (tasks, 1)):
+            value = value.reshape(tasks, 1)
+        else:
+            raise ValueError(
+                f"{op}: a hyperparameter must be a number, a scalar tensor, [T] or [T, 1] with "
+                f"T = {tasks}, got {describe(value)}"
+            )
+        columns.append(value.to(params.device, torch.float64))
+    height = tasks if any(c.shape[0] != 1 for c in columns) else 1
+    return [0.0] * 6, torch.cat([c.expand(height, 1) for c in columns], dim=1)

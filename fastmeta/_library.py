@@ -27,7 +27,7 @@ class Op:
 
     name: str
     schema: str
-    reference: Callable
+    reference: Callable | None  # None: a derivative, which only kernels have
     overload: Callable  # the dispatcher's entry: the winner for the tensors' device
     kernels: dict[str, tuple[str, Callable]] = field(default_factory=dict)  # name -> (device, call)
 
@@ -73,11 +73,18 @@ EXTENSIONS = (
 OPS: dict[str, Op] = {}
 
 
-def define(schema: str, reference: Callable) -> Op:
-    """Declare ``name(arguments) -> results`` and register its reference for every device."""
+def define(schema: str, reference: Callable | None = None, *, fake: Callable | None = None) -> Op:
+    """Declare ``name(arguments) -> results`` and register its reference for every device.
+
+    A derivative has no reference (autograd differentiates that of the operator itself) but a
+    ``fake``, which returns empty results of the right shapes.
+    """
     name = schema.split("(", 1)[0]
     _DEF.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _DEF.impl(name, reference, "CompositeExplicitAutograd")
+    if reference is not None:
+        _DEF.impl(name, reference, "CompositeExplicitAutograd")
+    else:
+        _DEF.impl(name, fake, "Meta")
     overload = getattr(getattr(torch.ops, NAMESPACE), name).default
     op = Op(name, schema, reference, overload)
     for extension in EXTENSIONS:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastmeta import _library, info, ops
-from fastmeta.testing.ops import sgd_sample
+from fastmeta.testing.ops import update_sample
 
 
 def test_report_names_every_operator_and_part(capsys):
@@ -21,7 +21,7 @@ def test_report_names_every_operator_and_part(capsys):
 
 
 def test_serving_matches_what_use_impl_accepts():
-    sample = sgd_sample("T1", 3, 5)
+    sample = update_sample("sgd", "T1", 3, 5)
     (row,) = (r for r in info.serving() if (r.op, r.device) == ("sgd_update", "cpu"))
     assert row.impl in ("cpp", "reference")
     with ops.use_impl(row.impl):

@@ -7,7 +7,7 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fastmeta import _library
+from fastmeta import _library, ops
 from fastmeta.ops import use_impl
 from fastmeta.testing.ops import TABLE, OpRow, Sample
 from fastmeta.testing.tolerance import assert_within_budget, shake
@@ -26,6 +26,9 @@ ROWS_DTYPES = [
     pytest.param(row, d, id=f"{row.name}-{short(d)}") for row in TABLE for d in row.dtypes
 ]
 SMALL = [pytest.param(s, id=f"{row.name}-{s.id}") for row in TABLE for s in row.small()]
+SMALL_ROWS = [
+    pytest.param(row, s, id=f"{row.name}-{s.id}") for row in TABLE for s in row.small()
+]
 
 
 def leaves(sample: Sample, dtype: torch.dtype | None = None) -> list[torch.Tensor]:
@@ -33,18 +36,24 @@ def leaves(sample: Sample, dtype: torch.dtype | None = None) -> list[torch.Tenso
     return [(t if dtype is None else t.to(dtype)).detach().requires_grad_() for t in sample.tensors]
 
 
-def cotangent_of(sample: Sample) -> torch.Tensor:
-    """The same for all precisions: a tensor that bfloat16 can hold."""
-    shape = sample.tensors[0].shape
-    cotangent = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    return cotangent.to(torch.bfloat16).to(sample.tensors[0].device)
+def cotangents_of(sample: Sample) -> list[torch.Tensor]:
+    """The same for all precisions: tensors that bfloat16 can hold, enough for every output."""
+    like = sample.tensors[0]
+    generator = torch.Generator().manual_seed(1)
+    made = [torch.randn(like.shape, generator=generator) for _ in range(3)]
+    return [c.to(torch.bfloat16).to(like.device) for c in made]
 
 
-def run(sample: Sample, tensors: list[torch.Tensor], cotangent=None) -> list[torch.Tensor]:
-    """The result and its gradient for each input."""
-    out = sample.call(*tensors)
-    cotangent = cotangent_of(sample) if cotangent is None else cotangent
-    return [out.detach(), *torch.autograd.grad(out, tensors, cotangent.to(out.dtype))]
+def outputs_of(result) -> tuple[torch.Tensor, ...]:
+    return (result,) if isinstance(result, torch.Tensor) else tuple(result)
+
+
+def run(sample: Sample, tensors: list[torch.Tensor], cotangents=None) -> list[torch.Tensor]:
+    """The results and the gradient for each input."""
+    out = outputs_of(sample.call(*tensors))
+    cotangents = cotangents_of(sample) if cotangents is None else cotangents
+    given = [c.to(o.dtype) for c, o in zip(cotangents, out, strict=False)]
+    return [*(o.detach() for o in out), *torch.autograd.grad(out, tensors, given)]
 
 
 def shaken_runs(sample: Sample, dtypes: tuple[torch.dtype, ...]) -> list[list[torch.Tensor]]:
@@ -54,7 +63,7 @@ def shaken_runs(sample: Sample, dtypes: tuple[torch.dtype, ...]) -> list[list[to
     runs = []
     for _ in range(3):
         moved = [shake(t, eps, generator).requires_grad_() for t in sample.tensors]
-        runs.append(run(sample, moved, shake(cotangent_of(sample), eps, generator)))
+        runs.append(run(sample, moved, [shake(c, eps, generator) for c in cotangents_of(sample)]))
     return runs
 
 
@@ -68,9 +77,10 @@ def test_values_and_gradients(row: OpRow, dtypes, impl):
             low = run(sample, leaves(sample, torch.float32 if torch.float64 in dtypes else None))
             shaken = shaken_runs(sample, dtypes)
         for i, (a, e, w, *s) in enumerate(zip(actual, exact, low, *shaken, strict=True)):
-            what = f"{name} {sample.id}: {'result' if i == 0 else f'gradient {i - 1}'}"
-            assert i > 0 or a.is_contiguous(), what
-            assert a.dtype == sample.tensors[max(i - 1, 0)].dtype, what
+            of = i - (len(actual) - len(sample.tensors))  # which gradient; negative: a result
+            what = f"{name} {sample.id}: {'result' if of < 0 else f'gradient {of}'}"
+            assert of >= 0 or a.is_contiguous(), what
+            assert a.dtype == sample.tensors[max(of, 0)].dtype, what
             assert_within_budget(what, a, e, w, s)
         again = run(sample, leaves(sample))
         for a, b in zip(actual, again, strict=True):
@@ -87,7 +97,7 @@ def test_finite_differences(sample: Sample, native_impl):
 
 
 def objective(sample: Sample):
-    return lambda *tensors: sample.call(*tensors).square().sum()
+    return lambda *tensors: sum(o.square().sum() for o in outputs_of(sample.call(*tensors)))
 
 
 @pytest.mark.parametrize("sample", SMALL)
@@ -105,7 +115,7 @@ def test_function_transforms(sample: Sample, native_impl):
     for a, e in zip([*gradient(*inputs), *second(*inputs)], expected, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-12)
 
-    batch = [torch.stack([t, 0.5 * t, t + 1]) for t in inputs]
+    batch = [torch.stack([t, 0.5 * t, 0.75 * t]) for t in inputs]
     for in_dims in {
         (0,) * len(inputs),
         *((None,) * i + (0,) + (None,) * (len(inputs) - i - 1) for i in range(len(inputs))),
@@ -117,10 +127,8 @@ def test_function_transforms(sample: Sample, native_impl):
                 for i in range(3)
             ]
             got = torch.func.vmap(function, in_dims=in_dims)(*given)
-            if isinstance(got, torch.Tensor):
-                got, rows = (got,), [(r,) for r in rows]
-            for i, g in enumerate(got):
-                expected = torch.stack([r[i] for r in rows])
+            for i, g in enumerate(outputs_of(got)):
+                expected = torch.stack([outputs_of(r)[i] for r in rows])
                 torch.testing.assert_close(g, expected, rtol=1e-10, atol=1e-12)
 
 
@@ -128,20 +136,21 @@ def test_function_transforms(sample: Sample, native_impl):
 def test_vmapped_axis_anywhere(sample: Sample, native_impl):
     inputs = [t.detach() for t in sample.tensors]
     last = tuple(t.dim() for t in inputs)
-    batch = [torch.stack([t, 2 * t], dim=-1) for t in inputs]
-    got = torch.func.vmap(sample.call, in_dims=last, out_dims=1)(*batch)
-    expected = torch.stack([sample.call(*inputs), sample.call(*[2 * t for t in inputs])], dim=1)
-    torch.testing.assert_close(got, expected)
+    batch = [torch.stack([t, 0.5 * t], dim=-1) for t in inputs]
+    got = outputs_of(torch.func.vmap(sample.call, in_dims=last, out_dims=1)(*batch))
+    rows = (outputs_of(sample.call(*[f * t for t in inputs])) for f in (1, 0.5))
+    for a, *e in zip(got, *rows, strict=True):
+        torch.testing.assert_close(a, torch.stack(e, dim=1))
 
 
-@pytest.mark.parametrize("sample", SMALL)
-def test_capture(sample: Sample):
+@pytest.mark.parametrize(("row", "sample"), SMALL_ROWS)
+def test_capture(row: OpRow, sample: Sample):
     """make_fx records the raw operators of a gradient, and the graph computes the same."""
     inputs = [t.detach() for t in sample.tensors]
     step = torch.func.grad(objective(sample), argnums=tuple(range(len(inputs))))
     graph = make_fx(step)(*inputs)
     called = {str(node.target) for node in graph.graph.nodes}
-    assert "fastmeta.sgd_update.default" in called
+    assert f"fastmeta.{row.name}.default" in called
     for a, e in zip(graph(*inputs), step(*inputs), strict=True):
         torch.testing.assert_close(a, e, rtol=0, atol=0)
 
@@ -152,7 +161,7 @@ def test_compiled_transforms(row: OpRow):
     sample = list(row.small())[-1]
     inputs = [t.detach() for t in sample.tensors]
     gradient = torch.func.grad(objective(sample), argnums=tuple(range(len(inputs))))
-    batch = [torch.stack([t, 2 * t]) for t in inputs]
+    batch = [torch.stack([t, 0.5 * t]) for t in inputs]
     for function, given in ((gradient, inputs), (torch.func.vmap(gradient), batch)):
         compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
         for a, e in zip(compiled(*given), function(*given), strict=True):
@@ -181,8 +190,9 @@ def recorded_calls(row: OpRow):
 
         with Record():
             run(sample, leaves(sample))
+            in_place = getattr(ops, f"{row.name}_")
             with torch.no_grad():
-                sample.call(sample.tensors[0].clone(), *sample.tensors[1:])
+                sample.call(*(t.detach().clone() for t in sample.tensors), op=in_place)
         yield from ((sample.id, *call) for call in calls)
 
 

@@ -60,13 +60,6 @@ __device__ __forceinline__ void store(T* to, const Pack<T, V>& x) {
   *reinterpret_cast<Pack<T, V>*>(to) = x;
 }
 
-// Whether every row starts where a pack of V elements may be read.
-template <typename T>
-bool packs(const Rows<T>& rows, int64_t v) {
-  const auto address = reinterpret_cast<uintptr_t>(rows.data);
-  return address % (sizeof(T) * static_cast<uintptr_t>(v)) == 0 && rows.stride % v == 0;
-}
-
 // The sum over a block's threads, in an order fixed by the thread numbers; all threads call it.
 // The result is valid in thread 0.
 template <typename A>

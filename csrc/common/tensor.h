@@ -11,8 +11,7 @@
 #include <cstring>
 #include <optional>
 
-#include "common/host_device.h"
-#include "math/rows.h"
+#include "common/streams.h"
 
 namespace fastmeta {
 
@@ -47,13 +46,26 @@ inline Tensor dense_columns(const Tensor& t) {
   return t.size(1) <= 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t);
 }
 
-template <typename T>
-Rows<const T> rows_of(const Tensor& t) {
-  return {static_cast<const T*>(t.const_data_ptr()), t.stride(0)};
+inline Type type_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return Type::kFloat;
+    case ScalarType::Double:
+      return Type::kDouble;
+    case ScalarType::BFloat16:
+      return Type::kBFloat16;
+    case ScalarType::Half:
+      return Type::kHalf;
+    default:
+      STD_TORCH_CHECK(false, "fastmeta: expected a floating-point tensor");
+  }
 }
-template <typename T>
-Rows<T> mutable_rows_of(const Tensor& t) {
-  return {static_cast<T*>(t.mutable_data_ptr()), t.stride(0)};
+
+inline Stream stream_of(const Tensor& t) {
+  return {const_cast<void*>(t.const_data_ptr()), t.stride(0), type_of(t.scalar_type())};
+}
+inline Stream mutable_stream_of(const Tensor& t) {
+  return {t.mutable_data_ptr(), t.stride(0), type_of(t.scalar_type())};
 }
 
 template <typename T>
@@ -80,20 +92,6 @@ Rate<A> rate_of(const std::optional<Tensor>& lr, const std::optional<Tensor>& of
     rate.kind = RateKind::kColumn;
   }
   return rate;
-}
-
-// Calls f(P{}, G{}) with the element types of parameters and gradients: equal, or float
-// parameters with half-width gradients.
-template <typename F>
-void dispatch_params_grads(ScalarType params, ScalarType grads, const F& f) {
-  using S = ScalarType;
-  if (params == S::Float && grads == S::Float) return f(float{}, float{});
-  if (params == S::Double && grads == S::Double) return f(double{}, double{});
-  if (params == S::BFloat16 && grads == S::BFloat16) return f(BFloat16{}, BFloat16{});
-  if (params == S::Half && grads == S::Half) return f(Half{}, Half{});
-  if (params == S::Float && grads == S::BFloat16) return f(float{}, BFloat16{});
-  if (params == S::Float && grads == S::Half) return f(float{}, Half{});
-  STD_TORCH_CHECK(false, "fastmeta: no kernel for this pair of parameter and gradient dtypes");
 }
 
 }  // namespace fastmeta

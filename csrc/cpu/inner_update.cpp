@@ -1,53 +1,51 @@
-// sgd_update on the CPU. A row is cut into tiles (units of parallel work), a tile into spans that
-// share one learning rate or read it per column, a span of the backward pass into blocks that stay
-// in the L1 cache while one plain loop computes each result. The cuts depend on the shapes alone,
-// so results do not depend on the number of threads.
+// The inner updates on the CPU. A row is cut into tiles (units of parallel work), a tile into spans
+// that share one learning rate or read it per column, a span into blocks that stay in the L1 cache
+// while one plain loop runs the pass. The cuts depend on the shapes alone, so results do not depend
+// on the number of threads.
 
 #include <algorithm>
-#include <type_traits>
+#include <cstring>
+#include <utility>
 #include <vector>
 
 #include "common/cpu.h"
-#include "common/sgd_op.h"
+#include "common/update_op.h"
 
 namespace fastmeta {
 namespace {
 
 constexpr int64_t kTile = 16384;    // columns of a parallel unit
-constexpr int64_t kBlock = 1024;    // columns that stay in the L1 cache
-constexpr int64_t kColumns = 4096;  // columns that a unit sums down the rows
+constexpr int64_t kColumns = 4096;  // the same where a unit sums down the rows
+constexpr int64_t kBlock = 512;     // columns in flight
 constexpr int kLanes = 16;
 
-template <typename A>
-struct Constant {
-  A value;
-  FM_HD A operator[](int64_t) const { return value; }
-};
+// ---- loops over the adjacent columns of a block ----
 
-// ---- loops over adjacent columns; lr is a Constant or a pointer ----
-
-template <typename P, typename G, typename A, typename L>
-FM_CLONES void update_span(P* out, const P* p, const G* g, int64_t n, L lr, Sgd<A> rule) {
+// The pass itself. Every stream is of the accumulation type here.
+template <typename Pass, bool kSums, typename A, size_t... I, size_t... O, size_t... S, size_t... K>
+FM_CLONES void run_block(const A* const* in, A* const* out, const A* const* lr, A* terms, int64_t n,
+                         const typename Pass::Row& given, std::index_sequence<I...>,
+                         std::index_sequence<O...>, std::index_sequence<S...>,
+                         std::index_sequence<K...>) {
+  const A* const x[] = {in[I]...};
+  A* const y[] = {out[O]...};
+  const A* const rates[] = {lr[S]...};
+  const typename Pass::Row row = given;
   FM_IVDEP
-  for (int64_t i = 0; i < n; ++i) out[i] = P(rule.forward(A(p[i]), A(g[i]), lr[i]));
+  for (int64_t i = 0; i < n; ++i) {
+    const A values[] = {x[I][i]...};
+    const A rate[] = {rates[S][i]...};
+    A results[sizeof...(O)], sums[sizeof...(K) + 1];
+    Pass::run(values, rate, row, results, sums);
+    ((y[O][i] = results[O]), ...);
+    if constexpr (kSums) ((terms[int64_t(K) * kBlock + i] = sums[K]), ...);
+  }
 }
 
-template <typename P, typename A, typename L>
-FM_CLONES void d_params_span(P* out, const P* v, int64_t n, L lr, Sgd<A> rule) {
+template <typename To, typename From>
+FM_CLONES void convert(To* to, const From* from, int64_t n) {
   FM_IVDEP
-  for (int64_t i = 0; i < n; ++i) out[i] = P(rule.d_params(A(v[i]), lr[i]));
-}
-
-template <typename P, typename G, typename A, typename L>
-FM_CLONES void d_grads_span(G* out, const P* v, int64_t n, L lr, Sgd<A> rule) {
-  FM_IVDEP
-  for (int64_t i = 0; i < n; ++i) out[i] = G(rule.d_grads(A(v[i]), lr[i]));
-}
-
-template <typename P, typename G, typename A>
-FM_CLONES void d_lr_span(A* out, const P* v, const P* p, const G* g, int64_t n, Sgd<A> rule) {
-  FM_IVDEP
-  for (int64_t i = 0; i < n; ++i) out[i] = rule.d_lr(A(v[i]), A(p[i]), A(g[i]));
+  for (int64_t i = 0; i < n; ++i) to[i] = To(from[i]);
 }
 
 template <typename A>
@@ -69,165 +67,256 @@ FM_CLONES double sum_span(const A* x, int64_t n) {
   return sum;
 }
 
-// ---- tiles ----
-
-// Runs f(begin, end, lr, segment) over the spans of a tile.
-template <typename A, typename F>
-void for_each_span(const Rate<A>& rate, const Tile& tile, const F& f) {
-  if (rate.kind == RateKind::kRow) {
-    return f(tile.begin, tile.end, Constant<A>{rate.of_row(tile.row)}, int64_t(0));
+// Inf and NaN have every exponent bit set; integers keep the loop free of rounding and order.
+template <typename A>
+FM_CLONES bool all_finite(const A* x, int64_t n) {
+  using Bits = std::conditional_t<sizeof(A) == 8, uint64_t, uint32_t>;
+  constexpr Bits kExponent = sizeof(A) == 8 ? Bits(0x7FF0000000000000) : Bits(0x7F800000);
+  Bits bad = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    Bits bits;
+    std::memcpy(&bits, x + i, sizeof(A));
+    bad |= (bits & kExponent) == kExponent ? Bits(1) : Bits(0);
   }
-  if (rate.kind == RateKind::kColumn) {
-    return f(tile.begin, tile.end, rate.data + tile.row * rate.row_stride + tile.begin, int64_t(0));
-  }
-  int64_t segment = segment_of(rate.offsets, rate.columns, tile.begin);
-  for (int64_t begin = tile.begin; begin < tile.end; ++segment) {
-    const bool last = segment + 1 >= rate.columns;
-    const int64_t end = last ? tile.end : least(rate.offsets[segment + 1], tile.end);
-    if (end <= begin) continue;
-    f(begin, end, Constant<A>{rate.at(tile.row, segment)}, segment);
-    begin = end;
-  }
+  return bad == 0;
 }
 
-template <typename P, typename G>
-void update(const UpdateArgs<P, G>& args) {
-  const int64_t tiles = ceil_div(args.columns, kTile);
-  parallel_units(args.tasks * tiles, least(args.columns, kTile), [&](int64_t unit) {
-    const Tile tile = tile_at(unit, tiles, kTile, args.columns);
-    P* out = args.out.row(tile.row);
-    const P* p = args.p.row(tile.row);
-    const G* g = args.g.row(tile.row);
-    if (args.active != nullptr && !args.active[tile.row]) {
-      if (out != p) std::copy(p + tile.begin, p + tile.end, out + tile.begin);
-      return;
-    }
-    for_each_span(args.rate, tile, [&](int64_t begin, int64_t end, auto lr, int64_t) {
-      update_span(out + begin, p + begin, g + begin, end - begin, lr, args.rule);
-    });
-  });
-}
+// ---- blocks ----
 
-template <typename P, typename G>
-struct Backward : BackwardArgs<P, G> {
-  using Args = BackwardArgs<P, G>;
-  using A = typename Args::A;
-  using Args::columns, Args::d_grads, Args::d_lr, Args::d_params, Args::frozen, Args::rate,
-      Args::rate_rows, Args::rule, Args::tasks;
-
-  int64_t tiles = ceil_div(columns, kTile);
-  int64_t slots = partial_slots(tiles, rate.columns);
-  std::vector<double> partials;  // [tasks, slots]: sums per (tile, segment), see rows.h
-
-  explicit Backward(const Args& args) : Args(args) {}
-
-  void run() {
-    if (d_lr == nullptr) {
-      elementwise();
-    } else if (rate.kind == RateKind::kColumn) {
-      rate_rows == 1 ? column_sums() : elementwise();
+// The columns [begin, begin + n) of a row as the accumulation type: in place, or converted.
+template <typename A>
+const A* load(const Stream& stream, int64_t row, int64_t begin, int64_t n, A* buffer) {
+  static const A zeros[kBlock] = {};
+  if (!stream) return zeros;
+  const A* found = buffer;
+  with_type<A>(stream.type, [&](auto zero) {
+    using T = decltype(zero);
+    const T* from = stream.row<T>(row) + begin;
+    if constexpr (std::is_same_v<T, A>) {
+      found = from;
     } else {
-      tile_sums();
+      convert(buffer, from, n);
     }
+  });
+  return found;
+}
+
+template <typename Pass>
+struct Run : PassArgs<Pass> {
+  using Args = PassArgs<Pass>;
+  using A = typename Pass::A;
+  using Args::checked, Args::columns, Args::columns_shared, Args::d_hypers, Args::d_lr,
+      Args::finite, Args::frozen, Args::hyper_rows, Args::in, Args::out, Args::rate,
+      Args::rate_rows, Args::tasks;
+  static constexpr int kIn = Pass::kIn, kOut = Pass::kOut, kSets = Pass::kSets,
+                       kTerms = Pass::kTerms, kHypers = most(kTerms - 1, 0);
+
+  const int64_t width = columns_shared() ? kColumns : kTile;
+  const int64_t tiles = ceil_div(columns, width);
+  const int64_t slots = partial_slots(tiles, rate[0].columns);
+  const bool sums_wanted = d_lr != nullptr || d_hypers != nullptr;
+  const bool spans_summed = d_lr != nullptr && rate[0].kind != RateKind::kColumn;
+  std::vector<double> partials;        // [tasks, slots]: d_lr per (tile, segment), see rows.h
+  std::vector<double> hyper_partials;  // [tasks, tiles, kHypers]
+  std::vector<char> broken;            // [tasks, tiles]: a gradient that is not finite
+
+  explicit Run(const Args& args) : Args(args) {}
+
+  void operator()() {
+    if (spans_summed) partials.assign(size_t(tasks * most(slots, 0)), 0.0);
+    if (d_hypers != nullptr) hyper_partials.assign(size_t(tasks * tiles * kHypers), 0.0);
+    if (watches()) broken.assign(size_t(tasks * tiles), 0);
+    const int64_t rows = columns_shared() ? tasks : 1;  // of one unit, which sums down them
+    if (columns_shared() && tasks == 0) std::fill_n(d_lr, columns, A(0));
+    if (rows > 0 && columns > 0) {
+      parallel_units(tasks / rows * tiles, rows * least(columns, width), [&](int64_t unit) {
+        Tile tile = tile_at(unit, tiles, width, columns);
+        if (!columns_shared()) return this->tile(tile, nullptr);
+        double sums[kColumns] = {};
+        for (tile.row = 0; tile.row < tasks; ++tile.row) this->tile(tile, sums);
+        for (int64_t c = tile.begin; c < tile.end; ++c) d_lr[c] = A(sums[c - tile.begin]);
+      });
+    }
+    if (watches()) restore();
+    if (spans_summed) add_rates();
+    if (d_hypers != nullptr) add_hypers();
   }
 
-  // d_params and d_grads of one tile; give(begin, n, terms, segment) receives the terms of d_lr.
-  template <typename F>
-  void tile(const Tile& at, const F& give) const {
-    const P* v = this->v.row(at.row);
-    P* to_params = d_params ? d_params.row(at.row) : nullptr;
-    G* to_grads = d_grads ? d_grads.row(at.row) : nullptr;
+  // ---- one tile; `down` gathers d_lr per column where all rows share it ----
+
+  void tile(const Tile& at, double* down) {
     if (frozen(at.row)) {
-      if (to_params) std::copy(v + at.begin, v + at.end, to_params + at.begin);
-      if (to_grads) std::fill(to_grads + at.begin, to_grads + at.end, G(0));
-      return;
+      if (d_lr != nullptr && rate[0].kind == RateKind::kColumn && down == nullptr) {
+        std::fill_n(d_lr + at.row * columns + at.begin, at.end - at.begin, A(0));
+      }
+      return copy(at);
     }
-    for_each_span(rate, at, [&](int64_t span_begin, int64_t span_end, auto lr, int64_t segment) {
-      A terms[kBlock];
-      for (int64_t b = span_begin; b < span_end; b += kBlock) {
-        const int64_t n = least(kBlock, span_end - b);
-        auto here = lr;
-        if constexpr (std::is_pointer_v<decltype(lr)>) here = lr + (b - span_begin);
-        if (to_params) d_params_span(to_params + b, v + b, n, here, rule);
-        if (to_grads) d_grads_span(to_grads + b, v + b, n, here, rule);
-        if (d_lr != nullptr) {
-          const P* p = this->p ? this->p.row(at.row) : v;  // unread without weight decay
-          d_lr_span(terms, v + b, p + b, this->g.row(at.row) + b, n, rule);
-          give(b, n, static_cast<const A*>(terms), segment);
+    const typename Pass::Row row = this->row(at.row);
+    A rates[kSets][kBlock];
+    int64_t segment = 0;
+    const bool segmented = rate[0].kind == RateKind::kSegment;
+    if (segmented) segment = segment_of(rate[0].offsets, rate[0].columns, at.begin);
+    bool good = true;
+    for (int64_t begin = at.begin; begin < at.end; ++segment) {
+      const bool last = !segmented || segment + 1 >= rate[0].columns;
+      const int64_t end = last ? at.end : least(rate[0].offsets[segment + 1], at.end);
+      if (end <= begin) continue;
+      if (rate[0].kind != RateKind::kColumn) {
+        for (int s = 0; s < kSets; ++s) {
+          const A value = rate[s].at(at.row, segmented ? segment : 0);
+          std::fill_n(rates[s], least(kBlock, end - begin), value);
         }
       }
-    });
-  }
-
-  template <typename F>
-  void for_each_tile(const F& f) const {
-    parallel_units(tasks * tiles, least(columns, kTile),
-                   [&](int64_t unit) { f(tile_at(unit, tiles, kTile, columns)); });
-  }
-
-  // Without d_lr, or with one entry of it for each (task, column).
-  void elementwise() const {
-    for_each_tile([&](const Tile& at) {
-      A* to = d_lr + at.row * columns;
-      if (d_lr != nullptr && frozen(at.row)) std::fill(to + at.begin, to + at.end, A(0));
-      tile(at, [&](int64_t begin, int64_t n, const A* terms, int64_t) {
-        std::copy(terms, terms + n, to + begin);
-      });
-    });
-  }
-
-  // One rate per column for all tasks: a unit owns some columns and walks down the rows.
-  void column_sums() const {
-    const int64_t blocks = ceil_div(columns, kColumns);
-    parallel_units(blocks, tasks * least(columns, kColumns), [&](int64_t unit) {
-      Tile at = tile_at(unit, blocks, kColumns, columns);
-      double sums[kColumns] = {};
-      for (at.row = 0; at.row < tasks; ++at.row) {
-        tile(at, [&](int64_t begin, int64_t n, const A* terms, int64_t) {
-          add_span(sums + (begin - at.begin), terms, n);
-        });
+      double sum = 0;
+      for (int64_t b = begin; b < end; b += kBlock) {
+        sum += block(at, b, least(kBlock, end - b), rates, row, down, good);
       }
-      for (int64_t c = at.begin; c < at.end; ++c) d_lr[c] = A(sums[c - at.begin]);
-    });
+      if (spans_summed) partials[at.row * slots + partial_slot(at.index, segment)] = sum;
+      begin = end;
+    }
+    if (!good) broken[size_t(at.row * tiles + at.index)] = 1;
   }
 
-  // One rate per row or segment: sums per tile first, then over the tiles in a fixed order.
-  void tile_sums() {
-    partials.assign(static_cast<size_t>(tasks * most(slots, 0)), 0.0);
-    for_each_tile([&](const Tile& at) {
-      double* sums = partials.data() + at.row * slots;
-      tile(at, [&](int64_t, int64_t n, const A* terms, int64_t segment) {
-        sums[partial_slot(at.index, segment)] += sum_span(terms, n);
-      });
-    });
+  // Returns the block's part of d_lr where that is one number per span.
+  double block(const Tile& at, int64_t begin, int64_t n, A (&rates)[kSets][kBlock],
+               const typename Pass::Row& row, double* down, bool& good) {
+    A loaded[kIn][kBlock], made[kOut][kBlock], terms[most(kTerms, 1)][kBlock];
+    const A *x[kIn], *lr[kSets];
+    A* y[kOut];
+    for (int i = 0; i < kIn; ++i) x[i] = load(in[i], at.row, begin, n, loaded[i]);
+    for (int s = 0; s < kSets; ++s) {
+      const bool per_column = rate[0].kind == RateKind::kColumn && rate[s].data != nullptr;
+      lr[s] = per_column ? rate[s].data + at.row * rate[s].row_stride + begin : rates[s];
+      if (rate[0].kind == RateKind::kColumn && !per_column) {
+        std::fill_n(rates[s], n, rate[s].value);
+      }
+    }
+    for (int o = 0; o < kOut; ++o) {
+      const bool direct = out[o] && (sizeof(A) == 8 || out[o].type == Type::kFloat);
+      y[o] = direct ? out[o].template row<A>(at.row) + begin : made[o];
+    }
+    if (watches()) good = good && all_finite(x[1], n);
+    loop(x, y, lr, terms[0], n, row);
+    for (int o = 0; o < kOut; ++o) {
+      if (out[o] && y[o] == made[o]) store(out[o], at.row, begin, n, made[o]);
+    }
+    if constexpr (kTerms > 0) {
+      for (int k = 0; d_hypers != nullptr && k < kHypers; ++k) {
+        hyper_partials[(at.row * tiles + at.index) * kHypers + k] += sum_span(terms[k + 1], n);
+      }
+      if (d_lr == nullptr) return 0;
+      if (spans_summed) return sum_span(terms[0], n);
+      if (down != nullptr) {
+        add_span(down + (begin - at.begin), terms[0], n);
+      } else {
+        std::copy_n(terms[0], n, d_lr + at.row * columns + begin);
+      }
+    }
+    return 0;
+  }
+
+  void loop(const A* const* x, A* const* y, const A* const* lr, A* terms, int64_t n,
+            const typename Pass::Row& row) const {
+    using std::make_index_sequence;
+    const make_index_sequence<kIn> i;
+    const make_index_sequence<kOut> o;
+    const make_index_sequence<kSets> s;
+    const make_index_sequence<kTerms> k;
+    if (kTerms > 0 && sums_wanted)
+      return run_block<Pass, true>(x, y, lr, terms, n, row, i, o, s, k);
+    run_block<Pass, false>(x, y, lr, terms, n, row, i, o, s, k);
+  }
+
+  static void store(const Stream& stream, int64_t row, int64_t begin, int64_t n, const A* from) {
+    with_type<A>(stream.type,
+                 [&](auto zero) { convert(stream.row<decltype(zero)>(row) + begin, from, n); });
+  }
+
+  // ---- frozen rows: every output is a copy of an input, or 0 ----
+
+  void copy(const Tile& at) const {
+    A buffer[kBlock];
+    const Stream none;
+    for (int o = 0; o < kOut; ++o) {
+      const int source = Pass::frozen(o);
+      const Stream& from = source < 0 ? none : in[source < 0 ? 0 : source];
+      if (!out[o] || (from && from.data == out[o].data)) continue;
+      for (int64_t b = at.begin; b < at.end; b += kBlock) {
+        const int64_t n = least(kBlock, at.end - b);
+        store(out[o], at.row, b, n, load(from, at.row, b, n, buffer));
+      }
+    }
+  }
+
+  // Whether gradients are checked on the way. In place that would be too late: see check().
+  bool watches() const { return finite != nullptr && !checked; }
+
+  // Rows whose gradient turned out not to be finite get back what they had.
+  void restore() const {
+    for (int64_t row = 0; row < tasks; ++row) {
+      const auto first = broken.begin() + row * tiles;
+      if (std::find(first, first + tiles, 1) == first + tiles) continue;
+      finite[row] = false;
+      copy({row, 0, 0, columns});
+    }
+  }
+
+  // ---- sums over tiles and rows, in a fixed order ----
+
+  void add_rates() const {
     for (int64_t r = 0; r < rate_rows; ++r) {
-      for (int64_t s = 0; s < rate.columns; ++s) d_lr[r * rate.columns + s] = A(total(r, s));
+      for (int64_t s = 0; s < rate[0].columns; ++s) {
+        const Span across = columns_of(rate[0], s, columns);
+        const Span down = rows_sharing(rate_rows, r, tasks);
+        double sum = 0;
+        for (int64_t t = down.begin; across.begin < across.end && t < down.end; ++t) {
+          for (int64_t i = across.begin / width; i <= (across.end - 1) / width; ++i) {
+            sum += partials[t * slots + partial_slot(i, s)];
+          }
+        }
+        d_lr[r * rate[0].columns + s] = A(sum);
+      }
     }
   }
 
-  double total(int64_t r, int64_t s) const {
-    const Span across = columns_of(rate, s, columns), down = rows_sharing(rate_rows, r, tasks);
-    double sum = 0;
-    if (across.begin >= across.end) return sum;
-    for (int64_t t = down.begin; t < down.end; ++t) {
-      for (int64_t i = across.begin / kTile; i <= (across.end - 1) / kTile; ++i) {
-        sum += partials[t * slots + partial_slot(i, s)];
+  void add_hypers() const {
+    std::fill_n(d_hypers, hyper_rows * kMaxHypers, 0.0);
+    for (int64_t r = 0; r < hyper_rows; ++r) {
+      const Span down = rows_sharing(hyper_rows, r, tasks);
+      for (int64_t i = down.begin * tiles; i < down.end * tiles; ++i) {
+        for (int k = 0; k < kHypers; ++k) {
+          d_hypers[r * kMaxHypers + k] += hyper_partials[i * kHypers + k];
+        }
       }
     }
-    return sum;
   }
 };
 
-template <typename P, typename G>
+template <typename Pass>
 struct CpuKernels {
-  static void update(const UpdateArgs<P, G>& args, const Tensor&) { fastmeta::update(args); }
-  static void backward(const BackwardArgs<P, G>& args, const Tensor&) {
-    Backward<P, G>(args).run();
+  using A = typename Pass::A;
+
+  static void run(const PassArgs<Pass>& args, const Tensor&) { Run<Pass>{args}(); }
+
+  static void all_true(bool* rows, int64_t count, const Tensor&) { std::fill_n(rows, count, true); }
+
+  // Reads the gradients of the active rows before anything is written.
+  static void check(const PassArgs<Pass>& args, const Tensor&) {
+    parallel_units(args.tasks, args.columns, [&](int64_t row) {
+      if (args.active != nullptr && !args.active[row]) return;
+      A buffer[kBlock];
+      bool good = true;
+      for (int64_t b = 0; good && b < args.columns; b += kBlock) {
+        const int64_t n = least(kBlock, args.columns - b);
+        good = all_finite(load(args.in[1], row, b, n, buffer), n);
+      }
+      args.finite[row] = good;
+    });
   }
 };
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastmeta, CPU, m) { SgdOp<CpuKernels>::add_to(m); }
+STABLE_TORCH_LIBRARY_IMPL(fastmeta, CPU, m) { add_updates<CpuKernels>(m); }
 
 }  // namespace fastmeta

@@ -1,308 +1,407 @@
-// sgd_update on CUDA devices. A row is cut into tiles; a block takes tiles in turn, each thread
-// moves kSteps packs of 16 bytes. Sums for d_lr are taken per (tile, segment) and then added in a
-// second launch, in an order that depends on the shapes alone: no atomics, equal bits on every run.
+// The inner updates on CUDA devices. A row is cut into tiles; a block takes tiles in turn, each
+// thread moves one pack of adjacent columns per stream. Sums for the learning rate and the
+// hyperparameters are taken per tile and then added in a second launch, in an order that depends on
+// the shapes alone: no atomics, equal bits on every run.
 
 #include "common/cuda.h"
-#include "common/sgd_op.h"
+#include "common/update_op.h"
 
 namespace fastmeta {
 namespace {
 
 constexpr int64_t kRowsPerChunk = 32;  // rows that one thread adds for a rate shared by all tasks
 
-// Packs in flight per thread: 64 bytes of float, 32 of half-width parameters (registers).
-template <int V>
-constexpr int kSteps = V > 4 ? 2 : 4;
-
-template <int V>
-constexpr int64_t tile_columns() {
-  return int64_t(kThreads) * V * kSteps<V>;
+// V adjacent columns of a stream as the accumulation type.
+template <typename T, int V, typename A>
+__device__ __forceinline__ void load_as(A (&to)[V], const Stream& stream, int64_t row, int64_t c) {
+  const Pack<T, V> pack = load<T, V>(stream.row<T>(row) + c);
+#pragma unroll
+  for (int i = 0; i < V; ++i) to[i] = A(pack.v[i]);
+}
+template <typename T, int V, typename A>
+__device__ __forceinline__ void store_as(const A (&from)[V], const Stream& stream, int64_t row,
+                                         int64_t c) {
+  Pack<T, V> pack;
+#pragma unroll
+  for (int i = 0; i < V; ++i) pack.v[i] = T(from[i]);
+  store<T, V>(stream.row<T>(row) + c, pack);
 }
 
-// Learning rates of the V columns from c on. `segment` is where the search starts: at or before
+template <int V>
+__device__ __forceinline__ void load_columns(double (&to)[V], const Stream& stream, int64_t row,
+                                             int64_t c) {
+  if (stream) return load_as<double, V>(to, stream, row, c);
+#pragma unroll
+  for (int i = 0; i < V; ++i) to[i] = 0;
+}
+template <int V>
+__device__ __forceinline__ void load_columns(float (&to)[V], const Stream& stream, int64_t row,
+                                             int64_t c) {
+  if (!stream) {
+#pragma unroll
+    for (int i = 0; i < V; ++i) to[i] = 0;
+  } else if (stream.type == Type::kFloat) {
+    load_as<float, V>(to, stream, row, c);
+  } else if (stream.type == Type::kBFloat16) {
+    load_as<BFloat16, V>(to, stream, row, c);
+  } else {
+    load_as<Half, V>(to, stream, row, c);
+  }
+}
+template <int V>
+__device__ __forceinline__ void store_columns(const double (&from)[V], const Stream& stream,
+                                              int64_t row, int64_t c) {
+  store_as<double, V>(from, stream, row, c);
+}
+template <int V>
+__device__ __forceinline__ void store_columns(const float (&from)[V], const Stream& stream,
+                                              int64_t row, int64_t c) {
+  if (stream.type == Type::kFloat) {
+    store_as<float, V>(from, stream, row, c);
+  } else if (stream.type == Type::kBFloat16) {
+    store_as<BFloat16, V>(from, stream, row, c);
+  } else {
+    store_as<Half, V>(from, stream, row, c);
+  }
+}
+
+// Learning rates of the V columns from c on; `segment` is where the search starts: at or before
 // c's.
-template <RateKind kind, int V, typename A>
-__device__ __forceinline__ void load_rates(A (&lr)[V], const Rate<A>& rate, int64_t row, int64_t c,
-                                           A row_rate, int64_t segment) {
+template <int V, typename A>
+__device__ __forceinline__ void load_rates(A (&lr)[V], const Rate<A>& rate, RateKind kind,
+                                           int64_t row, int64_t c, int64_t segment) {
 #pragma unroll
   for (int i = 0; i < V; ++i) {
-    if constexpr (kind == RateKind::kRow) {
-      lr[i] = row_rate;
-    } else if constexpr (kind == RateKind::kColumn) {
-      lr[i] = rate.at(row, c + i);
-    } else {
+    int64_t entry = 0;
+    if (kind == RateKind::kColumn) entry = c + i;
+    if (kind == RateKind::kSegment) {
       while (segment + 1 < rate.columns && rate.offsets[segment + 1] <= c + i) ++segment;
-      lr[i] = rate.at(row, segment);
+      entry = segment;
     }
+    lr[i] = rate.at(row, entry);
   }
 }
 
-template <RateKind kind, typename A>
-__device__ __forceinline__ int64_t first_segment(const Rate<A>& rate, const Tile& tile) {
-  return kind == RateKind::kSegment ? segment_of(rate.offsets, rate.columns, tile.begin) : 0;
+__device__ __forceinline__ bool is_finite(float x) { return x - x == 0.0f; }
+__device__ __forceinline__ bool is_finite(double x) { return x - x == 0.0; }
+
+// What a launch needs beside its arguments.
+template <typename Pass>
+struct Plan {
+  using Row = typename Pass::Row;
+  Row row;                    // the hyperparameters of all rows, worked out on the host, or
+  const Row* rows = nullptr;  // of one or of each, worked out on the device
+  int64_t rows_stride = 0;
+  int64_t rows_per_unit = 1;
+  // where sums go on their way: per tile, or per chunk of rows for a rate per column
+  typename Pass::A* lr = nullptr;  // [tasks, slots] (math/rows.h), or [chunks, columns]
+  int64_t slots = 0;
+  double* hypers = nullptr;  // [tasks, tiles, kTerms - 1]
+
+  __device__ const Row& at(int64_t t) const { return rows ? rows[t * rows_stride] : row; }
+};
+
+// Powers and roots of the hyperparameters, once per row.
+template <typename Pass>
+__global__ void __launch_bounds__(kThreads)
+    rows_kernel(PassArgs<Pass> args, typename Pass::Row* rows, int64_t count) {
+  for (int64_t t = blockIdx.x * int64_t(kThreads) + threadIdx.x; t < count;
+       t += gridDim.x * int64_t(kThreads)) {
+    rows[t] = args.row(t);
+  }
 }
 
-template <typename P, typename G, int V, RateKind kind>
-__global__ void __launch_bounds__(kThreads, 4) sgd_update_kernel(UpdateArgs<P, G> args) {
-  using A = acc_t<P>;
-  const int64_t tiles = ceil_div(args.columns, tile_columns<V>());
-  for (int64_t unit = blockIdx.x; unit < args.tasks * tiles; unit += gridDim.x) {
-    const Tile tile = tile_at(unit, tiles, tile_columns<V>(), args.columns);
-    const int64_t start = tile.begin + int64_t(threadIdx.x) * V;
-    constexpr int64_t stride = int64_t(kThreads) * V;
-    const P* p = args.p.row(tile.row);
-    const G* g = args.g.row(tile.row);
-    P* out = args.out.row(tile.row);
-    const bool frozen = args.active != nullptr && !args.active[tile.row];
-    if (frozen && out == p) continue;
-    const A row_rate = kind == RateKind::kRow ? args.rate.of_row(tile.row) : A(0);
-    const int64_t segment = first_segment<kind>(args.rate, tile);
-    Pack<P, V> ps[kSteps<V>];
-    Pack<G, V> gs[kSteps<V>];
+// One unit is a tile of one row, or of a chunk of rows where a rate per column is shared by all.
+template <typename Pass, int V>
+__global__ void __launch_bounds__(kThreads, sizeof(typename Pass::A) == 8 ? 1 : 2)
+    pass_kernel(PassArgs<Pass> args, Plan<Pass> plan) {
+  using A = typename Pass::A;
+  constexpr int64_t width = int64_t(kThreads) * V;
+  constexpr int kHypers = Pass::kTerms > 0 ? Pass::kTerms - 1 : 0;
+  const RateKind kind = args.rate[0].kind;
+  const int64_t tiles = ceil_div(args.columns, width);
+  const int64_t units = ceil_div(args.tasks, plan.rows_per_unit) * tiles;
+  const bool down = args.columns_shared();
+  const bool spans_summed = args.d_lr != nullptr && kind != RateKind::kColumn;
+  for (int64_t unit = blockIdx.x; unit < units; unit += gridDim.x) {
+    const Tile tile = tile_at(unit, tiles, width, args.columns);  // its row is the chunk
+    const int64_t c = tile.begin + int64_t(threadIdx.x) * V;
+    const bool inside = c < tile.end;
+    const int64_t first = kind == RateKind::kSegment
+                              ? segment_of(args.rate[0].offsets, args.rate[0].columns, tile.begin)
+                              : 0;
+    A sums[V] = {};
+    const int64_t end = least((tile.row + 1) * plan.rows_per_unit, args.tasks);
+    for (int64_t row = tile.row * plan.rows_per_unit; row < end; ++row) {
+      const bool frozen = args.frozen(row);
+      A terms[Pass::kTerms + 1][V] = {};
+      if (inside && frozen) {
 #pragma unroll
-    for (int k = 0; k < kSteps<V>; ++k) {
-      const int64_t c = start + k * stride;
-      if (c < tile.end) {
-        ps[k] = load<P, V>(p + c);
-        if (!frozen) gs[k] = load<G, V>(g + c);
-      }
-    }
+        for (int o = 0; o < Pass::kOut; ++o) {
+          const int source = Pass::frozen(o);
+          const Stream from = source < 0 ? Stream{} : args.in[source < 0 ? 0 : source];
+          if (!args.out[o] || (from && from.data == args.out[o].data)) continue;
+          A kept[V];
+          load_columns<V>(kept, from, row, c);
+          store_columns<V>(kept, args.out[o], row, c);
+        }
+      } else if (inside) {
+        const typename Pass::Row numbers = plan.at(row);
+        A in[Pass::kIn][V], lr[Pass::kSets][V], out[Pass::kOut][V];
 #pragma unroll
-    for (int k = 0; k < kSteps<V>; ++k) {
-      const int64_t c = start + k * stride;
-      if (c >= tile.end) break;
-      if (!frozen) {
-        A lr[V];
-        load_rates<kind, V>(lr, args.rate, tile.row, c, row_rate, segment);
+        for (int i = 0; i < Pass::kIn; ++i) load_columns<V>(in[i], args.in[i], row, c);
+#pragma unroll
+        for (int s = 0; s < Pass::kSets; ++s) {
+          load_rates<V>(lr[s], args.rate[s], kind, row, c, first);
+        }
 #pragma unroll
         for (int i = 0; i < V; ++i) {
-          ps[k].v[i] = P(args.rule.forward(A(ps[k].v[i]), A(gs[k].v[i]), lr[i]));
+          A x[Pass::kIn], rate[Pass::kSets], y[Pass::kOut], t[Pass::kTerms + 1];
+#pragma unroll
+          for (int k = 0; k < Pass::kIn; ++k) x[k] = in[k][i];
+#pragma unroll
+          for (int k = 0; k < Pass::kSets; ++k) rate[k] = lr[k][i];
+          Pass::run(x, rate, numbers, y, t);
+#pragma unroll
+          for (int k = 0; k < Pass::kOut; ++k) out[k][i] = y[k];
+#pragma unroll
+          for (int k = 0; k < Pass::kTerms; ++k) terms[k][i] = t[k];
+        }
+#pragma unroll
+        for (int o = 0; o < Pass::kOut; ++o) {
+          if (args.out[o]) store_columns<V>(out[o], args.out[o], row, c);
+        }
+        if (args.finite != nullptr && !args.checked) {
+          bool good = true;
+#pragma unroll
+          for (int i = 0; i < V; ++i) good = good && is_finite(in[1][i]);
+          if (!good) args.finite[row] = false;  // every writer writes the same
         }
       }
-      store<P, V>(out + c, ps[k]);
-    }
-  }
-}
-
-// d_params and d_grads of V columns; terms receives their contributions to d_lr.
-template <typename P, typename G, int V, typename A>
-__device__ __forceinline__ void backward_pack(const BackwardArgs<P, G>& args, int64_t row,
-                                              int64_t c, bool frozen, const A (&lr)[V],
-                                              A (&terms)[V]) {
-  const Pack<P, V> v = load<P, V>(args.v.row(row) + c);
-  if (args.d_params) {
-    Pack<P, V> out = v;
-    if (!frozen) {
+      if constexpr (Pass::kTerms > 0) {
+        if (args.d_lr != nullptr && kind == RateKind::kColumn) {
 #pragma unroll
-      for (int i = 0; i < V; ++i) out.v[i] = P(args.rule.d_params(A(v.v[i]), lr[i]));
-    }
-    store<P, V>(args.d_params.row(row) + c, out);
-  }
-  if (args.d_grads) {
-    Pack<G, V> out;
+          for (int i = 0; i < V; ++i) {
+            if (down) {
+              sums[i] += terms[0][i];
+            } else if (inside) {
+              args.d_lr[row * args.columns + c + i] = terms[0][i];
+            }
+          }
+        }
+        for (int64_t s = first; spans_summed && s < args.rate[0].columns; ++s) {
+          const Span span = columns_of(args.rate[0], s, args.columns);
+          if (s > first && span.begin >= tile.end) break;
+          A sum = A(0);
 #pragma unroll
-    for (int i = 0; i < V; ++i) {
-      out.v[i] = frozen ? G(A(0)) : G(args.rule.d_grads(A(v.v[i]), lr[i]));
-    }
-    store<G, V>(args.d_grads.row(row) + c, out);
-  }
-  if (args.d_lr != nullptr && !frozen) {
-    const Pack<G, V> g = load<G, V>(args.g.row(row) + c);
-    Pack<P, V> p = v;  // unread without weight decay
-    if (args.p) p = load<P, V>(args.p.row(row) + c);
+          for (int i = 0; i < V; ++i) {
+            if (c + i >= span.begin && c + i < span.end) sum += terms[0][i];
+          }
+          sum = block_sum(sum);
+          if (threadIdx.x == 0) plan.lr[row * plan.slots + partial_slot(tile.index, s)] = sum;
+        }
+        for (int k = 0; args.d_hypers != nullptr && k < kHypers; ++k) {
+          double sum = 0;
 #pragma unroll
-    for (int i = 0; i < V; ++i) terms[i] = args.rule.d_lr(A(v.v[i]), A(p.v[i]), A(g.v[i]));
-  }
-}
-
-// Everything but a rate per column shared by all tasks. partials [tasks, slots], see math/rows.h.
-template <typename P, typename G, int V, RateKind kind>
-__global__ void __launch_bounds__(kThreads, 4)
-    sgd_backward_kernel(BackwardArgs<P, G> args, acc_t<P>* partials, int64_t slots) {
-  using A = acc_t<P>;
-  const int64_t tiles = ceil_div(args.columns, tile_columns<V>());
-  constexpr int64_t stride = int64_t(kThreads) * V;
-  for (int64_t unit = blockIdx.x; unit < args.tasks * tiles; unit += gridDim.x) {
-    const Tile tile = tile_at(unit, tiles, tile_columns<V>(), args.columns);
-    const int64_t start = tile.begin + int64_t(threadIdx.x) * V;
-    const bool frozen = args.frozen(tile.row);
-    const A row_rate = kind == RateKind::kRow ? args.rate.of_row(tile.row) : A(0);
-    const int64_t first = first_segment<kind>(args.rate, tile);
-    A terms[kSteps<V>][V];
-#pragma unroll
-    for (int k = 0; k < kSteps<V>; ++k) {
-#pragma unroll
-      for (int i = 0; i < V; ++i) terms[k][i] = A(0);
-      const int64_t c = start + k * stride;
-      if (c < tile.end) {
-        A lr[V];
-        load_rates<kind, V>(lr, args.rate, tile.row, c, row_rate, first);
-        backward_pack<P, G, V>(args, tile.row, c, frozen, lr, terms[k]);
-        if (kind == RateKind::kColumn && args.d_lr != nullptr) {
-#pragma unroll
-          for (int i = 0; i < V; ++i) args.d_lr[tile.row * args.columns + c + i] = terms[k][i];
+          for (int i = 0; i < V; ++i) sum += double(terms[k + 1][i]);
+          sum = block_sum(sum);
+          if (threadIdx.x == 0) plan.hypers[(row * tiles + tile.index) * kHypers + k] = sum;
         }
       }
     }
-    if (kind == RateKind::kColumn || args.d_lr == nullptr) continue;
-    for (int64_t s = first; s < args.rate.columns; ++s) {
-      const Span span = columns_of(args.rate, s, args.columns);
-      if (s > first && span.begin >= tile.end) break;
-      A sum = A(0);
+    if (down && inside) {
 #pragma unroll
-      for (int k = 0; k < kSteps<V>; ++k) {
-#pragma unroll
-        for (int i = 0; i < V; ++i) {
-          const int64_t c = start + k * stride + i;
-          if (kind == RateKind::kRow || (c >= span.begin && c < span.end)) sum += terms[k][i];
-        }
-      }
-      sum = block_sum(sum);
-      if (threadIdx.x == 0) partials[tile.row * slots + partial_slot(tile.index, s)] = sum;
+      for (int i = 0; i < V; ++i) plan.lr[tile.row * args.columns + c + i] = sums[i];
     }
   }
 }
 
 // The second stage: one block per entry of d_lr adds its tiles' partial sums.
-template <typename P, typename G, int V>
-__global__ void __launch_bounds__(kThreads, 4)
-    sgd_rate_sums_kernel(BackwardArgs<P, G> args, const acc_t<P>* partials, int64_t slots) {
-  for (int64_t entry = blockIdx.x; entry < args.rate_rows * args.rate.columns; entry += gridDim.x) {
-    const int64_t r = entry / args.rate.columns, s = entry - r * args.rate.columns;
-    const Span across = columns_of(args.rate, s, args.columns);
+template <typename Pass>
+__global__ void __launch_bounds__(kThreads)
+    rate_sums_kernel(PassArgs<Pass> args, Plan<Pass> plan, int64_t width) {
+  const int64_t entries = args.rate_rows * args.rate[0].columns;
+  for (int64_t entry = blockIdx.x; entry < entries; entry += gridDim.x) {
+    const int64_t r = entry / args.rate[0].columns, s = entry - r * args.rate[0].columns;
+    const Span across = columns_of(args.rate[0], s, args.columns);
     const Span down = rows_sharing(args.rate_rows, r, args.tasks);
-    const int64_t first = across.begin / tile_columns<V>();
-    const int64_t tiles =
-        across.begin < across.end ? (across.end - 1) / tile_columns<V>() - first + 1 : 0;
+    const int64_t first = across.begin / width;
+    const int64_t tiles = across.begin < across.end ? (across.end - 1) / width - first + 1 : 0;
     double sum = 0;
     for (int64_t i = threadIdx.x; i < (down.end - down.begin) * tiles; i += kThreads) {
       const int64_t row = down.begin + i / tiles, tile = first + i % tiles;
-      sum += partials[row * slots + partial_slot(tile, s)];
+      sum += plan.lr[row * plan.slots + partial_slot(tile, s)];
     }
     sum = block_sum(sum);
-    if (threadIdx.x == 0) args.d_lr[entry] = acc_t<P>(sum);
+    if (threadIdx.x == 0) args.d_lr[entry] = typename Pass::A(sum);
   }
 }
 
-// One rate per column for all tasks: a thread owns V columns and walks down a chunk of rows.
-// partials [chunks, columns].
-template <typename P, typename G, int V>
-__global__ void __launch_bounds__(kThreads, 4)
-    sgd_column_kernel(BackwardArgs<P, G> args, acc_t<P>* partials) {
-  using A = acc_t<P>;
-  constexpr int64_t width = int64_t(kThreads) * V;
-  const int64_t tiles = ceil_div(args.columns, width);
-  const int64_t chunks = ceil_div(args.tasks, kRowsPerChunk);
-  for (int64_t unit = blockIdx.x; unit < chunks * tiles; unit += gridDim.x) {
-    const Tile tile = tile_at(unit, tiles, width, args.columns);  // its row is the chunk
-    const int64_t c = tile.begin + int64_t(threadIdx.x) * V;
-    if (c >= tile.end) continue;
-    A lr[V], sums[V] = {};
-    load_rates<RateKind::kColumn, V>(lr, args.rate, 0, c, A(0), 0);
-    const int64_t end = least((tile.row + 1) * kRowsPerChunk, args.tasks);
-    for (int64_t row = tile.row * kRowsPerChunk; row < end; ++row) {
-      A terms[V] = {};
-      backward_pack<P, G, V>(args, row, c, args.frozen(row), lr, terms);
-#pragma unroll
-      for (int i = 0; i < V; ++i) sums[i] += terms[i];
-    }
-#pragma unroll
-    for (int i = 0; i < V; ++i) partials[tile.row * args.columns + c + i] = sums[i];
-  }
-}
-
-template <typename P, typename G>
-__global__ void __launch_bounds__(kThreads, 4)
-    sgd_column_sums_kernel(BackwardArgs<P, G> args, const acc_t<P>* partials) {
+// The second stage of a rate per column for all tasks.
+template <typename Pass>
+__global__ void __launch_bounds__(kThreads)
+    column_sums_kernel(PassArgs<Pass> args, Plan<Pass> plan) {
   const int64_t chunks = ceil_div(args.tasks, kRowsPerChunk);
   for (int64_t c = blockIdx.x * int64_t(kThreads) + threadIdx.x; c < args.columns;
        c += gridDim.x * int64_t(kThreads)) {
     double sum = 0;
-    for (int64_t i = 0; i < chunks; ++i) sum += partials[i * args.columns + c];
-    args.d_lr[c] = acc_t<P>(sum);
+    for (int64_t i = 0; i < chunks; ++i) sum += plan.lr[i * args.columns + c];
+    args.d_lr[c] = typename Pass::A(sum);
   }
 }
 
-template <typename P, typename G>
-struct CudaKernels {
-  using A = acc_t<P>;
-  static constexpr int kPack = 16 / sizeof(P);
+// The second stage of the hyperparameters: one block per entry.
+template <typename Pass>
+__global__ void __launch_bounds__(kThreads)
+    hyper_sums_kernel(PassArgs<Pass> args, Plan<Pass> plan, int64_t tiles) {
+  constexpr int kHypers = Pass::kTerms - 1;
+  for (int64_t entry = blockIdx.x; entry < args.hyper_rows * kMaxHypers; entry += gridDim.x) {
+    const int64_t r = entry / kMaxHypers, k = entry - r * kMaxHypers;
+    const Span down = rows_sharing(args.hyper_rows, r, args.tasks);
+    double sum = 0;
+    for (int64_t i = down.begin * tiles + threadIdx.x; k < kHypers && i < down.end * tiles;
+         i += kThreads) {
+      sum += plan.hypers[i * kHypers + k];
+    }
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) args.d_hypers[entry] = sum;
+  }
+}
 
-  // Calls f with the pack size and the kind of rate as compile-time constants.
-  template <typename F>
-  static void specialize(bool packed, RateKind kind, const F& f) {
-    const auto with_pack = [&](auto pack) {
-      if (kind == RateKind::kRow)
-        return f(pack, std::integral_constant<RateKind, RateKind::kRow>{});
-      if (kind == RateKind::kColumn) {
-        return f(pack, std::integral_constant<RateKind, RateKind::kColumn>{});
+__global__ void __launch_bounds__(kThreads) all_true_kernel(bool* rows, int64_t count) {
+  for (int64_t i = blockIdx.x * int64_t(kThreads) + threadIdx.x; i < count;
+       i += gridDim.x * int64_t(kThreads)) {
+    rows[i] = true;
+  }
+}
+
+// finite[t] for the active rows; one block takes tiles of rows in turn.
+template <typename Pass>
+__global__ void __launch_bounds__(kThreads) check_kernel(PassArgs<Pass> args) {
+  using A = typename Pass::A;
+  const int64_t tiles = ceil_div(args.columns, kThreads);
+  for (int64_t unit = blockIdx.x; unit < args.tasks * tiles; unit += gridDim.x) {
+    const Tile tile = tile_at(unit, tiles, kThreads, args.columns);
+    const int64_t c = tile.begin + threadIdx.x;
+    if (c >= tile.end || (args.active != nullptr && !args.active[tile.row])) continue;
+    A g[1];
+    load_columns<1>(g, args.in[1], tile.row, c);
+    if (!is_finite(g[0])) args.finite[tile.row] = false;
+  }
+}
+
+// Rows whose gradient turned out not to be finite get back what they had.
+template <typename Pass>
+__global__ void __launch_bounds__(kThreads) restore_kernel(PassArgs<Pass> args) {
+  using A = typename Pass::A;
+  for (int64_t row = blockIdx.x; row < args.tasks; row += gridDim.x) {
+    if (args.finite[row]) continue;
+    for (int64_t c = threadIdx.x; c < args.columns; c += kThreads) {
+#pragma unroll
+      for (int o = 0; o < Pass::kOut; ++o) {
+        A kept[1];
+        load_columns<1>(kept, args.in[Pass::frozen(o)], row, c);
+        store_columns<1>(kept, args.out[o], row, c);
       }
-      return f(pack, std::integral_constant<RateKind, RateKind::kSegment>{});
-    };
-    if (packed) return with_pack(std::integral_constant<int, kPack>{});
-    return with_pack(std::integral_constant<int, 1>{});
+    }
+  }
+}
+
+template <typename Pass>
+struct CudaKernels {
+  using A = typename Pass::A;
+  static constexpr int kPack = 16 / sizeof(A);
+
+  static void all_true(bool* rows, int64_t count, const Tensor& on) {
+    OnDevice(on).launch(all_true_kernel, ceil_div(count, kThreads), rows, count);
   }
 
-  static void update(const UpdateArgs<P, G>& args, const Tensor& on) {
+  static void check(const PassArgs<Pass>& args, const Tensor& on) {
+    const int64_t units = args.tasks * ceil_div(args.columns, kThreads);
+    if (units > 0) OnDevice(on).launch(check_kernel<Pass>, units, args);
+  }
+
+  static bool packs(const Stream& stream) {
+    const int64_t size = stream.type == Type::kDouble ? 8 : stream.type == Type::kFloat ? 4 : 2;
+    const auto address = reinterpret_cast<uintptr_t>(stream.data);
+    return address % uintptr_t(size * kPack) == 0 && stream.stride % kPack == 0;
+  }
+
+  static void run(const PassArgs<Pass>& args, const Tensor& on) {
+    bool packed = args.columns % kPack == 0;
+    for (const Stream& stream : args.in) packed = packed && packs(stream);
+    for (const Stream& stream : args.out) packed = packed && packs(stream);
     const OnDevice device(on);
-    const bool packed = args.columns % kPack == 0 && packs(args.out, kPack) &&
-                        packs(args.p, kPack) && packs(args.g, kPack);
-    specialize(packed, args.rate.kind, [&](auto pack, auto kind) {
-      constexpr int V = decltype(pack)::value;
-      const int64_t tiles = ceil_div(args.columns, tile_columns<V>());
-      device.launch(sgd_update_kernel<P, G, V, decltype(kind)::value>, args.tasks * tiles, args);
-    });
+    packed ? run_packed<kPack>(args, on, device) : run_packed<1>(args, on, device);
   }
 
-  static void backward(const BackwardArgs<P, G>& args, const Tensor& on) {
-    const OnDevice device(on);
-    const bool packed = args.columns % kPack == 0 && packs(args.v, kPack) && packs(args.p, kPack) &&
-                        packs(args.g, kPack) && packs(args.d_params, kPack) &&
-                        packs(args.d_grads, kPack);
-    const bool columns_shared =
-        args.d_lr != nullptr && args.rate.kind == RateKind::kColumn && args.rate_rows == 1;
-    specialize(packed, args.rate.kind, [&](auto pack, auto kind) {
-      constexpr int V = decltype(pack)::value;
-      columns_shared ? column_sums<V>(args, on, device)
-                     : tile_sums<V, decltype(kind)::value>(args, on, device);
-    });
+  static Tensor scratch(int64_t count, ScalarType dtype, const Tensor& on) {
+    return empty_rows({count}, dtype, on);
   }
 
-  static Tensor scratch(int64_t rows, int64_t columns, const Tensor& on) {
-    constexpr auto dtype = sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float;
-    return empty_rows({rows, columns}, dtype, on);
+  // The hyperparameters of the rows; the result owns those made on the device.
+  static Tensor set_rows(Plan<Pass>& plan, const PassArgs<Pass>& args, const Tensor& on,
+                         const OnDevice& device) {
+    using Row = typename Pass::Row;
+    int64_t count = 0;
+    for (const Hypers& hypers : args.hypers) {
+      if (hypers.data != nullptr) count = most(count, hypers.row_stride == 0 ? 1 : args.tasks);
+    }
+    constexpr int64_t words = ceil_div(sizeof(Row), sizeof(double));
+    const Tensor rows = scratch(count * words, ScalarType::Double, on);
+    if (count == 0) {
+      plan.row = args.row(0);
+    } else {
+      auto* made = reinterpret_cast<Row*>(rows.mutable_data_ptr());
+      plan.rows = made;
+      plan.rows_stride = count == 1 ? 0 : 1;
+      device.launch(rows_kernel<Pass>, ceil_div(count, kThreads), args, made, count);
+    }
+    return rows;
   }
 
   template <int V>
-  static void column_sums(const BackwardArgs<P, G>& args, const Tensor& on,
-                          const OnDevice& device) {
-    const int64_t chunks = ceil_div(args.tasks, kRowsPerChunk);
-    const int64_t tiles = ceil_div(args.columns, int64_t(kThreads) * V);
-    if (args.columns == 0) return;
-    const Tensor partials = scratch(chunks, args.columns, on);
-    auto* sums = static_cast<A*>(partials.mutable_data_ptr());
-    if (chunks > 0) device.launch(sgd_column_kernel<P, G, V>, chunks * tiles, args, sums);
-    device.launch(sgd_column_sums_kernel<P, G>, ceil_div(args.columns, kThreads), args, sums);
-  }
-
-  template <int V, RateKind kind>
-  static void tile_sums(const BackwardArgs<P, G>& args, const Tensor& on, const OnDevice& device) {
-    const int64_t tiles = ceil_div(args.columns, tile_columns<V>());
-    const bool sums_wanted = args.d_lr != nullptr && kind != RateKind::kColumn;
-    const int64_t slots = sums_wanted ? most(partial_slots(tiles, args.rate.columns), 0) : 0;
-    const Tensor partials = scratch(args.tasks, slots, on);
-    auto* sums = static_cast<A*>(partials.mutable_data_ptr());
-    const int64_t units = args.tasks * tiles;
-    if (units > 0) device.launch(sgd_backward_kernel<P, G, V, kind>, units, args, sums, slots);
-    const int64_t entries = args.rate_rows * args.rate.columns;
-    if (sums_wanted && entries > 0) {
-      device.launch(sgd_rate_sums_kernel<P, G, V>, entries, args, sums, slots);
+  static void run_packed(const PassArgs<Pass>& args, const Tensor& on, const OnDevice& device) {
+    constexpr int64_t width = int64_t(kThreads) * V;
+    constexpr auto dtype = sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float;
+    constexpr int kHypers = Pass::kTerms > 0 ? Pass::kTerms - 1 : 0;
+    const bool down = args.columns_shared();
+    const bool spans_summed = args.d_lr != nullptr && args.rate[0].kind != RateKind::kColumn;
+    const int64_t rows_per_unit = down ? kRowsPerChunk : 1;
+    const int64_t chunks = ceil_div(args.tasks, rows_per_unit);
+    const int64_t tiles = ceil_div(args.columns, width);
+    Plan<Pass> plan;
+    plan.rows_per_unit = rows_per_unit;
+    plan.slots = spans_summed ? most(partial_slots(tiles, args.rate[0].columns), 0) : 0;
+    const int64_t rate_sums = down ? chunks * args.columns : args.tasks * plan.slots;
+    const int64_t hyper_sums = args.d_hypers != nullptr ? args.tasks * tiles * kHypers : 0;
+    const Tensor rates = scratch(rate_sums, dtype, on);
+    const Tensor hypers = scratch(hyper_sums, ScalarType::Double, on);
+    plan.lr = static_cast<A*>(rates.mutable_data_ptr());
+    plan.hypers = static_cast<double*>(hypers.mutable_data_ptr());
+    const Tensor rows = set_rows(plan, args, on, device);
+    const int64_t units = chunks * tiles;
+    if (units > 0) device.launch(pass_kernel<Pass, V>, units, args, plan);
+    if constexpr (Pass::kTerms == 0) {
+      const bool watched = args.finite != nullptr && !args.checked;
+      if (watched && units > 0) device.launch(restore_kernel<Pass>, args.tasks, args);
+    } else {
+      const int64_t entries = args.rate_rows * args.rate[0].columns;
+      if (down && args.columns > 0) {
+        device.launch(column_sums_kernel<Pass>, ceil_div(args.columns, kThreads), args, plan);
+      }
+      if (spans_summed && entries > 0) {
+        device.launch(rate_sums_kernel<Pass>, entries, args, plan, width);
+      }
+      if (args.d_hypers != nullptr && args.hyper_rows > 0) {
+        device.launch(hyper_sums_kernel<Pass>, args.hyper_rows * kMaxHypers, args, plan, tiles);
+      }
     }
   }
 };
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(FASTMETA_LIBRARY, FASTMETA_KEY, m) { SgdOp<CudaKernels>::add_to(m); }
+STABLE_TORCH_LIBRARY_IMPL(FASTMETA_LIBRARY, FASTMETA_KEY, m) { add_updates<CudaKernels>(m); }
 
 }  // namespace fastmeta

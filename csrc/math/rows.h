@@ -6,15 +6,6 @@
 
 namespace fastmeta {
 
-// A [T, P] buffer whose columns are adjacent; a stride of 0 means one row shared by all tasks.
-template <typename T>
-struct Rows {
-  T* data = nullptr;
-  int64_t stride = 0;
-  FM_HD T* row(int64_t t) const { return data + t * stride; }
-  FM_HD explicit operator bool() const { return data != nullptr; }
-};
-
 // One unit of work: the columns [begin, end) of row t.
 struct Tile {
   int64_t row, index, begin, end;
@@ -65,8 +56,9 @@ struct Rate {
   int64_t row_stride = 0;  // 0: the same for all tasks
   int64_t columns = 1;     // 1, P or S
   const int64_t* offsets = nullptr;
-  FM_HD A of_row(int64_t t) const { return data == nullptr ? value : data[t * row_stride]; }
-  FM_HD A at(int64_t t, int64_t c) const { return data[t * row_stride + c]; }
+  FM_HD A at(int64_t t, int64_t c) const {
+    return data == nullptr ? value : data[t * row_stride + c];
+  }
 };
 
 }  // namespace fastmeta

@@ -1,6 +1,35 @@
 """The operators: argument checks and derivatives around the raw kernels of the dispatcher."""
 
 from fastmeta._backend import use_impl
-from fastmeta.ops.inner_update import sgd_update, sgd_update_
+from fastmeta.ops.inner_update import (
+    adagrad_update,
+    adagrad_update_,
+    adam_update,
+    adam_update_,
+    adamw_update,
+    adamw_update_,
+    clip_scale,
+    momentum_update,
+    momentum_update_,
+    rmsprop_update,
+    rmsprop_update_,
+    sgd_update,
+    sgd_update_,
+)
 
-__all__ = ["sgd_update", "sgd_update_", "use_impl"]
+__all__ = [
+    "adagrad_update",
+    "adagrad_update_",
+    "adam_update",
+    "adam_update_",
+    "adamw_update",
+    "adamw_update_",
+    "clip_scale",
+    "momentum_update",
+    "momentum_update_",
+    "rmsprop_update",
+    "rmsprop_update_",
+    "sgd_update",
+    "sgd_update_",
+    "use_impl",
+]

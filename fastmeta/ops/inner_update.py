@@ -1,4 +1,24 @@
-"""Task-batched inner updates over packed fast weights ``[T, P]``."""
+"""Task-batched inner updates over packed fast weights ``[T, P]``.
+
+Every rule has a functional form, differentiable twice, and one in place (trailing ``_``) without
+derivatives. Both take these keyword arguments:
+
+    active: bool ``[T]``; a task with False is frozen: its parameters and state come back unchanged,
+        and its gradients, even NaN or Inf, reach no result and no derivative. Default: all active.
+    check_finite: freeze each task whose gradient holds a NaN or Inf as well, and say so: the result
+        gains a last element, bool ``[T]``, False for these tasks (True for tasks frozen by
+        `active`, which are not read). Default False.
+    grad_scale: factor of the gradients, a number or tensor like `weight_decay`, such as a clipping
+        factor from :func:`clip_scale`. Default 1.
+    maximize: step along the gradient instead of against it. Default False.
+    segments: int64 ``[S + 1]`` rising from 0 to P (segment s owns columns ``segments[s]`` to
+        ``segments[s + 1] - 1``), or a layout with ``segment_offsets(device)``; then `lr` is per
+        segment. Default None.
+
+Learning rates and hyperparameters that are tensors receive gradients. On the CPU a tensor that
+holds a NaN, an Inf or a value out of range is refused; on other devices that would stop the queue,
+so there it is not looked at.
+"""
 
 from __future__ import annotations
 
@@ -7,26 +27,19 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fastmeta import _backend, _checks
-from fastmeta._autograd import Function, batch_rows, needs_autograd
-from fastmeta._library import define
-from fastmeta.reference import inner_update as reference
+from fastmeta import _checks
+from fastmeta._autograd import needs_autograd
+from fastmeta.ops._update import Rule, run, run_
+from fastmeta.reference.inner_update import FIRST, MAXIMIZE, NESTEROV
 
-_ARGS = (
-    "Tensor? lr, Tensor? offsets, Tensor? active, float lr_value, float weight_decay, bool maximize"
-)
-_UPDATE = define(
-    f"sgd_update(Tensor params, Tensor grads, {_ARGS}) -> Tensor", reference.sgd_update
-)
-_UPDATE_ = define(
-    f"sgd_update_(Tensor(a!) params, Tensor grads, {_ARGS}) -> ()", reference.sgd_update_
-)
-_BACKWARD = define(
-    f"sgd_update_backward(Tensor d_out, Tensor? params, Tensor? grads, {_ARGS}, "
-    "ScalarType grads_dtype, bool need_params, bool need_grads, bool need_lr) "
-    "-> (Tensor, Tensor, Tensor)",
-    reference.sgd_update_backward,
-)
+_SGD = Rule.define("sgd", (), linear=True)
+_MOMENTUM = Rule.define("momentum", ("buf",), linear=True)
+_ADAM = Rule.define("adam", ("exp_avg", "exp_avg_sq"), linear=False)
+_ADAMW = Rule.define("adamw", ("exp_avg", "exp_avg_sq"), linear=False)
+_RMSPROP = Rule.define("rmsprop", ("square_avg",), linear=False)
+_ADAGRAD = Rule.define("adagrad", ("state_sum",), linear=False)
+
+Number = float | Tensor
 
 
 class Layout(Protocol):
@@ -38,239 +51,423 @@ class Layout(Protocol):
 
 
 def sgd_update(
-    params: Tensor,
-    grads: Tensor,
-    lr: float | Tensor,
-    *,
-    weight_decay: float = 0.0,
-    maximize: bool = False,
-    active: Tensor | None = None,
-    segments: Tensor | Layout | None = None,
+    params: Tensor, grads: Tensor, lr: Number, *, weight_decay: Number = 0.0, **common
 ) -> Tensor:
-    """One descent step for every task: ``params - lr * (grads + weight_decay * params)``.
+    """One descent step for every task: ``params - lr (grads + weight_decay params)``.
 
     The semantics are those of ``torch.optim.SGD`` without momentum.
 
     Args:
-        params: Tensor ``[T, P]``, float32, float64, bfloat16 or float16. May be an expanded view,
-            such as one row shared by all tasks.
-        grads: Tensor ``[T, P]`` of the same dtype, or bfloat16 or float16 with float32 params.
+        params: ``[T, P]``, float32, float64, bfloat16 or float16. May be an expanded view, such as
+            one row shared by all tasks.
+        grads: ``[T, P]`` of the same dtype, or bfloat16 or float16 with float32 params.
         lr: learning rate: a number, or a tensor that is a scalar, ``[T]``, ``[P]``, ``[T, P]``,
             ``[T, 1]`` or ``[1, P]``; with ``segments``: a scalar, ``[S]``, ``[T, S]``, ``[T, 1]``
             or ``[1, S]``. Where T = P, one axis is ambiguous and refused: pass ``lr[:, None]`` (per
             task) or ``lr[None, :]`` (per parameter). Any sign; used in float32 (float64 with
             float64 params).
-        weight_decay: factor of the L2 penalty, >= 0. Default 0.
-        maximize: step along the gradient instead of against it. Default False.
-        active: bool ``[T]``; a task with False is frozen: its parameters come back unchanged, and
-            its gradients, even NaN or Inf, reach no result and no derivative. Default: all active.
-        segments: int64 ``[S + 1]`` rising from 0 to P (segment s owns columns ``segments[s]`` to
-            ``segments[s + 1] - 1``), or a layout with ``segment_offsets(device)``.
+        weight_decay: factor of the L2 penalty, >= 0; a number, or a tensor that is a scalar,
+            ``[T]`` or ``[T, 1]``. Default 0.
+        **common: ``active``, ``check_finite``, ``grad_scale``, ``maximize``, ``segments``: see the
+            module :mod:`fastmeta.ops.inner_update`.
 
     Returns:
-        Tensor ``[T, P]``, contiguous, in the dtype and on the device of ``params``.
+        ``[T, P]``, contiguous, in the dtype and on the device of ``params``; with ``check_finite``
+        a pair with bool ``[T]``.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, or an ambiguous ``lr``.
+        ValueError: shapes, dtypes or devices that do not fit, an ambiguous ``lr``, a number out of
+            its range.
 
     Note:
-        Differentiable to any order in reverse mode with respect to ``params``, ``grads`` and
-        ``lr``, also under ``torch.func.grad`` and ``vmap``; forward mode raises. Two runs give
-        equal bits.
+        Differentiable twice in reverse mode with respect to every tensor, also under
+        ``torch.func.grad`` and ``vmap``; forward mode raises. Two runs give equal bits.
     """
-    args = _prepare("sgd_update", params, grads, lr, weight_decay, maximize, active, segments)
-    if _backend.use_reference():
-        return reference.sgd_update(*args)
-    return _update(*args)
+    return _call(_SGD, params, grads, (), lr, (weight_decay,), **common)
 
 
-def sgd_update_(
+def momentum_update(
     params: Tensor,
     grads: Tensor,
-    lr: float | Tensor,
+    buf: Tensor | None,
+    lr: Number,
     *,
-    weight_decay: float = 0.0,
-    maximize: bool = False,
-    active: Tensor | None = None,
-    segments: Tensor | Layout | None = None,
-) -> Tensor:
-    """:func:`sgd_update` written over ``params``, without derivatives.
+    momentum: Number = 0.9,
+    dampening: Number = 0.0,
+    nesterov: bool = False,
+    weight_decay: Number = 0.0,
+    **common,
+) -> tuple[Tensor, ...]:
+    """Descent with momentum: ``b = momentum buf + (1 - dampening) g``, ``params - lr b``.
+
+    With g = ``grads + weight_decay params``. The semantics are those of ``torch.optim.SGD``.
 
     Args:
-        params: Tensor ``[T, P]`` whose elements do not share memory; overwritten.
-        grads, lr, weight_decay, maximize, active, segments: as for :func:`sgd_update`.
+        params, grads, lr, weight_decay, **common: as for :func:`sgd_update`.
+        buf: ``[T, P]`` in the dtype of ``params``; None at the first step, where b is g.
+        momentum, dampening: in [0, 1]; numbers or tensors like `weight_decay`. Defaults 0.9, 0.
+        nesterov: step along ``g + momentum b``; needs a dampening of 0. Default False.
 
     Returns:
-        ``params``.
+        ``(params, buf)``; with ``check_finite`` also bool ``[T]``. Raises and derivatives: as for
+        :func:`sgd_update`.
+
+    Source: Sutskever et al. 2013, http://proceedings.mlr.press/v28/sutskever13.html
+    """
+    first = buf is None
+    extra = _momentum_flags(momentum, dampening, nesterov, first)
+    return _call(
+        _MOMENTUM,
+        *(params, grads, (buf,), lr, (weight_decay, momentum, dampening)),
+        extra_flags=extra,
+        **common,
+    )
+
+
+def adam_update(
+    params: Tensor,
+    grads: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Number,
+    lr: Number,
+    *,
+    betas: tuple[Number, Number] = (0.9, 0.999),
+    eps: Number = 1e-8,
+    weight_decay: Number = 0.0,
+    **common,
+) -> tuple[Tensor, ...]:
+    """Adam: ``params - lr m' / (sqrt(v') + eps)`` with running means m of g and v of g^2.
+
+    g = ``grads + weight_decay params``, ``m = beta1 exp_avg + (1 - beta1) g``,
+    ``v = beta2 exp_avg_sq + (1 - beta2) g^2``, ``m' = m / (1 - beta1^step)``,
+    ``v' = v / (1 - beta2^step)``. The semantics are those of ``torch.optim.Adam`` without amsgrad.
+
+    Args:
+        params, grads, lr, weight_decay, **common: as for :func:`sgd_update`.
+        exp_avg, exp_avg_sq: ``[T, P]`` in the dtype of ``params``; zeros before the first step.
+        step: which step this is, from 1: a number, or a tensor that is a scalar or ``[T]``; it has
+            no derivative.
+        betas: in [0, 1); numbers or tensors like `weight_decay`. Default (0.9, 0.999).
+        eps: above 0; a number or tensor like `weight_decay`. Default 1e-8.
+
+    Returns:
+        ``(params, exp_avg, exp_avg_sq)``; with ``check_finite`` also bool ``[T]``.
+
+    Raises:
+        ValueError: as for :func:`sgd_update`, or state of another shape.
+
+    Note:
+        Differentiable as :func:`sgd_update`. The derivative of ``sqrt(v)`` at ``v = 0`` is taken as
+        0, so that a coordinate which never saw a gradient has finite derivatives.
+
+    Source: Kingma and Ba 2015, https://arxiv.org/abs/1412.6980
+    """
+    numbers = (weight_decay, *_pair(betas), eps)
+    return _call(_ADAM, params, grads, (exp_avg, exp_avg_sq), lr, numbers, step=step, **common)
+
+
+def adamw_update(
+    params: Tensor,
+    grads: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Number,
+    lr: Number,
+    *,
+    betas: tuple[Number, Number] = (0.9, 0.999),
+    eps: Number = 1e-8,
+    weight_decay: Number = 1e-2,
+    **common,
+) -> tuple[Tensor, ...]:
+    """:func:`adam_update` of ``params (1 - lr weight_decay)``, with g = ``grads``.
+
+    The semantics are those of ``torch.optim.AdamW`` without amsgrad. Arguments, results and
+    derivatives are those of :func:`adam_update`; ``weight_decay`` is 0.01 by default.
+
+    Source: Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101
+    """
+    numbers = (weight_decay, *_pair(betas), eps)
+    return _call(_ADAMW, params, grads, (exp_avg, exp_avg_sq), lr, numbers, step=step, **common)
+
+
+def rmsprop_update(
+    params: Tensor,
+    grads: Tensor,
+    square_avg: Tensor,
+    lr: Number,
+    *,
+    alpha: Number = 0.99,
+    eps: Number = 1e-8,
+    weight_decay: Number = 0.0,
+    **common,
+) -> tuple[Tensor, ...]:
+    """RMSprop: ``v = alpha square_avg + (1 - alpha) g^2``, ``params - lr g / (sqrt(v) + eps)``.
+
+    With g = ``grads + weight_decay params``. The semantics are those of ``torch.optim.RMSprop``,
+    neither centered nor with momentum.
+
+    Args:
+        params, grads, lr, weight_decay, **common: as for :func:`sgd_update`.
+        square_avg: ``[T, P]`` in the dtype of ``params``; zeros before the first step.
+        alpha: in [0, 1]; a number or tensor like `weight_decay`. Default 0.99.
+        eps: above 0; a number or tensor like `weight_decay`. Default 1e-8.
+
+    Returns:
+        ``(params, square_avg)``; with ``check_finite`` also bool ``[T]``. Raises and derivatives:
+        as for :func:`adam_update`.
+    """
+    numbers = (weight_decay, alpha, eps)
+    return _call(_RMSPROP, params, grads, (square_avg,), lr, numbers, **common)
+
+
+def adagrad_update(
+    params: Tensor,
+    grads: Tensor,
+    state_sum: Tensor,
+    step: Number,
+    lr: Number,
+    *,
+    lr_decay: Number = 0.0,
+    eps: Number = 1e-10,
+    weight_decay: Number = 0.0,
+    **common,
+) -> tuple[Tensor, ...]:
+    """Adagrad: ``s = state_sum + g^2``, ``params - lr' g / (sqrt(s) + eps)``.
+
+    With g = ``grads + weight_decay params`` and ``lr' = lr / (1 + (step - 1) lr_decay)``. The
+    semantics are those of ``torch.optim.Adagrad``.
+
+    Args:
+        params, grads, lr, weight_decay, **common: as for :func:`sgd_update`.
+        state_sum: ``[T, P]`` in the dtype of ``params``.
+        step: which step this is, from 1: as for :func:`adam_update`.
+        lr_decay: >= 0; a number or tensor like `weight_decay`. Default 0.
+        eps: above 0; a number or tensor like `weight_decay`. Default 1e-10.
+
+    Returns:
+        ``(params, state_sum)``; with ``check_finite`` also bool ``[T]``. Raises and derivatives:
+        as for :func:`adam_update`.
+
+    Source: Duchi et al. 2011, https://jmlr.org/papers/v12/duchi11a.html
+    """
+    numbers = (weight_decay, lr_decay, eps)
+    return _call(_ADAGRAD, params, grads, (state_sum,), lr, numbers, step=step, **common)
+
+
+def sgd_update_(params, grads, lr, *, weight_decay=0.0, **common):
+    """:func:`sgd_update` written over ``params``.
+
+    Args:
+        params: ``[T, P]`` whose elements do not share memory; overwritten.
+        grads, lr, weight_decay, **common: as for :func:`sgd_update`.
+
+    Returns:
+        ``params``; with ``check_finite`` a pair with bool ``[T]``. Gradients are then checked
+        before anything is written, in a pass of their own.
 
     Raises:
         ValueError: as for :func:`sgd_update`, or ``params`` is an expanded view.
         RuntimeError: a gradient would have to flow through the call.
     """
-    args = _prepare("sgd_update_", params, grads, lr, weight_decay, maximize, active, segments)
-    if needs_autograd(params, grads, args[2]):
-        raise RuntimeError(
-            "sgd_update_ has no derivative: call sgd_update, or this one under torch.no_grad() "
-            "and outside torch.func transforms"
-        )
-    if 0 in params.stride() and params.numel() > 1 and not params.is_contiguous():
-        raise ValueError(
-            f"sgd_update_: params must not be an expanded view, got strides {params.stride()}"
-        )
-    if _backend.use_reference():
-        reference.sgd_update_(*args)
-    else:
-        _backend.kernel(_UPDATE_, params.device.type)(*args)
-    return params
+    return _call_(_SGD, params, grads, (), lr, (weight_decay,), **common)
 
 
-def _prepare(op, params, grads, lr, weight_decay, maximize, active, segments) -> tuple:
-    """The arguments of the raw operator; every error is raised here, before any change."""
+def momentum_update_(
+    params,
+    grads,
+    buf,
+    lr,
+    *,
+    momentum=0.9,
+    dampening=0.0,
+    nesterov=False,
+    weight_decay=0.0,
+    **common,
+):
+    """:func:`momentum_update` written over ``params`` and ``buf`` (None: a new buffer is made).
+
+    Returns ``(params, buf)``; else as for :func:`sgd_update_`.
+    """
+    extra = _momentum_flags(momentum, dampening, nesterov, buf is None)
+    numbers = (weight_decay, momentum, dampening)
+    if buf is None and isinstance(params, Tensor):
+        buf = torch.zeros_like(params, memory_format=torch.contiguous_format)
+    return _call_(_MOMENTUM, params, grads, (buf,), lr, numbers, extra_flags=extra, **common)
+
+
+def adam_update_(
+    params,
+    grads,
+    exp_avg,
+    exp_avg_sq,
+    step,
+    lr,
+    *,
+    betas=(0.9, 0.999),
+    eps=1e-8,
+    weight_decay=0.0,
+    **common,
+):
+    """:func:`adam_update` written over ``params``, ``exp_avg`` and ``exp_avg_sq``, as
+    :func:`sgd_update_`."""
+    numbers = (weight_decay, *_pair(betas), eps)
+    return _call_(_ADAM, params, grads, (exp_avg, exp_avg_sq), lr, numbers, step=step, **common)
+
+
+def adamw_update_(
+    params,
+    grads,
+    exp_avg,
+    exp_avg_sq,
+    step,
+    lr,
+    *,
+    betas=(0.9, 0.999),
+    eps=1e-8,
+    weight_decay=1e-2,
+    **common,
+):
+    """:func:`adamw_update` written over ``params``, ``exp_avg`` and ``exp_avg_sq``, as
+    :func:`sgd_update_`."""
+    numbers = (weight_decay, *_pair(betas), eps)
+    return _call_(_ADAMW, params, grads, (exp_avg, exp_avg_sq), lr, numbers, step=step, **common)
+
+
+def rmsprop_update_(
+    params, grads, square_avg, lr, *, alpha=0.99, eps=1e-8, weight_decay=0.0, **common
+):
+    """:func:`rmsprop_update` written over ``params`` and ``square_avg``, as :func:`sgd_update_`."""
+    numbers = (weight_decay, alpha, eps)
+    return _call_(_RMSPROP, params, grads, (square_avg,), lr, numbers, **common)
+
+
+def adagrad_update_(
+    params, grads, state_sum, step, lr, *, lr_decay=0.0, eps=1e-10, weight_decay=0.0, **common
+):
+    """:func:`adagrad_update` written over ``params`` and ``state_sum``, as :func:`sgd_update_`."""
+    numbers = (weight_decay, lr_decay, eps)
+    return _call_(_ADAGRAD, params, grads, (state_sum,), lr, numbers, step=step, **common)
+
+
+def clip_scale(grads: Tensor, max_norm: float) -> Tensor:
+    """Factors that scale each task's gradient to a norm of at most ``max_norm``.
+
+    ``min(1, max_norm / |grads[t]|)``, to be given as ``grad_scale`` to an update, which multiplies
+    on its way through memory.
+
+    Args:
+        grads: ``[T, P]``.
+        max_norm: above 0.
+
+    Returns:
+        ``[T]``, float32 (float64 for float64 gradients), differentiable to any order, also where
+        a gradient is 0.
+
+    Raises:
+        ValueError: ``grads`` is not a floating-point ``[T, P]``, or ``max_norm`` not above 0.
+    """
+    _checks.rows("clip_scale", "grads", grads)
+    _checks.in_range("clip_scale", "max_norm", max_norm, above=0.0)
+    dtype = torch.float64 if grads.dtype == torch.float64 else torch.float32
+    norm = torch.linalg.vector_norm(grads, dim=1, dtype=dtype)
+    over = norm > max_norm
+    return torch.where(over, max_norm / torch.where(over, norm, 1.0), 1.0)
+
+
+def _pair(betas) -> tuple[Number, Number]:
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"betas must be a pair of numbers or tensors, got {betas!r}")
+    return tuple(betas)
+
+
+def _momentum_flags(momentum, dampening, nesterov: bool, first: bool) -> int:
+    if nesterov and isinstance(dampening, (int, float)) and dampening != 0:
+        raise ValueError(f"nesterov needs a dampening of 0, got dampening={dampening}")
+    return (NESTEROV if nesterov else 0) | (FIRST if first else 0)
+
+
+# ranges of the hyperparameters after weight decay and gradient scale: (name, bounds)
+_UNIT = {"at_least": 0.0, "below": 1.0}
+_CLOSED = {"at_least": 0.0, "at_most": 1.0}
+_RANGES = {
+    "sgd": (),
+    "momentum": (("momentum", _CLOSED), ("dampening", _CLOSED)),
+    "adam": (("betas[0]", _UNIT), ("betas[1]", _UNIT), ("eps", {"above": 0.0})),
+    "adamw": (("betas[0]", _UNIT), ("betas[1]", _UNIT), ("eps", {"above": 0.0})),
+    "rmsprop": (("alpha", _CLOSED), ("eps", {"above": 0.0})),
+    "adagrad": (("lr_decay", {"at_least": 0.0}), ("eps", {"above": 0.0})),
+}
+
+
+def _prepare(
+    op: str,
+    rule: Rule,
+    params,
+    grads,
+    state,
+    lr,
+    numbers,
+    *,
+    step=None,
+    extra_flags: int = 0,
+    active=None,
+    check_finite: bool = False,
+    grad_scale: Number = 1.0,
+    maximize: bool = False,
+    segments: Tensor | Layout | None = None,
+) -> tuple:
+    """The arguments of `run` and `run_`; every error is raised here, before any change."""
     _checks.params_and_grads(op, params, grads)
-    if not 0.0 <= weight_decay < float("inf"):
-        raise ValueError(f"{op}: weight_decay must be finite and >= 0, got {weight_decay}")
+    for name, tensor in zip(rule.states, state, strict=True):
+        if tensor is not None or not extra_flags & FIRST:
+            _checks.state(op, name, tensor, params)
+    weight_decay, *own = numbers
+    _checks.in_range(op, "weight_decay", weight_decay, at_least=0.0)
+    _checks.in_range(op, "grad_scale", grad_scale)
+    for (name, bounds), value in zip(_RANGES[rule.name], own, strict=True):
+        _checks.in_range(op, name, value, **bounds)
+    values = [weight_decay, grad_scale, *own]
+    if step is not None:
+        _checks.in_range(op, "step", step, at_least=1)
+        values.append(step.detach() if isinstance(step, Tensor) else float(step))
     if segments is not None:
         segments = _checks.segment_offsets(op, segments, params)
-    value, rate = _checks.learning_rate(op, lr, params, segments)
-    if rate is None or rate.shape[1] == 1:
-        segments = None  # the same rate in every segment
     if active is not None:
         active = _checks.active_tasks(op, active, params)
-    return params, grads, rate, segments, active, value, float(weight_decay), bool(maximize)
+    lr_value, rate = _checks.learning_rate(op, lr, params, segments)
+    if rate is None or rate.shape[1] == 1:
+        segments = None  # the same rate in every segment
+    if rate is not None:
+        _checks.finite_rate(op, rate, active)
+    values, hypers = _checks.hyperparameters(op, values, params)
+    flags = extra_flags | (MAXIMIZE if maximize else 0)
+    return (rate, segments, active, hypers), (lr_value, values, flags), bool(check_finite)
 
 
-def _update(params, grads, lr, *rest) -> Tensor:
-    if needs_autograd(params, grads, lr):
-        return _Update.call(params, grads, lr, *rest)
-    return _backend.kernel(_UPDATE, params.device.type)(params, grads, lr, *rest)
+def _call(rule: Rule, params, grads, state, lr, numbers, **options):
+    op = f"{rule.name}_update"
+    prepared = _prepare(op, rule, params, grads, state, lr, numbers, **options)
+    results, finite = run(rule, params, grads, state, *prepared)
+    return _pack(results, finite)
 
 
-def _backward(d_out, params, grads, lr, *rest) -> tuple[Tensor, ...]:
-    """The needed ones of d_params, d_grads, d_lr; ``rest`` ends with the three need flags."""
-    if not any(rest[-3:]):
-        return ()
-    if needs_autograd(d_out, params, grads, lr):
-        return _Backward.call(d_out, params, grads, lr, *rest)
-    return _run_backward(d_out, params, grads, lr, *rest)
-
-
-def _run_backward(d_out, *rest) -> tuple[Tensor, ...]:
-    results = _backend.kernel(_BACKWARD, d_out.device.type)(d_out, *rest)
-    return tuple(r for r, need in zip(results, rest[-3:], strict=True) if need)
-
-
-class _Update(Function):
-    """``sgd_update`` with its first derivative, which is :class:`_Backward`."""
-
-    @staticmethod
-    def forward(params, grads, lr, *rest):
-        return _backend.kernel(_UPDATE, params.device.type)(params, grads, lr, *rest)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        params, grads, lr, offsets, active, *constants = inputs
-        learned = ctx.needs_input_grad[2]
-        ctx.constants = (*constants, grads.dtype)
-        weight_decay = constants[1]
-        ctx.save_for_backward(
-            params if learned and weight_decay else None,
-            grads if learned else None,
-            lr,
-            offsets,
-            active,
+def _call_(rule: Rule, params, grads, state, lr, numbers, **options):
+    op = f"{rule.name}_update_"
+    rates, constants, check = _prepare(op, rule, params, grads, state, lr, numbers, **options)
+    if needs_autograd(params, grads, *state, rates[0], rates[3]):
+        raise RuntimeError(
+            f"{op} has no derivative: call {op[:-1]}, or this one under torch.no_grad() "
+            "and outside torch.func transforms"
         )
-
-    @staticmethod
-    def backward(ctx, d_out):
-        need_params, need_grads, need_lr = ctx.needs_input_grad[:3]
-        decays = ctx.constants[1] != 0.0
-        needs = (need_params and decays, need_grads, need_lr)
-        results = iter(_backward(d_out, *ctx.saved_tensors, *ctx.constants, *needs))
-        found = [next(results) if need else None for need in needs]
-        if need_params and not decays:
-            found[0] = d_out  # the Jacobian is the identity
-        return (*found, *[None] * 5)
-
-    @staticmethod
-    def vmap(info, in_dims, params, *rest):
-        tasks = _tasks(params, in_dims[0])
-        folded = _fold(info.batch_size, tasks, in_dims, (params, *rest[:4]), keep_shared_lr=True)
-        out = _update(*folded, *rest[4:])
-        return out.unflatten(0, (info.batch_size, tasks)), 0
+    for name, t in zip(("params", *rule.states), (params, *state), strict=True):
+        if 0 in t.stride() and t.numel() > 1 and not t.is_contiguous():
+            raise ValueError(f"{op}: {name} must not be an expanded view, got strides {t.stride()}")
+    finite = run_(rule, params, grads, state, rates, constants, check)
+    return _pack((params, *state), finite)
 
 
-class _Backward(Function):
-    """The vector-Jacobian product of ``sgd_update``. It is bilinear: its own derivative needs only
-    ``sgd_update`` and itself again, so every order follows."""
-
-    @staticmethod
-    def forward(d_out, *rest):
-        return _run_backward(d_out, *rest)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:6])
-        ctx.constants = inputs[6:]
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx, *cotangents):
-        d_out, params, grads, lr, offsets, active = ctx.saved_tensors
-        lr_value, weight_decay, maximize, grads_dtype, *needs = ctx.constants
-        given = iter(cotangents)
-        # cotangents of d_params, d_grads, d_lr: same shapes as params, grads, lr
-        a, b, c = (next(given) if need else None for need in needs)
-        rules = (weight_decay, maximize)
-        got: list[Tensor | None] = [None] * 13
-        if a is not None or b is not None:
-            a = torch.zeros_like(d_out) if a is None else a
-            b = torch.zeros_like(d_out, dtype=grads_dtype) if b is None else b
-            if ctx.needs_input_grad[0]:
-                got[0] = _update(a, b, lr, offsets, active, lr_value, *rules)
-            if ctx.needs_input_grad[3]:
-                only_lr = (grads_dtype, False, False, True)
-                (got[3],) = _backward(d_out, a, b, lr, offsets, active, lr_value, *rules, *only_lr)
-        if c is not None:
-            if ctx.needs_input_grad[0]:
-                step = reference.sgd_step(params, grads, c, offsets, active, 0.0, *rules)
-                step = step.to(d_out.dtype)
-                got[0] = -step if got[0] is None else got[0] - step
-            for i, factor in ((1, weight_decay), (2, 1.0)):
-                if ctx.needs_input_grad[i]:
-                    dtype = d_out.dtype if i == 1 else grads_dtype
-                    only_grads = (dtype, False, True, False)
-                    # -+ c * d_out: what d_grads is for a learning rate of c
-                    (term,) = _backward(
-                        d_out, None, None, c, offsets, active, 0.0, *rules, *only_grads
-                    )
-                    got[i] = term if i == 2 else term * (-factor if maximize else factor)
-        return tuple(got)
-
-    @staticmethod
-    def vmap(info, in_dims, d_out, *rest):
-        batch, tasks = info.batch_size, _tasks(d_out, in_dims[0])
-        lr, need_lr = rest[2], rest[-1]
-        shared_rows = need_lr and _tasks(lr, in_dims[3]) == 1
-        folded = _fold(batch, tasks, in_dims, (d_out, *rest[:5]), keep_shared_lr=not need_lr)
-        results = list(_backward(*folded, *rest[5:]))
-        results = [r.unflatten(0, (batch, tasks)) for r in results]
-        if shared_rows:
-            results[-1] = results[-1].sum(1, keepdim=True)
-        return tuple(results), (0,) * len(results)
-
-
-def _tasks(tensor: Tensor, dim: int | None) -> int:
-    """T of a ``[T, ...]`` tensor that carries a vmapped axis at ``dim``."""
-    return tensor.shape[1 if dim == 0 else 0]
-
-
-def _fold(batch, tasks, in_dims, tensors, *, keep_shared_lr) -> tuple:
-    """Turn a vmapped axis into more tasks. ``tensors`` ends with lr, offsets, active."""
-    *rows, lr, offsets, active = tensors
-    lr_dim, offsets_dim, active_dim = in_dims[len(rows) : len(rows) + 3]
-    if offsets_dim is not None:
-        raise ValueError("segments must be the same for the whole vmapped axis")
-    folded = [batch_rows(t, d, batch, tasks) for t, d in zip(rows, in_dims, strict=False)]
-    if not (keep_shared_lr and lr is not None and lr_dim is None and lr.shape[0] == 1):
-        lr = batch_rows(lr, lr_dim, batch, tasks)
-    return (*folded, lr, offsets, batch_rows(active, active_dim, batch, tasks))
+def _pack(results, finite):
+    if finite is not None:
+        return (*results, finite)
+    return results[0] if len(results) == 1 else tuple(results)

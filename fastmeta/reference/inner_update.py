@@ -1,15 +1,25 @@
-"""Task-batched inner updates in plain torch.
+"""Task-batched inner updates in plain torch, differentiable to any order by autograd itself.
 
-``params`` and ``grads`` are ``[T, P]``. The learning rate is the number ``lr_value`` where ``lr``
-is None, else ``lr`` ``[1 or T, 1 or C]`` in the accumulation dtype, with C = P, or C = S where
-``offsets`` (int64 ``[S + 1]``) divides a row into segments. Rows whose ``active`` is False are
-frozen: nothing of them enters a product, so not even a NaN there reaches another number.
+``params``, ``grads`` and each state are ``[T, P]``. The learning rate is the number ``lr_value``
+where ``lr`` is None, else ``lr`` ``[1 or T, 1 or C]`` in the accumulation dtype, with C = P, or
+C = S where ``offsets`` (int64 ``[S + 1]``) divides a row into segments. The hyperparameters are the
+numbers ``values``, or ``hypers`` ``[1 or T, 6]`` in float64: weight decay, factor of the gradient,
+then the rule's own. Rows whose ``active`` is False are frozen: nothing of them enters a product,
+so not even a NaN there reaches another number.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+MAXIMIZE, NESTEROV, FIRST = 1, 2, 4
+MAX_HYPERS = 6
+
+Number = float | Tensor
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -23,7 +33,7 @@ def segment_index(offsets: Tensor, size: int) -> Tensor:
     return torch.searchsorted(offsets[1:-1].contiguous(), columns, right=True)
 
 
-def spread_rate(lr: Tensor | None, offsets: Tensor | None, lr_value: float, size: int):
+def spread_rate(lr: Tensor | None, offsets: Tensor | None, lr_value: float, size: int) -> Number:
     """The learning rate as a number or ``[1 or T, 1 or P]``."""
     if lr is None:
         return lr_value
@@ -32,16 +42,141 @@ def spread_rate(lr: Tensor | None, offsets: Tensor | None, lr_value: float, size
     return lr.index_select(1, segment_index(offsets, size))
 
 
-def sum_to_rate(x: Tensor, lr: Tensor, offsets: Tensor | None) -> Tensor:
-    """Adjoint of :func:`spread_rate`: ``[T, P]`` summed to the shape of ``lr``."""
-    if lr.shape[1] == 1:
-        x = x.sum(1, keepdim=True)
-    elif offsets is not None:
-        index = segment_index(offsets, x.shape[1])
-        x = x.new_zeros(x.shape[0], lr.shape[1]).index_add(1, index, x)
-    if lr.shape[0] == 1:
-        x = x.sum(0, keepdim=True)
-    return x
+def safe_sqrt(x: Tensor) -> Tensor:
+    """Square root whose derivative at 0 is 0 instead of infinite."""
+    positive = x > 0
+    return torch.where(positive, torch.where(positive, x, 1.0).sqrt(), 0.0)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a rule needs of one step, in the accumulation dtype.
+
+    Attributes:
+        params, grads: ``[T, P]``.
+        state: each ``[T, P]``.
+        lr: number or ``[1 or T, 1 or P]``.
+        hypers: six numbers, or six of ``[1 or T, 1]`` in float64.
+        flags: bits MAXIMIZE, NESTEROV, FIRST.
+    """
+
+    params: Tensor
+    grads: Tensor
+    state: Sequence[Tensor | None]
+    lr: Number
+    hypers: Sequence[Number]
+    flags: int
+
+    def cast(self, x: Number) -> Number:
+        """A number computed in float64 as the rule's arithmetic takes it."""
+        return x.to(self.params.dtype) if isinstance(x, Tensor) else x
+
+    def gradient(self, *, decay: bool = True) -> Tensor:
+        """``+- scale grads + weight_decay params``."""
+        weight_decay, scale = (self.cast(h) for h in self.hypers[:2])
+        g = self.grads if isinstance(scale, float) and scale == 1.0 else scale * self.grads
+        if self.flags & MAXIMIZE:
+            g = -g
+        if decay and not (isinstance(weight_decay, float) and weight_decay == 0.0):
+            g = g + weight_decay * self.params
+        return g
+
+
+def sgd(step: Step) -> tuple[Tensor, ...]:
+    """``p - lr g``."""
+    return (step.params - step.lr * step.gradient(),)
+
+
+def momentum(step: Step) -> tuple[Tensor, ...]:
+    """``b' = momentum b + (1 - dampening) g`` (first step: g), ``p - lr b'``; Nesterov:
+    ``p - lr (g + momentum b')``."""
+    g = step.gradient()
+    (old,) = step.state
+    factor, dampening = (step.cast(h) for h in step.hypers[2:4])
+    buf = g if step.flags & FIRST else factor * old + (1 - dampening) * g
+    direction = g + factor * buf if step.flags & NESTEROV else buf
+    return step.params - step.lr * direction, buf
+
+
+def _adam(step: Step, *, decoupled: bool) -> tuple[Tensor, ...]:
+    g = step.gradient(decay=not decoupled)
+    beta1, beta2, eps = (step.cast(h) for h in step.hypers[2:5])
+    count = step.hypers[5]
+    m = beta1 * step.state[0] + (1 - beta1) * g
+    v = beta2 * step.state[1] + (1 - beta2) * g * g
+    correction1 = step.cast(1 / (1 - step.hypers[2] ** count))
+    correction2 = step.cast((1 - step.hypers[3] ** count) ** -0.5)
+    start = step.params
+    if decoupled:
+        start = start - step.lr * step.cast(step.hypers[0]) * start
+    return start - step.lr * correction1 * m / (safe_sqrt(v) * correction2 + eps), m, v
+
+
+def adam(step: Step) -> tuple[Tensor, ...]:
+    """Running means m of g and v of g^2, corrected for their start at 0;
+    ``p - lr m / (sqrt(v) + eps)``."""
+    return _adam(step, decoupled=False)
+
+
+def adamw(step: Step) -> tuple[Tensor, ...]:
+    """:func:`adam` on ``p (1 - lr weight_decay)``, without decay in g."""
+    return _adam(step, decoupled=True)
+
+
+def rmsprop(step: Step) -> tuple[Tensor, ...]:
+    """``v' = alpha v + (1 - alpha) g^2``, ``p - lr g / (sqrt(v') + eps)``."""
+    g = step.gradient()
+    alpha, eps = (step.cast(h) for h in step.hypers[2:4])
+    v = alpha * step.state[0] + (1 - alpha) * g * g
+    return step.params - step.lr * g / (safe_sqrt(v) + eps), v
+
+
+def adagrad(step: Step) -> tuple[Tensor, ...]:
+    """``v' = v + g^2``, ``p - lr / (1 + (k - 1) lr_decay) g / (sqrt(v') + eps)`` at step k."""
+    g = step.gradient()
+    v = step.state[0] + g * g
+    factor = step.cast(1 / (1 + (step.hypers[4] - 1) * step.hypers[2]))
+    return step.params - step.lr * factor * g / (safe_sqrt(v) + step.cast(step.hypers[3])), v
+
+
+Rule = Callable[[Step], tuple[Tensor, ...]]
+
+
+def update(
+    rule: Rule,
+    params: Tensor,
+    grads: Tensor,
+    state: Sequence[Tensor | None],
+    lr: Tensor | None,
+    offsets: Tensor | None,
+    active: Tensor | None,
+    hypers: Tensor | None,
+    lr_value: float,
+    values: Sequence[float],
+    flags: int,
+    check_finite: bool,
+) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    """New parameters and state, rounded once to the dtype of params; which rows are finite."""
+    dtype = accumulation_dtype(params.dtype)
+    finite = None
+    if check_finite:
+        finite = torch.isfinite(grads).all(1)
+        if active is not None:
+            finite = finite | ~active
+        active = finite if active is None else finite & active
+    old = [params, *state]
+    p, g, *s = (None if t is None else _select(active, t.to(dtype)) for t in (params, grads, *state))
+    rate = _select(active, spread_rate(lr, offsets, lr_value, params.shape[1]))
+    numbers = list(values) if hypers is None else list(hypers.split(1, dim=1))
+    new = rule(Step(p, g, s, rate, numbers, flags))
+    new = [n.expand(params.shape).to(params.dtype) for n in new]
+    if active is not None:
+        keep = active[:, None]
+        new = [
+            torch.where(keep, n, torch.zeros_like(n) if o is None else o)
+            for n, o in zip(new, old, strict=True)
+        ]
+    return tuple(n.contiguous() for n in new), finite
 
 
 def _select(active: Tensor | None, x):
@@ -51,82 +186,19 @@ def _select(active: Tensor | None, x):
     return torch.where(active[:, None], x, torch.zeros((), dtype=x.dtype, device=x.device))
 
 
-def _direction(params, grads, active, weight_decay: float, maximize: bool, dtype: torch.dtype):
-    """``-+ grads + weight_decay * params``, 0 in frozen rows."""
-    step = _select(active, grads.to(dtype))
-    if maximize:
-        step = -step
-    if weight_decay != 0.0:
-        step = step + weight_decay * _select(active, params.to(dtype))
-    return step
+def raw_update(rule: Rule, states: int) -> tuple[Callable, Callable]:
+    """:func:`update` in the form of the raw operators, functional and in place."""
 
+    def functional(params, grads, s1, s2, lr, offsets, active, hypers, *constants):
+        rates = (lr, offsets, active, hypers)
+        new, finite = update(rule, params, grads, (s1, s2)[:states], *rates, *constants)
+        empty = [params.new_empty(0) for _ in range(3 - len(new))]
+        return *new, *empty, params.new_empty(0, dtype=torch.bool) if finite is None else finite
 
-def sgd_step(
-    params: Tensor | None,
-    grads: Tensor,
-    lr: Tensor | None,
-    offsets: Tensor | None,
-    active: Tensor | None,
-    lr_value: float,
-    weight_decay: float,
-    maximize: bool,
-) -> Tensor:
-    """What :func:`sgd_update` subtracts, ``lr * (grads + weight_decay * params)``."""
-    dtype = accumulation_dtype(grads.dtype)
-    rate = _select(active, spread_rate(lr, offsets, lr_value, grads.shape[1]))
-    return rate * _direction(params, grads, active, weight_decay, maximize, dtype)
+    def in_place(params, grads, s1, s2, *rest):
+        *new, finite = functional(params, grads, s1, s2, *rest)
+        for old, value in zip((params, s1, s2), new[: 1 + states], strict=False):
+            old.copy_(value)
+        return finite
 
-
-def sgd_update(
-    params: Tensor,
-    grads: Tensor,
-    lr: Tensor | None,
-    offsets: Tensor | None,
-    active: Tensor | None,
-    lr_value: float,
-    weight_decay: float,
-    maximize: bool,
-) -> Tensor:
-    """``params - lr * (grads + weight_decay * params)``, rounded once to the dtype of params."""
-    step = sgd_step(params, grads, lr, offsets, active, lr_value, weight_decay, maximize)
-    return (params.to(step.dtype) - step).to(params.dtype).contiguous()
-
-
-def sgd_update_(params: Tensor, *args) -> None:
-    """:func:`sgd_update` written over ``params``."""
-    params.copy_(sgd_update(params, *args))
-
-
-def sgd_update_backward(
-    d_out: Tensor,
-    params: Tensor | None,
-    grads: Tensor | None,
-    lr: Tensor | None,
-    offsets: Tensor | None,
-    active: Tensor | None,
-    lr_value: float,
-    weight_decay: float,
-    maximize: bool,
-    grads_dtype: torch.dtype,
-    need_params: bool,
-    need_grads: bool,
-    need_lr: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Vector-Jacobian product of :func:`sgd_update`; an unneeded result is an empty tensor.
-
-    d_params = d_out * (1 - lr * weight_decay), d_grads = -lr * d_out, and d_lr is
-    ``-d_out * (grads + weight_decay * params)`` summed to the shape of lr. ``grads`` is read only
-    for d_lr, ``params`` only for d_lr with weight decay.
-    """
-    dtype = accumulation_dtype(d_out.dtype)
-    moving = _select(active, d_out.to(dtype))
-    rate = _select(active, spread_rate(lr, offsets, lr_value, d_out.shape[1]))
-    d_params, d_grads, d_lr = (d_out.new_empty(0) for _ in range(3))
-    if need_params:
-        d_params = (d_out.to(dtype) - rate * weight_decay * moving).to(d_out.dtype).contiguous()
-    if need_grads:
-        d_grads = (moving * (rate if maximize else -rate)).to(grads_dtype).contiguous()
-    if need_lr:
-        step = _direction(params, grads, active, weight_decay, maximize, dtype)
-        d_lr = sum_to_rate(-moving * step, lr, offsets).contiguous()
-    return d_params, d_grads, d_lr
+    return functional, in_place
