@@ -50,11 +50,12 @@ struct UpdateOp {
       set_hypers(args.hypers[0], settings.hypers);
     }
 
-    // [1 or T, kMaxHypers], contiguous (the Python side sees to it)
-    static void set_hypers(Hypers& hypers, const Optional& given) {
+    // [1 or T, kMaxHypers]
+    void set_hypers(Hypers& hypers, const Optional& given) {
       if (!given) return;
-      hypers.data = static_cast<const double*>(given->const_data_ptr());
-      hypers.row_stride = given->size(0) == 1 ? 0 : kMaxHypers;
+      keep.push_back(dense_columns(*given));
+      hypers.data = static_cast<const double*>(keep.back().const_data_ptr());
+      hypers.row_stride = given->size(0) == 1 ? 0 : keep.back().stride(0);
     }
 
     void read(int slot, const Optional& t) {

@@ -229,8 +229,8 @@ def update_samples(
             chosen = {"variant": variants[(i + j) % len(variants)], "layout": layouts[(i + j) % 5]}
             yield update_sample(name, form, tasks, size, **chosen, **common)
         # several tiles of every kernel, of a width that packs of 16 bytes divide or not
-        kinds = ((3, 17008, "contiguous", "mask"), (2, 17001, "expanded", ""), (4, 9, "", "nan"))
-        for k, (tasks, size, layout, frozen) in enumerate(kinds):
+        large = ((3, 17008, "contiguous", "mask"), (2, 17001, "expanded", ""))[i % 2]
+        for k, (tasks, size, layout, frozen) in enumerate((large, (4, 9, "", "nan"))):
             chosen = {"variant": variants[(i + k) % len(variants)], "layout": layout}
             yield update_sample(name, form, tasks, size, frozen=frozen, **chosen, **common)
 

@@ -11,9 +11,9 @@ def assert_within_budget(
 ) -> None:
     """Require ``actual`` to be as good as the reference is in the same precision.
 
-    The budget is twice the sum of two measured errors: that of the reference in low precision, and
-    the largest change of the exact result when every input moves by one rounding. So an
-    implementation may order its sums differently, but not lose a digit.
+    The budget is four times (two bits) the sum of two measured errors: that of the reference in low
+    precision, and the largest change of the exact result when every input moves by one rounding. So
+    an implementation may order its operations differently, but not lose a digit.
 
     Args:
         name: what is compared, for the message.
@@ -41,7 +41,7 @@ def assert_within_budget(
         return (x.detach().double()[finite] - exact).abs().max().item()
 
     scale = torch.finfo(actual.dtype).eps / torch.finfo(low.dtype).eps
-    budget = 2 * scale * (error(low) + max(error(x) for x in shaken))
+    budget = 4 * scale * (error(low) + max(error(x) for x in shaken))
     assert error(actual) <= budget, f"{name}: error {error(actual):.3e} over budget {budget:.3e}"
 
 
