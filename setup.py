@@ -43,7 +43,8 @@ def torch_extensions() -> list:
     from torch.utils.cpp_extension import CUDA_HOME, CppExtension, CUDAExtension
 
     # Without contraction to fused multiply-adds every CPU gives the same bits.
-    unix = ["-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
+    unix = ["-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+    unix += ["-fvisibility=hidden"]
     flags = ["/O2"] if os.name == "nt" else unix
     # the free-threaded Python has no limited API yet
     limited = not sysconfig.get_config_var("Py_GIL_DISABLED")

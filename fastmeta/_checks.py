@@ -201,9 +201,7 @@ def finite_rate(op: str, rate: Tensor, active: Tensor | None) -> None:
         raise ValueError(f"{op}: lr must be finite, got a tensor with NaN or Inf")
 
 
-def hyperparameters(
-    op: str, values: list, params: Tensor
-) -> tuple[list[float], Tensor | None]:
+def hyperparameters(op: str, values: list, params: Tensor) -> tuple[list[float], Tensor | None]:
     """Hyperparameters as kernels take them: six numbers, or one tensor ``[1 or T, 6]`` in float64.
 
     Gradients flow back through the stacking.

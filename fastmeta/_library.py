@@ -106,11 +106,12 @@ def register_kernel(name: str, impl: str, device: str, kernel: Callable, *, winn
     if winner:
         if dispatched(name, device):
             raise ValueError(f"{NAMESPACE}::{name} already has a kernel for {device}")
-        _DEF.impl(name, kernel, device.upper())
+        _DEF.impl(name, kernel, torch._C._dispatch_key_for_device(device))
         kernel = op.overload
     op.kernels[impl] = (device, kernel)
 
 
 def dispatched(name: str, device: str) -> bool:
     """Whether a kernel of its own (not the reference) serves ``name`` on ``device``."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", device.upper())
+    key = torch._C._dispatch_key_for_device(device)
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key)

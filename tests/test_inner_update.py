@@ -1,192 +1,244 @@
-"""sgd_update beyond the operator table: torch's own optimizer, frozen tasks, arguments, sizes."""
+"""The update rules beyond the operator table: torch's optimizers, frozen tasks, sizes, threads."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from fastmeta import _backend, _library, ops
-from fastmeta.testing.ops import RATE_FORMS, RULES, sgd_sample, strided
+from fastmeta import _library, ops
+from fastmeta.testing.ops import RATE_FORMS, UPDATES, strided, update_sample
 
 NAN, INF = float("nan"), float("inf")
+FLOAT32 = (torch.float32, torch.float32)
+needs_kernels = pytest.mark.skipif(
+    not _library.dispatched("sgd_update", "cpu"), reason="fastmeta._C is not built"
+)
+
+# (rule, its arguments, torch's optimizer, its arguments)
+OPTIMIZERS = [
+    ("sgd", {}, torch.optim.SGD, {}),
+    ("sgd", {"weight_decay": 0.1, "maximize": True}, torch.optim.SGD, None),
+    ("momentum", {"momentum": 0.9, "dampening": 0.2}, torch.optim.SGD, None),
+    ("momentum", {"momentum": 0.8, "nesterov": True, "weight_decay": 0.1}, torch.optim.SGD, None),
+    ("adam", {"betas": (0.8, 0.95)}, torch.optim.Adam, None),
+    ("adam", {"weight_decay": 0.1, "maximize": True, "eps": 1e-3}, torch.optim.Adam, None),
+    ("adamw", {}, torch.optim.AdamW, {}),
+    ("adamw", {"weight_decay": 0.3, "maximize": True}, torch.optim.AdamW, None),
+    ("rmsprop", {"alpha": 0.9, "weight_decay": 0.1}, torch.optim.RMSprop, None),
+    ("adagrad", {"lr_decay": 0.1, "weight_decay": 0.1}, torch.optim.Adagrad, None),
+]
 
 
-class Layout:
-    """A stand-in for a patched model's layout."""
-
-    def __init__(self, starts):
-        self.starts = starts
-
-    def segment_offsets(self, device):
-        return torch.tensor(self.starts, device=device)
+def outputs_of(result) -> tuple[torch.Tensor, ...]:
+    return (result,) if isinstance(result, torch.Tensor) else tuple(result)
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_reference_is_torch_optim_sgd(rule):
-    """Task by task, parameter group by parameter group (one for each segment)."""
-    torch.manual_seed(0)
-    params, grads, rates = torch.randn(3, 7), torch.randn(3, 7), torch.rand(3, 2)
-    expected = params.clone()
-    for t in range(3):
-        for s, columns in enumerate((slice(0, 4), slice(4, 7))):
-            weight = torch.nn.Parameter(expected[t, columns].clone())
-            weight.grad = grads[t, columns]
-            torch.optim.SGD([weight], lr=rates[t, s].item(), **RULES[rule]).step()
-            expected[t, columns] = weight.detach()
-    with ops.use_impl("reference"):
-        got = ops.sgd_update(params, grads, rates, segments=Layout([0, 4, 7]), **RULES[rule])
-    torch.testing.assert_close(got, expected)
+def take_steps(rule: str, params, gradient, rates, steps: int, **options):
+    """`steps` updates in place."""
+    op, update = getattr(ops, f"{rule}_update_"), UPDATES[rule]
+    state = [torch.zeros_like(params) for _ in update.states]
+    if rule == "momentum":
+        state = [None]
+    for k in range(steps):
+        count = (k + 1,) if update.step else ()
+        result = op(params, gradient(params, k), *state, *count, rates, **options)
+        state = list(outputs_of(result)[1:])
+    return params
 
 
-def test_frozen_tasks_reach_nothing(impl):
+@pytest.mark.parametrize(
+    ("rule", "options", "optimizer", "torch_options"),
+    OPTIMIZERS,
+    ids=[f"{rule}-{'-'.join(options)}" for rule, options, *_ in OPTIMIZERS],
+)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-5)], ids=["64", "32"]
+)
+def test_torch_optim(impl, rule, options, optimizer, torch_options, dtype, tolerance):
+    """100 steps agree with torch's optimizer, task by task and segment by segment."""
+    _, device = impl
+    tasks, size, layers = 3, 7, (slice(0, 4), slice(4, 7))
+    start = torch.randn(tasks, size, dtype=dtype)
+    targets = torch.randn(100, tasks, size, dtype=dtype)
+    rates = 0.01 + 0.05 * torch.rand(tasks, 2, dtype=dtype)
+    expected = start.clone()
+    for t in range(tasks):
+        weights = [torch.nn.Parameter(expected[t, c].clone()) for c in layers]
+        groups = [{"params": [w], "lr": r.item()} for w, r in zip(weights, rates[t], strict=True)]
+        judge = optimizer(groups, lr=0.1, **(options if torch_options is None else torch_options))
+        for k in range(100):
+            for w, columns in zip(weights, layers, strict=True):
+                w.grad = w.detach() - targets[k, t, columns]
+            judge.step()
+        for w, columns in zip(weights, layers, strict=True):
+            expected[t, columns] = w.detach()
+    targets = targets.to(device)
+    got = take_steps(
+        *(rule, start.to(device), lambda p, k: p - targets[k], rates.to(device), 100),
+        segments=torch.tensor([0, 4, 7], device=device),
+        **options,
+    )
+    torch.testing.assert_close(got.cpu(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("rule", UPDATES)
+def test_frozen_tasks_reach_nothing(rule, impl):
     """NaN and Inf in a frozen task leave values, gradients and second derivatives as they are."""
     active = torch.tensor([True, False, True])
     for form in RATE_FORMS:
-        clean = sgd_sample(form, 3, 6, rule="decay", frozen="mask")
+        clean = update_sample(rule, form, 3, 6, variant="learned", frozen="mask")
         dirty = [t.clone() for t in clean.tensors]
         dirty[1][1, :3], dirty[1][1, 3:] = NAN, -INF
         dirty[0][1] = INF
         if form in ("T", "TP", "T1", "TS"):
-            dirty[2][1] = NAN
+            dirty[2 + len(UPDATES[rule].states)][1] = NAN
 
         def derivatives(tensors):
             tensors = [t.detach().requires_grad_() for t in tensors]
-            out = clean.call(*tensors)  # noqa: B023
-            loss = out[active].pow(3).sum()
+            out = outputs_of(clean.call(*tensors))  # noqa: B023
+            loss = sum(o[active].pow(3).sum() for o in out)
             first = torch.autograd.grad(loss, tensors, create_graph=True)
             second = torch.autograd.grad(sum(g[~g.isnan()].pow(2).sum() for g in first), tensors)
             return out, first, second
 
         out, first, second = derivatives(dirty)
         out_clean, first_clean, second_clean = derivatives(clean.tensors)
-        torch.testing.assert_close(out[active], out_clean[active], rtol=0, atol=0)
-        assert torch.equal(out[1], dirty[0][1])
+        for a, b in zip(out, out_clean, strict=True):
+            torch.testing.assert_close(a[active], b[active], rtol=0, atol=0)
+        assert torch.equal(out[0][1], dirty[0][1])
         for a, b in zip((*first, *second), (*first_clean, *second_clean), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
         assert not first[1][1].any()
 
 
-def test_in_place(impl):
+@pytest.mark.parametrize("rule", UPDATES)
+def test_in_place(rule, impl):
+    """The same bits as the functional form, written over parameters and state."""
     _, device = impl
-    for form in RATE_FORMS:
-        for layout in ("contiguous", "transposed", "offset"):
-            sample = sgd_sample(form, 3, 1030, rule="decay", layout=layout, frozen="nan")
-            params, *rest = (t.to(device) for t in sample.tensors)
-            params = strided(params, layout)
-            expected = sample.call(params, *rest)
-            pointer = params.data_ptr()
-            got = sample.call(params, *rest, op=ops.sgd_update_)
-            assert got is params and params.data_ptr() == pointer
-            torch.testing.assert_close(params, expected, rtol=0, atol=0)
+    op = getattr(ops, f"{rule}_update_")
+    states = len(UPDATES[rule].states)
+    for i, form in enumerate(RATE_FORMS):
+        layout = ("contiguous", "transposed", "offset")[i % 3]
+        sample = update_sample(rule, form, 3, 1030, variant="decay", frozen="nan", layout=layout)
+        params, grads, *rest = (t.to(device) for t in sample.tensors)
+        params = strided(params, layout)
+        state = [strided(s, layout) for s in rest[:states]]
+        given = (params, grads, *state, *rest[states:])
+        expected = outputs_of(sample.call(*given))
+        written = (params, *state)
+        pointers = [t.data_ptr() for t in written]
+        got = outputs_of(sample.call(*given, op=op))
+        assert all(a is b for a, b in zip(got, written, strict=True))
+        assert pointers == [t.data_ptr() for t in written]
+        for a, b in zip(written, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-def test_in_place_refuses_gradients_and_shared_rows():
-    params, grads = torch.zeros(2, 3), torch.ones(2, 3)
-    with pytest.raises(RuntimeError, match="sgd_update_ has no derivative"):
-        ops.sgd_update_(params.requires_grad_(), grads, 0.1)
-    with pytest.raises(RuntimeError, match="sgd_update_ has no derivative"):
-        torch.func.vmap(lambda g: ops.sgd_update_(torch.zeros(2, 3), g, 0.1))(grads.expand(4, 2, 3))
-    with pytest.raises(ValueError, match="must not be an expanded view"):
-        ops.sgd_update_(torch.zeros(1, 3).expand(2, 3), grads, 0.1)
-    with torch.no_grad():
-        ops.sgd_update_(params, grads, 0.1)
-    assert torch.equal(params, torch.full((2, 3), -0.1))
+@pytest.mark.parametrize("rule", UPDATES)
+def test_check_finite(rule, impl):
+    """Tasks whose gradient is not finite are frozen and reported; the others do not notice."""
+    _, device = impl
+    states = len(UPDATES[rule].states)
+    active = torch.tensor([True, True, True, False, False], device=device)
+    for dtypes in (FLOAT32, (torch.float32, torch.bfloat16), (torch.float64, torch.float64)):
+        for size in (3, 20_000):
+            sample = update_sample(rule, "TP", 5, size, dtypes=dtypes, device=device)
+            tensors = [t.clone() for t in sample.tensors]
+            tensors[1][1, -1], tensors[1][2, 0], tensors[1][3, 1] = NAN, -INF, INF
+            good = torch.tensor([True, False, False, False, False])
+            *got, finite = sample.call(*tensors, active=active, check_finite=True)
+            assert finite.tolist() == [True, False, False, True, True]
+            expected = outputs_of(sample.call(*tensors, active=good.to(device)))
+            for a, b in zip(got, expected, strict=True):
+                torch.testing.assert_close(a, b, rtol=0, atol=0)
+            written = [tensors[0].clone(), tensors[1], *(t.clone() for t in tensors[2:])]
+            op = getattr(ops, f"{rule}_update_")
+            *_, finite = sample.call(*written, op=op, active=active, check_finite=True)
+            assert finite.tolist() == [True, False, False, True, True]
+            for a, b in zip([written[0], *written[2 : 2 + states]], expected, strict=True):
+                torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("rule", UPDATES)
+def test_check_finite_keeps_derivatives_clean(rule, impl):
+    sample = update_sample(rule, "1P", 3, 5, variant="learned")
+    tensors = [t.clone() for t in sample.tensors]
+    tensors[1][1, 2] = NAN
+    mask = torch.tensor([True, False, True])
+
+    def derivatives(**options):
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        out = outputs_of(sample.call(*leaves, **options))[: 1 + len(UPDATES[rule].states)]
+        loss = sum(o.pow(3).sum() for o in out)
+        first = torch.autograd.grad(loss, leaves, create_graph=True)
+        return [*first, *torch.autograd.grad(sum(g.pow(2).sum() for g in first), leaves)]
+
+    got = derivatives(check_finite=True)
+    for a, b in zip(got, derivatives(active=mask), strict=True):
+        assert a.isfinite().all()
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("rule", ["adam", "adamw", "rmsprop", "adagrad"])
+def test_coordinates_without_gradients_have_finite_derivatives(rule, impl):
+    """sqrt at 0 is the trap: state 0 and gradient 0, first and second derivatives."""
+    sample = update_sample(rule, "TP", 2, 4, variant="learned")
+    tensors = [t.detach().clone() for t in sample.tensors]
+    for t in tensors[1 : 2 + len(UPDATES[rule].states)]:
+        t[:, :2] = 0
+    leaves = [t.requires_grad_() for t in tensors]
+    out = outputs_of(sample.call(*leaves))
+    first = torch.autograd.grad(sum(o.sum() for o in out), leaves, create_graph=True)
+    second = torch.autograd.grad(sum(g.pow(2).sum() for g in first), leaves)
+    assert all(t.isfinite().all() for t in (*out, *first, *second))
+
+
+def test_clip_scale(impl):
+    _, device = impl
+    grads = torch.randn(4, 50, dtype=torch.float64, device=device)
+    grads[1] *= 0.01
+    grads[2] = 0
+    params = torch.zeros_like(grads)
+    scale = ops.clip_scale(grads, 1.0)
+    got = -ops.sgd_update(params, grads, 1.0, grad_scale=scale)
+    assert got.norm(dim=1).tolist() == pytest.approx([1, grads[1].norm().item(), 0, 1])
+    torch.testing.assert_close(got[1], grads[1])
+
+    def step(g):
+        return ops.sgd_update(params, g, 1.0, grad_scale=ops.clip_scale(g, 1.0))
+
+    grads.requires_grad_()
+    assert torch.autograd.gradcheck(step, grads)
+    assert torch.autograd.gradgradcheck(step, grads)
+    assert torch.equal(ops.clip_scale(torch.zeros(0, 3), 1.0), torch.zeros(0))
+    assert ops.clip_scale(torch.full((1, 4), 30_000.0).half(), 1.0).dtype == torch.float32
 
 
 def test_a_learned_number_of_any_shape_gets_its_gradient():
     params, grads = torch.zeros(2, 3), torch.ones(2, 3)
     for shape in ((), (1,), (1, 1)):
         rate = torch.full(shape, 0.5, requires_grad=True)
-        ops.sgd_update(params, grads, rate).sum().backward()
-        assert rate.grad.shape == shape and rate.grad.item() == -6
+        decay = torch.full(shape, 0.5, requires_grad=True)
+        ops.sgd_update(params + 1, grads, rate, weight_decay=decay).sum().backward()
+        assert rate.grad.shape == shape and rate.grad.item() == -9
+        assert decay.grad.shape == shape and decay.grad.item() == -3
 
 
-def test_ambiguous_rate_is_refused():
-    params, grads, rate = torch.zeros(4, 4), torch.ones(4, 4), torch.arange(4.0)
-    with pytest.raises(
-        ValueError, match=r"ambiguous|could mean per task or per parameter"
-    ) as error:
-        ops.sgd_update(params, grads, rate)
-    assert "lr[:, None]" in str(error.value) and "lr[None, :]" in str(error.value)
-    by_task = ops.sgd_update(params, grads, rate[:, None])
-    assert torch.equal(by_task, -rate[:, None].expand(4, 4))
-    assert torch.equal(ops.sgd_update(params, grads, rate[None, :]), by_task.t())
-    one = ops.sgd_update(torch.zeros(1, 1), torch.ones(1, 1), torch.tensor([2.0]))
-    assert one.item() == -2
+def test_a_third_derivative_is_refused(native_impl):
+    name, _ = native_impl
+    sample = update_sample("adam", "scalar", 2, 3)
+    leaves = [t.detach().requires_grad_() for t in sample.tensors]
+    x = sample.call(*leaves)[0].pow(3).sum()
+    for _ in range(2):
+        x = sum(g.pow(2).sum() for g in torch.autograd.grad(x, leaves[:2], create_graph=True))
+    if name == "reference":
+        assert torch.autograd.grad(x, leaves[0])[0].isfinite().all()
+    else:
+        with pytest.raises(RuntimeError, match="differentiable twice, got a third derivative"):
+            torch.autograd.grad(x, leaves[0])
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            {"params": torch.zeros(6)},
-            r"params must be a floating-point tensor \[T, P\], got float32",
-        ),
-        ({"params": torch.zeros(2, 3, dtype=torch.int64)}, "got int64"),
-        ({"params": [[1.0]]}, "got list"),
-        ({"grads": torch.zeros(3, 2)}, r"shape of params \[2, 3\], got float32 \[3, 2\]"),
-        ({"grads": torch.zeros(2, 3, dtype=torch.float64)}, "dtype of params"),
-        ({"grads": torch.zeros(2, 3, device="meta")}, "grads must be on cpu"),
-        ({"lr": NAN}, "finite number or a tensor, got float nan"),
-        ({"lr": "0.1"}, "got str '0.1'"),
-        ({"lr": torch.ones(5)}, r"\[T\], \[P\], \[T, P\].* T = 2, P = 3, got float32 \[5\]"),
-        ({"lr": torch.ones(3, 2)}, r"got float32 \[3, 2\]"),
-        ({"lr": torch.ones(1, 1, 1)}, r"got float32 \[1, 1, 1\]"),
-        ({"lr": torch.ones(2, dtype=torch.int64)}, "lr must be floating point, got int64"),
-        ({"lr": torch.ones(2, device="meta")}, "lr must be on cpu"),
-        ({"lr": torch.ones(2), "segments": torch.tensor([0, 3])}, r"\[S\], .* S = 1, got"),
-        ({"weight_decay": -0.1}, "weight_decay must be finite and >= 0, got -0.1"),
-        ({"weight_decay": INF}, "weight_decay must be finite"),
-        ({"active": torch.ones(2)}, r"active must be a bool tensor \[T\], got float32"),
-        ({"active": torch.ones(3, dtype=torch.bool)}, r"active must be bool \[2\] on cpu"),
-        ({"segments": torch.tensor([0, 2])}, r"rise from 0 to P = 3, got \[0, 2\]"),
-        ({"segments": torch.tensor([0, 2, 1, 3])}, "rise from 0"),
-        ({"segments": torch.tensor([0.0, 3.0])}, "segments must be a layout or an int64 tensor"),
-        ({"segments": torch.tensor([0])}, r"int64 \[S \+ 1\] with S >= 1"),
-        ({"segments": (0, 3)}, "segments must be a layout or an int64 tensor"),
-    ],
-)
-@pytest.mark.parametrize("op", [ops.sgd_update, ops.sgd_update_])
-def test_bad_arguments(op, change, message):
-    arguments = {"params": torch.zeros(2, 3), "grads": torch.ones(2, 3), "lr": 0.1, **change}
-    kept = arguments["params"]
-    before = kept.clone() if isinstance(kept, torch.Tensor) else kept
-    with pytest.raises(ValueError, match=message):
-        op(**arguments)
-    if isinstance(kept, torch.Tensor):
-        assert torch.equal(kept, before)
-
-
-def test_explicit_choice_never_falls_back():
-    sample = sgd_sample("number", 2, 3)
-    with pytest.raises(ValueError, match="implementation must be one of"), ops.use_impl("fast"):
-        pass
-    for name in ("cuda", "triton"):
-        if name not in _library.OPS["sgd_update"].kernels:
-            with ops.use_impl(name), pytest.raises(RuntimeError, match="no such implementation"):
-                sample.call(*sample.tensors)
-    with ops.use_impl("cpp"), ops.use_impl("auto"):
-        assert _backend.requested() == "auto"
-    assert _backend.requested() == "auto" and _backend._overrides == 0
-
-
-def test_explicit_choice_checks_the_device(monkeypatch):
-    op = _library.OPS["sgd_update"]
-    monkeypatch.setitem(op.kernels, "cuda", ("cuda", op.overload))
-    sample = sgd_sample("number", 2, 3)
-    with ops.use_impl("cuda"), pytest.raises(RuntimeError, match="tensors on cuda, got cpu"):
-        sample.call(*sample.tensors)
-
-
-def test_register_kernel_keeps_one_winner():
-    with pytest.raises(ValueError, match="unknown"):
-        _library.register_kernel("no_op", "triton", "cpu", print, winner=False)
-    if _library.dispatched("sgd_update", "cpu"):
-        with pytest.raises(ValueError, match="already has a kernel for cpu"):
-            _library.register_kernel("sgd_update", "triton", "cpu", print, winner=True)
-
-
-@pytest.mark.skipif(not _library.dispatched("sgd_update", "cpu"), reason="fastmeta._C is not built")
+@needs_kernels
 def test_more_than_2_to_the_31_elements():
     """Index arithmetic beyond 32 bits, on rows that share memory: only the sums are allocated."""
     tasks, size = 70_000, 33_000
@@ -194,29 +246,38 @@ def test_more_than_2_to_the_31_elements():
     row = torch.ones(1, size, dtype=torch.bfloat16).expand(tasks, size)
     rate = torch.zeros(1, 1)
     backward = _library.OPS["sgd_update_backward"].overload
-    fixed = (None, None, 0.0, 0.0, False, torch.bfloat16, False, False, True)
-    _, _, d_rate = backward(row, None, row, rate, *fixed)
+    x = (None, row, None, None)
+    numbers = (0.0, [0.0, 1.0, 0.0, 0.0, 0.0, 0.0], 0, torch.bfloat16)
+    *_, d_rate, _ = backward(row, None, None, *x, rate, None, None, None, *numbers, 1 << 7)
     assert d_rate.item() == -float(torch.tensor(tasks * size, dtype=torch.float32))
     shape = torch.empty(tasks, size, device="meta")
-    assert ops.sgd_update(shape, shape, 0.1).shape == (tasks, size)
+    for name, update in UPDATES.items():
+        count = (1,) if update.step else ()
+        op = getattr(ops, f"{name}_update")
+        for out in outputs_of(op(shape, shape, *[shape] * len(update.states), *count, 0.1)):
+            assert out.shape == (tasks, size)
 
 
-@pytest.mark.skipif(not _library.dispatched("sgd_update", "cpu"), reason="fastmeta._C is not built")
+def derivatives(sample, tensors):
+    tensors = [t.clone().requires_grad_() for t in tensors]
+    out = outputs_of(sample.call(*tensors))
+    loss = sum(o.square().sum() for o in out)
+    first = torch.autograd.grad(loss, tensors, create_graph=True)
+    second = torch.autograd.grad(sum(g.square().sum() for g in first), tensors)
+    return [*out, *first, *second]
+
+
+@needs_kernels
 @pytest.mark.parametrize("form", ["scalar", "TS", "1P"])
-def test_threads_do_not_change_a_bit(form):
-    sample = sgd_sample(form, 3, 50_000, rule="decay", dtypes=(torch.float32,) * 2)
-
-    def run():
-        tensors = [t.clone().requires_grad_() for t in sample.tensors]
-        out = sample.call(*tensors)
-        return [out, *torch.autograd.grad(out.square().sum(), tensors)]
-
+@pytest.mark.parametrize("rule", ["momentum", "adam"])
+def test_threads_do_not_change_a_bit(rule, form):
+    sample = update_sample(rule, form, 3, 50_000, variant="learned", dtypes=FLOAT32)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        one = run()
+        one = derivatives(sample, sample.tensors)
         torch.set_num_threads(4)
-        four = run()
+        four = derivatives(sample, sample.tensors)
     finally:
         torch.set_num_threads(threads)
     for a, b in zip(one, four, strict=True):
@@ -224,16 +285,11 @@ def test_threads_do_not_change_a_bit(form):
 
 
 @pytest.mark.parametrize("form", ["T", "TP", "TS"])
-def test_a_task_does_not_depend_on_its_batch(form, impl):
+@pytest.mark.parametrize("rule", ["sgd", "adamw"])
+def test_a_task_does_not_depend_on_its_batch(rule, form, impl):
     """The same bits alone as among others, derivatives included."""
-    sample = sgd_sample(form, 4, 5000, dtypes=(torch.float32,) * 2)
-
-    def run(tensors):
-        tensors = [t.clone().requires_grad_() for t in tensors]
-        out = sample.call(*tensors)
-        return [out, *torch.autograd.grad(out.square().sum(), tensors)]
-
-    together = run(sample.tensors)
-    alone = run([t[2:3] for t in sample.tensors])
+    sample = update_sample(rule, form, 4, 5000, dtypes=FLOAT32)
+    together = derivatives(sample, sample.tensors)
+    alone = derivatives(sample, [t[2:3] for t in sample.tensors])
     for a, b in zip(together, alone, strict=True):
         assert torch.equal(a[2:3], b)

@@ -26,9 +26,7 @@ ROWS_DTYPES = [
     pytest.param(row, d, id=f"{row.name}-{short(d)}") for row in TABLE for d in row.dtypes
 ]
 SMALL = [pytest.param(s, id=f"{row.name}-{s.id}") for row in TABLE for s in row.small()]
-SMALL_ROWS = [
-    pytest.param(row, s, id=f"{row.name}-{s.id}") for row in TABLE for s in row.small()
-]
+SMALL_ROWS = [pytest.param(row, s, id=f"{row.name}-{s.id}") for row in TABLE for s in row.small()]
 
 
 def leaves(sample: Sample, dtype: torch.dtype | None = None) -> list[torch.Tensor]:

@@ -370,9 +370,11 @@ def clip_scale(grads: Tensor, max_norm: float) -> Tensor:
     _checks.rows("clip_scale", "grads", grads)
     _checks.in_range("clip_scale", "max_norm", max_norm, above=0.0)
     dtype = torch.float64 if grads.dtype == torch.float64 else torch.float32
-    norm = torch.linalg.vector_norm(grads, dim=1, dtype=dtype)
-    over = norm > max_norm
-    return torch.where(over, max_norm / torch.where(over, norm, 1.0), 1.0)
+    grads = grads.to(dtype)
+    square = torch.linalg.vecdot(grads, grads)
+    over = square > max_norm**2
+    # the root is taken where it is needed only: at 0 it has no derivative
+    return torch.where(over, max_norm * torch.where(over, square, 1.0).rsqrt(), 1.0)
 
 
 def _pair(betas) -> tuple[Number, Number]:

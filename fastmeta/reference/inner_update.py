@@ -165,7 +165,9 @@ def update(
             finite = finite | ~active
         active = finite if active is None else finite & active
     old = [params, *state]
-    p, g, *s = (None if t is None else _select(active, t.to(dtype)) for t in (params, grads, *state))
+    p, g, *s = (
+        None if t is None else _select(active, t.to(dtype)) for t in (params, grads, *state)
+    )
     rate = _select(active, spread_rate(lr, offsets, lr_value, params.shape[1]))
     numbers = list(values) if hypers is None else list(hypers.split(1, dim=1))
     new = rule(Step(p, g, s, rate, numbers, flags))

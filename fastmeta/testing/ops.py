@@ -127,6 +127,7 @@ UPDATES = {
     )
 }
 
+
 def segments_of(size: int, generator: torch.Generator, count: int = 5) -> Tensor:
     """int64 ``[count + 1]`` rising from 0 to ``size``; one segment is empty."""
     cuts = torch.randint(0, size + 1, (count - 2,), generator=generator).tolist()
