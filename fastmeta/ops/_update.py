@@ -324,7 +324,7 @@ def _fold(batch: int, tasks: int, tensors, dims, *, expand_rates: bool, streams:
         raise ValueError("segments must be the same for the whole vmapped axis")
     folded = []
     for i, (t, dim) in enumerate(zip(tensors, dims, strict=True)):
-        rate = i >= streams and i < len(tensors) - 3 or i == len(tensors) - 1
+        rate = streams <= i < len(tensors) - 3 or i == len(tensors) - 1
         untouched = rate and t is not None and dim is None and _tasks(t, dim) == 1
         if i == len(tensors) - 3 or (untouched and not expand_rates):
             folded.append(t)
