@@ -141,10 +141,11 @@ def test_check_finite(rule, impl):
     states = len(UPDATES[rule].states)
     active = torch.tensor([True, True, True, False, False], device=device)
     for dtypes in (FLOAT32, (torch.float32, torch.bfloat16), (torch.float64, torch.float64)):
-        for size in (3, 20_000):
+        for size in (3, 20_000):  # in tiles that one thread or several take
             sample = update_sample(rule, "TP", 5, size, dtypes=dtypes, device=device)
             tensors = [t.clone() for t in sample.tensors]
-            tensors[1][1, -1], tensors[1][2, 0], tensors[1][3, 1] = NAN, -INF, INF
+            huge = -1e154 * 1.5 if dtypes[0] == torch.float64 else -1.9e19
+            tensors[1][1, -1], tensors[1][2, 0], tensors[1][3, 1] = NAN, huge, INF
             good = torch.tensor([True, False, False, False, False])
             *got, finite = sample.call(*tensors, active=active, check_finite=True)
             assert finite.tolist() == [True, False, False, True, True]

@@ -67,16 +67,19 @@ FM_CLONES double sum_span(const A* x, int64_t n) {
   return sum;
 }
 
-// Inf and NaN have every exponent bit set; integers keep the loop free of rounding and order.
+// Whether the squares of all are finite too. The numbers that are not have an exponent from that of
+// kSquareable on; integers keep the loop free of rounding and order.
 template <typename A>
 FM_CLONES bool all_finite(const A* x, int64_t n) {
   using Bits = std::conditional_t<sizeof(A) == 8, uint64_t, uint32_t>;
-  constexpr Bits kExponent = sizeof(A) == 8 ? Bits(0x7FF0000000000000) : Bits(0x7F800000);
-  Bits bad = 0;
+  constexpr Bits kMagnitude = ~Bits(0) >> 1;
+  Bits limit, bad = 0;
+  const A bound = kSquareable<A>;
+  std::memcpy(&limit, &bound, sizeof(A));
   for (int64_t i = 0; i < n; ++i) {
     Bits bits;
     std::memcpy(&bits, x + i, sizeof(A));
-    bad |= (bits & kExponent) == kExponent ? Bits(1) : Bits(0);
+    bad |= (bits & kMagnitude) >= limit ? Bits(1) : Bits(0);
   }
   return bad == 0;
 }

@@ -82,8 +82,10 @@ __device__ __forceinline__ void load_rates(A (&lr)[V], const Rate<A>& rate, Rate
   }
 }
 
-__device__ __forceinline__ bool is_finite(float x) { return x - x == 0.0f; }
-__device__ __forceinline__ bool is_finite(double x) { return x - x == 0.0; }
+template <typename A>
+__device__ __forceinline__ bool is_finite(A x) {
+  return x < kSquareable<A> && x > -kSquareable<A>;
+}
 
 // What a launch needs beside its arguments.
 template <typename Pass>

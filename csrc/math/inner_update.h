@@ -17,6 +17,10 @@ namespace fastmeta {
 constexpr int kMaxHypers = 6;
 constexpr int kMaxStates = 2;
 
+// A gradient from here on counts as not finite: its square, which most rules form, is Inf.
+template <typename A>
+constexpr A kSquareable = sizeof(A) == 8 ? A(0x1p512) : A(0x1p64);
+
 enum Flags : int { kMaximize = 1, kNesterov = 2, kFirst = 4 };
 
 // g' = +- scale g + decay p: what every rule but AdamW does first. Flags become factors, so that a

@@ -37,7 +37,8 @@ class GradientLearner(nn.Module):
         lr: Inner learning rate, positive, or a `fm.LearnedRate`. Default 1e-2.
         steps: Inner steps K, at least 1. Default 5.
         order: 2 differentiates through the inner gradients, 1 treats them as constants.
-        optimizer: ``"sgd" | "momentum" | "adam" | "adamw" | "rmsprop"`` or a rule object.
+        optimizer: ``"sgd" | "momentum" | "adam" | "adamw" |
+            "rmsprop" | "adagrad"`` or a rule object.
         memory: ``"unroll"`` keeps the graph of all K steps; ``"recompute"`` keeps one step's,
             whatever K; ``"auto"`` measures a few small episodes for every new input shape and
             chooses by the free memory. All give the same numbers.

@@ -70,7 +70,9 @@ class Config:
         None, "learn the inner rate: global, or any of layer, param, step joined by '+'"
     )
     inner_optimizer: str = _key(
-        "sgd", "inner update rule", choices=("sgd", "momentum", "adam", "adamw", "rmsprop")
+        "sgd",
+        "inner update rule",
+        choices=("sgd", "momentum", "adam", "adamw", "rmsprop", "adagrad"),
     )
     inner_clip: float | None = _key(None, "bound on each task's inner gradient norm", above=0)
     order: int | None = _key(

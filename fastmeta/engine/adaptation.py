@@ -59,7 +59,8 @@ def adapt(
             `fm.TaskBatch.collate`.
         steps: Inner steps, at least 1.
         lr: Learning rate, positive.
-        optimizer: ``"sgd" | "momentum" | "adam" | "adamw" | "rmsprop"`` or a rule object.
+        optimizer: ``"sgd" | "momentum" | "adam" | "adamw" |
+            "rmsprop" | "adagrad"`` or a rule object.
         loss_fn: ``"classification"``, ``"causal_lm"`` or a callable ``(outputs, batch) -> [T]``.
         clip_norm: Bound on each task's gradient norm, positive, or None.
         task_chunk: Tasks adapted at once, at least 1, or None for all.

@@ -144,25 +144,6 @@ def gradient(
     return losses.detach(), grad
 
 
-def clip(grad: Tensor, max_norm: float) -> Tensor:
-    """Scale each task's gradient to at most `max_norm`; differentiable, also at zero."""
-    square = grad.square().sum(1, keepdim=True)
-    over = square > max_norm**2
-    norm = torch.where(over, square, 1.0).sqrt()
-    return torch.where(over, grad * (max_norm / norm), grad)
-
-
-def is_finite(losses: Tensor, grad: Tensor) -> Tensor:
-    """bool ``[T]``: the task's loss and the squares of its gradient are finite.
-
-    The squares, because clipping and update rules form them: a gradient of norm 1.8e19 in float32
-    would leave infinite weights behind. The 2-norm is also the cheapest pass over ``[T, P]``.
-    """
-    dtype = torch.float32 if grad.dtype == torch.float16 else None
-    norm = torch.linalg.vector_norm(grad.detach(), dim=1, dtype=dtype)
-    return torch.isfinite(losses) & torch.isfinite(norm)
-
-
 def inner_step(
     loop: InnerLoop,
     step: int,
@@ -171,17 +152,17 @@ def inner_step(
     support: Support,
     active: Tensor,
     create_graph: bool,
+    in_place: bool = False,
 ) -> tuple[Tensor, State, Tensor, Tensor]:
     """One step: new ``[T, P]``, new state, who is still active, support losses ``[T]``.
 
     With `create_graph` the gradient is part of the graph (second order); without, the update
-    still is, so that first-order gradients reach learned rates and initial values.
+    still is, so that first-order gradients reach learned rates and initial values. With `in_place`
+    `packed` and `state` may be overwritten.
     """
     losses, grad = gradient(loop, packed, support, create_graph)
-    active = active & is_finite(losses, grad)
-    if loop.clip_norm is not None:
-        grad = clip(grad, loop.clip_norm)
-    packed, state = loop.rule.update(
+    active = active & torch.isfinite(losses)
+    packed, state, finite = loop.rule.checked_update(
         packed,
         grad,
         state,
@@ -189,8 +170,10 @@ def inner_step(
         step,
         active=_mask(active),
         segments=loop.rates.segments,
+        clip_norm=loop.clip_norm,
+        in_place=in_place,
     )
-    return packed, state, active, losses
+    return packed, state, active & finite, losses
 
 
 def unroll(loop: InnerLoop, packed: Tensor, support: Support) -> Trajectory:
@@ -199,10 +182,12 @@ def unroll(loop: InnerLoop, packed: Tensor, support: Support) -> Trajectory:
     active = torch.ones(packed.shape[0], dtype=torch.bool, device=packed.device)
     all_losses = []
     for step in range(loop.steps):
-        create_graph = torch.is_grad_enabled() and loop.create_graph(step)
+        differentiable = torch.is_grad_enabled()
         packed, state, active, losses = inner_step(
-            loop, step, packed, state, support, active, create_graph
-        )
+            loop, step, packed, state, support, active,
+            create_graph=differentiable and loop.create_graph(step),
+            in_place=step > 0 and not differentiable,  # the first step reads the caller's weights
+        )  # fmt: skip
         all_losses.append(losses)
     return Trajectory(packed, active, all_losses)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -48,32 +48,103 @@ class UpdateRule:
             lr: A number, or ``[1 or T, 1]``, ``[1 or T, P]``, or with `segments` ``[1 or T, S]``.
             step: From 0.
             active: bool ``[T]``, or None where every task is active.
-            segments: The layout, where the rate is per layer; see `spread_rate`.
+            segments: The layout, where the rate is per layer: rate s is that of the columns
+                ``segments.segment_offsets(device)[s]`` up to the next.
 
         Returns:
             New parameters and state, differentiable in `params`, `grads`, `state` and `lr`.
         """
         raise NotImplementedError
 
+    def checked_update(
+        self,
+        params: Tensor,
+        grads: Tensor,
+        state: State,
+        lr: Rate,
+        step: int,
+        *,
+        active: Tensor | None,
+        segments: ParamLayout | None,
+        clip_norm: float | None,
+        in_place: bool,
+    ) -> tuple[Tensor, State, Tensor]:
+        """:meth:`update` as the engine calls it: each task's gradient clipped to `clip_norm`, tasks
+        whose gradient is not finite frozen.
+
+        Args:
+            active: bool ``[T]``, or None where every task is active.
+            clip_norm: Bound on each task's gradient norm, or None.
+            in_place: `params` and `state` may be overwritten.
+
+        Returns:
+            Parameters, state, and bool ``[T]``: False where the gradient is not finite.
+        """
+        norm = torch.linalg.vector_norm(grads.detach(), dim=1, dtype=_accumulation(grads))
+        finite = torch.isfinite(norm)
+        if active is not None:
+            finite = finite | ~active
+        if clip_norm is not None:
+            grads = grads * ops.clip_scale(grads, clip_norm).to(grads.dtype).unsqueeze(1)
+        active = finite if active is None else finite & active
+        new, state = self.update(params, grads, state, lr, step, active=active, segments=segments)
+        return new, state, finite
+
+
+class FusedRule(UpdateRule):
+    """A rule that is one of `fm.ops`: clipping, update, freezing and the check of the gradient are
+    one pass over memory."""
+
+    op: ClassVar[Callable]
+    op_in_place: ClassVar[Callable]
+
+    def arguments(self, state: State, step: int) -> tuple[tuple, dict[str, object]]:
+        """What the operator takes between gradient and rate, and its settings."""
+        return state, {}
+
+    def update(self, params, grads, state, lr, step, *, active=None, segments=None):
+        new, *state = self._run(
+            type(self).op, params, grads, state, lr, step, active=active, segments=segments
+        )
+        return new, tuple(state)
+
+    def checked_update(
+        self, params, grads, state, lr, step, *, active, segments, clip_norm, in_place
+    ):
+        op = type(self).op_in_place if in_place else type(self).op
+        scale = 1.0 if clip_norm is None else ops.clip_scale(grads, clip_norm)
+        new, *state, finite = self._run(
+            *(op, params, grads, state, lr, step),
+            active=active,
+            segments=segments,
+            grad_scale=scale,
+            check_finite=True,
+        )
+        return new, tuple(state), finite
+
+    def _run(self, op, params, grads, state, lr, step, **options) -> tuple[Tensor, ...]:
+        middle, settings = self.arguments(state, step)
+        result = op(params, grads, *middle, lr, **settings, **options)
+        return (result,) if isinstance(result, Tensor) else result
+
 
 @dataclass(frozen=True)
-class SGD(UpdateRule):
+class SGD(FusedRule):
     """``params - lr (grads + weight_decay params)``."""
 
     weight_decay: float = 0.0
+    op = staticmethod(ops.sgd_update)
+    op_in_place = staticmethod(ops.sgd_update_)
 
     def __post_init__(self) -> None:
         _check(self, at_least_0=("weight_decay",))
 
-    def update(self, params, grads, state, lr, step, *, active=None, segments=None):
-        new = ops.sgd_update(
-            params, grads, lr, weight_decay=self.weight_decay, active=active, segments=segments
-        )
-        return new, state
+    def arguments(self, state, step):
+        return (), {"weight_decay": self.weight_decay}
 
 
 @dataclass(frozen=True)
-class Momentum(UpdateRule):
+class Momentum(FusedRule):
     """``buf = momentum buf + (1 - dampening) g``, ``params - lr buf`` (first step: ``buf = g``).
 
     Args:
@@ -87,6 +158,8 @@ class Momentum(UpdateRule):
     dampening: float = 0.0
     nesterov: bool = False
     weight_decay: float = 0.0
+    op = staticmethod(ops.momentum_update)
+    op_in_place = staticmethod(ops.momentum_update_)
 
     def __post_init__(self) -> None:
         _check(self, at_least_0=("weight_decay",), below_1=("momentum", "dampening"))
@@ -97,19 +170,19 @@ class Momentum(UpdateRule):
             )
 
     def init(self, params: Tensor) -> State:
-        return (torch.zeros_like(params, memory_format=torch.contiguous_format),)
+        return _zeros(params, 1)
 
-    def update(self, params, grads, state, lr, step, *, active=None, segments=None):
-        (buf,) = state
-        g = _decayed(params, grads, self.weight_decay)
-        new_buf = g if step == 0 else self.momentum * buf + (1 - self.dampening) * g
-        d = g + self.momentum * new_buf if self.nesterov else new_buf
-        new = params - spread_rate(lr, segments) * d
-        return _keep(active, (new, new_buf), (params, buf))
+    def arguments(self, state, step):
+        return (None if step == 0 else state[0],), {
+            "momentum": self.momentum,
+            "dampening": self.dampening,
+            "nesterov": self.nesterov,
+            "weight_decay": self.weight_decay,
+        }
 
 
 @dataclass(frozen=True)
-class Adam(UpdateRule):
+class Adam(FusedRule):
     """``m`` and ``v`` are running means of g and g^2; ``params - lr m' / (sqrt(v') + eps)``.
 
     ``m' = m / (1 - beta1^k)`` and ``v' = v / (1 - beta2^k)`` at step k, from 1. The derivative of
@@ -127,31 +200,21 @@ class Adam(UpdateRule):
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
-    decoupled: ClassVar[bool] = False
+    op = staticmethod(ops.adam_update)
+    op_in_place = staticmethod(ops.adam_update_)
 
     def __post_init__(self) -> None:
         _check(self, at_least_0=("weight_decay",), above_0=("eps",), below_1=("betas",))
 
     def init(self, params: Tensor) -> State:
-        zeros = torch.zeros_like(params, memory_format=torch.contiguous_format)
-        return (zeros, zeros)
+        return _zeros(params, 2)
 
-    def update(self, params, grads, state, lr, step, *, active=None, segments=None):
-        m, v = state
-        beta1, beta2 = self.betas
-        rate = spread_rate(lr, segments)
-        if self.decoupled:
-            start = params * (1 - rate * self.weight_decay) if self.weight_decay else params
-            g = grads
-        else:
-            start, g = params, _decayed(params, grads, self.weight_decay)
-        new_m = beta1 * m + (1 - beta1) * g
-        new_v = beta2 * v + (1 - beta2) * g * g
-        correction1 = 1 - beta1 ** (step + 1)
-        correction2 = (1 - beta2 ** (step + 1)) ** 0.5
-        denominator = safe_sqrt(new_v) / correction2 + self.eps
-        new = start - rate / correction1 * (new_m / denominator)
-        return _keep(active, (new, new_m, new_v), (params, m, v))
+    def arguments(self, state, step):
+        return (*state, step + 1), {
+            "betas": self.betas,
+            "eps": self.eps,
+            "weight_decay": self.weight_decay,
+        }
 
 
 @dataclass(frozen=True)
@@ -162,11 +225,12 @@ class AdamW(Adam):
     """
 
     weight_decay: float = 1e-2
-    decoupled: ClassVar[bool] = True
+    op = staticmethod(ops.adamw_update)
+    op_in_place = staticmethod(ops.adamw_update_)
 
 
 @dataclass(frozen=True)
-class RMSprop(UpdateRule):
+class RMSprop(FusedRule):
     """``v = alpha v + (1 - alpha) g^2``, ``params - lr g / (sqrt(v) + eps)``.
 
     The derivative of ``sqrt(v)`` at ``v = 0`` is taken as 0.
@@ -180,19 +244,54 @@ class RMSprop(UpdateRule):
     alpha: float = 0.99
     eps: float = 1e-8
     weight_decay: float = 0.0
+    op = staticmethod(ops.rmsprop_update)
+    op_in_place = staticmethod(ops.rmsprop_update_)
 
     def __post_init__(self) -> None:
         _check(self, at_least_0=("weight_decay",), above_0=("eps",), below_1=("alpha",))
 
     def init(self, params: Tensor) -> State:
-        return (torch.zeros_like(params, memory_format=torch.contiguous_format),)
+        return _zeros(params, 1)
 
-    def update(self, params, grads, state, lr, step, *, active=None, segments=None):
-        (v,) = state
-        g = _decayed(params, grads, self.weight_decay)
-        new_v = self.alpha * v + (1 - self.alpha) * g * g
-        new = params - spread_rate(lr, segments) * (g / (safe_sqrt(new_v) + self.eps))
-        return _keep(active, (new, new_v), (params, v))
+    def arguments(self, state, step):
+        settings = {"alpha": self.alpha, "eps": self.eps, "weight_decay": self.weight_decay}
+        return state, settings
+
+
+@dataclass(frozen=True)
+class Adagrad(FusedRule):
+    """``s = s + g^2``, ``params - lr / (1 + (k - 1) lr_decay) g / (sqrt(s) + eps)`` at step k.
+
+    The derivative of ``sqrt(s)`` at ``s = 0`` is taken as 0.
+
+    Args:
+        lr_decay: At least 0.
+        eps: Above 0.
+        weight_decay: At least 0; ``weight_decay params`` is added to the gradient.
+        start: Initial value of s, at least 0.
+
+    Source: Duchi et al. 2011, https://jmlr.org/papers/v12/duchi11a.html
+    """
+
+    lr_decay: float = 0.0
+    eps: float = 1e-10
+    weight_decay: float = 0.0
+    start: float = 0.0
+    op = staticmethod(ops.adagrad_update)
+    op_in_place = staticmethod(ops.adagrad_update_)
+
+    def __post_init__(self) -> None:
+        _check(self, at_least_0=("lr_decay", "weight_decay", "start"), above_0=("eps",))
+
+    def init(self, params: Tensor) -> State:
+        return (_zeros(params, 1)[0] + self.start,)
+
+    def arguments(self, state, step):
+        return (*state, step + 1), {
+            "lr_decay": self.lr_decay,
+            "eps": self.eps,
+            "weight_decay": self.weight_decay,
+        }
 
 
 RULES: dict[str, type[UpdateRule]] = {
@@ -201,6 +300,7 @@ RULES: dict[str, type[UpdateRule]] = {
     "adam": Adam,
     "adamw": AdamW,
     "rmsprop": RMSprop,
+    "adagrad": Adagrad,
 }
 
 
@@ -237,27 +337,12 @@ def _check(
                     )
 
 
-def safe_sqrt(x: Tensor) -> Tensor:
-    """Square root whose derivative at 0 is 0 instead of infinite."""
-    positive = x > 0
-    return torch.where(positive, torch.where(positive, x, 1.0).sqrt(), 0.0)
+def _zeros(params: Tensor, count: int) -> State:
+    """New state tensors, none an expanded view even where `params` is one."""
+    return tuple(
+        torch.zeros_like(params, memory_format=torch.contiguous_format) for _ in range(count)
+    )
 
 
-def spread_rate(lr: Rate, segments: ParamLayout | None) -> Rate:
-    """A rate as a number or ``[1 or T, 1 or P]``: per-layer rates repeated over their segment."""
-    if segments is None or not isinstance(lr, Tensor) or lr.shape[-1] == 1:
-        return lr
-    ends = segments.segment_offsets(lr.device)
-    return lr.repeat_interleave(ends.diff(), dim=-1, output_size=segments.num_params)
-
-
-def _decayed(params: Tensor, grads: Tensor, weight_decay: float) -> Tensor:
-    return grads + weight_decay * params if weight_decay else grads
-
-
-def _keep(active: Tensor | None, new: State, old: State) -> tuple[Tensor, State]:
-    """Frozen tasks keep their old rows."""
-    if active is not None:
-        row = active.unsqueeze(1)
-        new = tuple(torch.where(row, n, o) for n, o in zip(new, old, strict=True))
-    return new[0], tuple(new[1:])
+def _accumulation(grads: Tensor) -> torch.dtype | None:
+    return torch.float32 if grads.dtype == torch.float16 else None

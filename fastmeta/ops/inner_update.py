@@ -5,9 +5,10 @@ derivatives. Both take these keyword arguments:
 
     active: bool ``[T]``; a task with False is frozen: its parameters and state come back unchanged,
         and its gradients, even NaN or Inf, reach no result and no derivative. Default: all active.
-    check_finite: freeze each task whose gradient holds a NaN or Inf as well, and say so: the result
-        gains a last element, bool ``[T]``, False for these tasks (True for tasks frozen by
-        `active`, which are not read). Default False.
+    check_finite: freeze each task whose gradient holds a NaN, an Inf or a number whose square is
+        Inf (from 1.8e19 in float32, 1.3e154 in float64) as well, and say so: the result gains a
+        last element, bool ``[T]``, False for these tasks (True for tasks frozen by `active`, which
+        are not read). Default False.
     grad_scale: factor of the gradients, a number or tensor like `weight_decay`, such as a clipping
         factor from :func:`clip_scale`. Default 1.
     maximize: step along the gradient instead of against it. Default False.
@@ -362,7 +363,7 @@ def clip_scale(grads: Tensor, max_norm: float) -> Tensor:
 
     Returns:
         ``[T]``, float32 (float64 for float64 gradients), differentiable to any order, also where
-        a gradient is 0.
+        a gradient is 0. Where the norm overflows the factor is 0.
 
     Raises:
         ValueError: ``grads`` is not a floating-point ``[T, P]``, or ``max_norm`` not above 0.

@@ -27,6 +27,12 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def all_finite(grads: Tensor) -> Tensor:
+    """bool ``[T]``: all of a task's gradient and of its squares are finite."""
+    bound = 2.0**512 if grads.dtype == torch.float64 else 2.0**64
+    return (grads.to(accumulation_dtype(grads.dtype)).abs() < bound).all(1)
+
+
 def segment_index(offsets: Tensor, size: int) -> Tensor:
     """int64 ``[size]``: the segment that owns each column (empty segments own none)."""
     columns = torch.arange(size, device=offsets.device)
@@ -160,7 +166,7 @@ def update(
     dtype = accumulation_dtype(params.dtype)
     finite = None
     if check_finite:
-        finite = torch.isfinite(grads).all(1)
+        finite = all_finite(grads)
         if active is not None:
             finite = finite | ~active
         active = finite if active is None else finite & active
