@@ -148,6 +148,37 @@ def state(op: str, name: str, tensor: Tensor, params: Tensor) -> None:
         )
 
 
+def tensor_lists(op: str, lists: dict[str, object]) -> None:
+    """Require lists of equal length of contiguous tensors: those of one list of one dtype, those
+    at one place of one shape, all on one device."""
+    params = lists["params"]
+    for name, tensors in lists.items():
+        if not isinstance(tensors, (list, tuple)) or len(tensors) != len(params):
+            came = f"{len(tensors)}" if isinstance(tensors, (list, tuple)) else describe(tensors)
+            raise ValueError(f"{op}: {name} must be a list of {len(params)} tensors, got {came}")
+        for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
+            if not isinstance(tensor, Tensor) or tensor.dtype not in FLOATING:
+                raise ValueError(
+                    f"{op}: {name}[{i}] must be a floating-point tensor, got {describe(tensor)}"
+                )
+            dtype = tensors[0].dtype if name in ("params", "grads") else params[0].dtype
+            if (tensor.shape, tensor.device, tensor.dtype) != (
+                param.shape,
+                params[0].device,
+                dtype,
+            ):
+                raise ValueError(
+                    f"{op}: {name}[{i}] must be {str(dtype).removeprefix('torch.')} "
+                    f"{list(param.shape)} on {params[0].device}, got {describe(tensor)}"
+                )
+            if not tensor.is_contiguous():
+                raise ValueError(
+                    f"{op}: {name}[{i}] must be contiguous, got strides {tensor.stride()}"
+                )
+    if params:
+        params_and_grads(op, params[0].view(1, -1), lists["grads"][0].view(1, -1))
+
+
 def in_range(
     op: str,
     name: str,

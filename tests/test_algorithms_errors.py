@@ -40,7 +40,7 @@ SETTINGS = [
     ({"lr": float("nan")}, ValueError, "lr must be positive and finite, got nan"),
     ({"lr": "fast"}, TypeError, "lr must be a positive number or a fm.LearnedRate, got 'fast'"),
     ({"order": 3}, ValueError, "order must be 1 or 2, got 3"),
-    ({"optimizer": "lion"}, ValueError, "optimizer must be one of ['adam', 'adamw', 'momentum'"),
+    ({"optimizer": "lion"}, ValueError, "optimizer must be one of ['adagrad', 'adam', 'adamw'"),
     ({"memory": "disk"}, ValueError, "memory must be one of unroll, recompute, auto; got 'disk'"),
     ({"task_chunk": 0}, ValueError, "task_chunk must be None, 'auto' or an integer of at least 1"),
     ({"task_chunk": "half"}, ValueError, "an integer of at least 1, got 'half'"),

@@ -76,6 +76,13 @@ struct PassArgs {
   }
 };
 
+// One tensor of a list, updated as a row of its own: its streams, and how many tiles lie before it.
+template <typename Pass>
+struct ListItem {
+  void* data[Pass::kIn] = {};
+  int64_t columns = 0, first_tile = 0;
+};
+
 // The part of a row that entry s of the rate covers, and the rows that share the rate row r.
 struct Span {
   int64_t begin, end;

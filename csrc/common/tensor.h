@@ -8,6 +8,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <cstring>
 #include <optional>
 
@@ -62,10 +63,16 @@ inline Type type_of(ScalarType dtype) {
 }
 
 inline Stream stream_of(const Tensor& t) {
-  return {const_cast<void*>(t.const_data_ptr()), t.stride(0), type_of(t.scalar_type())};
+  const int64_t stride = t.dim() > 0 ? t.stride(0) : 0;
+  return {const_cast<void*>(t.const_data_ptr()), stride, type_of(t.scalar_type())};
 }
 inline Stream mutable_stream_of(const Tensor& t) {
   return {t.mutable_data_ptr(), t.stride(0), type_of(t.scalar_type())};
+}
+
+inline bool same_sizes(const Tensor& a, const Tensor& b) {
+  const auto x = a.sizes(), y = b.sizes();
+  return x.size() == y.size() && std::equal(x.begin(), x.end(), y.begin());
 }
 
 template <typename T>

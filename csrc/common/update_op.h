@@ -1,7 +1,7 @@
 // The raw operators of one update rule (fastmeta/ops/inner_update.py), written once for all
 // devices: outputs, dtypes, pointers. Of a device, Kernels<Pass> has run(args, on), which does the
-// work; check(args, on), which only sets `finite`; and all_true(rows, count, on). `on` is a tensor
-// of the device at work.
+// work; run_list(args, items, on), the same in place for tensors of any sizes; check(args, on),
+// which only sets `finite`; and all_true(rows, count, on). `on` is a tensor of the device at work.
 #pragma once
 
 #include <string>
@@ -33,10 +33,10 @@ struct UpdateOp {
     PassArgs<Pass> args;
     std::vector<Tensor> keep;
 
-    Call(const Settings& settings, const Tensor& like) {
+    Call(const Settings& settings, int64_t tasks, int64_t columns) {
       using A = typename Pass::A;
-      args.tasks = like.size(0);
-      args.columns = like.size(1);
+      args.tasks = tasks;
+      args.columns = columns;
       args.flags = static_cast<int>(settings.flags);
       args.active = pointer_or_null<bool>(settings.active);
       Optional dense;
@@ -101,7 +101,8 @@ struct UpdateOp {
     const Tensor finite = flags_of_rows(check_finite, params);
     with_accumulation(params, [&](auto zero) {
       using Pass = ForwardPass<Rule<decltype(zero)>>;
-      Call<Pass> call({lr, offsets, active, hypers, lr_value, values, flags}, params);
+      Call<Pass> call({lr, offsets, active, hypers, lr_value, values, flags}, params.size(0),
+                      params.size(1));
       const Optional in[] = {params, grads, s1, s2};
       for (int i = 0; i < Pass::kIn; ++i) call.read(i, in[i]);
       for (int i = 0; i < Pass::kOut; ++i) call.write(i, out[i]);
@@ -117,7 +118,8 @@ struct UpdateOp {
     const Tensor finite = flags_of_rows(check_finite, params);
     with_accumulation(params, [&](auto zero) {
       using Pass = ForwardPass<Rule<decltype(zero)>>;
-      Call<Pass> call({lr, offsets, active, hypers, lr_value, values, flags}, params);
+      Call<Pass> call({lr, offsets, active, hypers, lr_value, values, flags}, params.size(0),
+                      params.size(1));
       const Optional in[] = {params, grads, s1, s2};
       std::vector<std::pair<Tensor, Tensor>> back;  // (dense copy, the tensor to fill)
       for (int i = 0; i < Pass::kIn; ++i) {
@@ -136,6 +138,40 @@ struct UpdateOp {
       for (auto& [from, to] : back) torch::stable::copy_(to, from);
     });
     return finite;
+  }
+
+  // Contiguous tensors of any shapes and of one dtype (grads of another), each updated in place
+  // with the same numbers. Nothing is written unless all of them fit.
+  static void update_list_(std::vector<Tensor> params, std::vector<Tensor> grads,
+                           std::vector<Tensor> s1, std::vector<Tensor> s2, double lr,
+                           std::vector<double> values, int64_t flags) {
+    constexpr int states = Rule<float>::kStates;
+    const std::vector<Tensor>* lists[] = {&params, &grads, &s1, &s2};
+    for (int i = 0; i < 4; ++i) {
+      const size_t expected = i < 2 + states ? params.size() : 0;
+      STD_TORCH_CHECK(lists[i]->size() == expected, "fastmeta: lists of different lengths");
+    }
+    if (params.empty()) return;
+    with_accumulation(params[0], [&](auto zero) {
+      using Pass = ForwardPass<Rule<decltype(zero)>>;
+      const Optional none;
+      Call<Pass> call({none, none, none, none, lr, values, flags}, 1, 0);
+      for (int i = 0; i < Pass::kIn; ++i) call.args.in[i] = stream_of((*lists[i])[0]);
+      for (int i = 0; i < Pass::kOut; ++i) call.args.out[i] = call.args.in[i == 0 ? 0 : i + 1];
+      std::vector<ListItem<Pass>> items(params.size());
+      for (size_t t = 0; t < items.size(); ++t) {
+        items[t].columns = params[t].numel();
+        for (int i = 0; i < Pass::kIn; ++i) {
+          const Tensor& tensor = (*lists[i])[t];
+          const bool fits = same_sizes(tensor, params[t]) && tensor.is_contiguous() &&
+                            type_of(tensor.scalar_type()) == call.args.in[i].type &&
+                            tensor.get_device_index() == params[0].get_device_index();
+          STD_TORCH_CHECK(fits, "fastmeta: tensor ", t, " of list ", i, " does not fit");
+          items[t].data[i] = const_cast<void*>(tensor.const_data_ptr());
+        }
+      }
+      Kernels<Pass>::run_list(call.args, items, params[0]);
+    });
   }
 
   // The outputs of a derivative pass, in the order of `needs`.
@@ -190,7 +226,7 @@ struct UpdateOp {
     const Gradients out(4, needs, v0, grads_dtype, lr, hypers);
     with_accumulation(v0, [&](auto zero) {
       using Pass = BackwardPass<Rule<decltype(zero)>>;
-      Call<Pass> call(settings, v0);
+      Call<Pass> call(settings, v0.size(0), v0.size(1));
       const Optional x[] = {params, grads, s1, s2}, v[] = {v0, v1, v2};
       for (int i = 0; i < Pass::kX; ++i) call.read(i, x[i]);
       for (int i = 0; i < Pass::kV; ++i) call.read(Pass::kX + i, v[i]);
@@ -211,7 +247,7 @@ struct UpdateOp {
     with_accumulation(v0, [&](auto zero) {
       using A = decltype(zero);
       using Pass = DoubleBackwardPass<Rule<A>>;
-      Call<Pass> call(settings, v0);
+      Call<Pass> call(settings, v0.size(0), v0.size(1));
       const Optional x[] = {params, grads, s1, s2}, v[] = {v0, v1, v2}, c[] = {c0, c1, c2, c3};
       for (int i = 0; i < Pass::kX; ++i) call.read(i, x[i]);
       for (int i = 0; i < Pass::kV; ++i) call.read(Pass::kX + i, v[i]);
@@ -230,6 +266,7 @@ struct UpdateOp {
   static void add_to(torch::stable::detail::StableLibrary& library, const std::string& name) {
     library.impl((name + "_update").c_str(), TORCH_BOX(&update));
     library.impl((name + "_update_").c_str(), TORCH_BOX(&update_));
+    library.impl((name + "_update_list_").c_str(), TORCH_BOX(&update_list_));
     library.impl((name + "_update_backward").c_str(), TORCH_BOX(&backward));
     library.impl((name + "_update_double_backward").c_str(), TORCH_BOX(&double_backward));
   }

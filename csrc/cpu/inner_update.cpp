@@ -154,7 +154,10 @@ struct Run : PassArgs<Pass> {
       }
       return copy(at);
     }
-    const typename Pass::Row row = this->row(at.row);
+    tile(at, this->row(at.row), down);
+  }
+
+  void tile(const Tile& at, const typename Pass::Row& row, double* down) {
     A rates[kSets][kBlock];
     int64_t segment = 0;
     const bool segmented = rate[0].kind == RateKind::kSegment;
@@ -302,6 +305,27 @@ struct CpuKernels {
   static void run(const PassArgs<Pass>& args, const Tensor&) { Run<Pass>{args}(); }
 
   static void all_true(bool* rows, int64_t count, const Tensor&) { std::fill_n(rows, count, true); }
+
+  // Tiles of all tensors are one range of units, so that many small ones occupy all threads.
+  static void run_list(const PassArgs<Pass>& args, std::vector<ListItem<Pass>>& items,
+                       const Tensor&) {
+    int64_t units = 0, elements = 0;
+    for (auto& item : items) {
+      item.first_tile = units;
+      units += ceil_div(item.columns, kTile);
+      elements += item.columns;
+    }
+    const typename Pass::Row row = args.row(0);
+    parallel_units(units, elements / most(units, 1), [&](int64_t unit) {
+      const auto later = [](int64_t u, const ListItem<Pass>& item) { return u < item.first_tile; };
+      const auto& item = *(std::upper_bound(items.begin(), items.end(), unit, later) - 1);
+      PassArgs<Pass> own = args;
+      for (int i = 0; i < Pass::kIn; ++i) own.in[i].data = item.data[i];
+      for (int o = 0; o < Pass::kOut; ++o) own.out[o].data = item.data[o == 0 ? 0 : o + 1];
+      const int64_t begin = (unit - item.first_tile) * kTile;
+      Run<Pass>(own).tile({0, 0, begin, least(begin + kTile, item.columns)}, row, nullptr);
+    });
+  }
 
   // Reads the gradients of the active rows before anything is written.
   static void check(const PassArgs<Pass>& args, const Tensor&) {

@@ -270,6 +270,54 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// Tensors of one launch of list_kernel: what fits the 4 KiB of a kernel's arguments.
+template <typename Pass>
+struct List {
+  static constexpr int kMost = 56;
+  ListItem<Pass> items[kMost];
+  int count = 0;
+};
+
+// One unit is a tile of one tensor of a list; in place.
+template <typename Pass, int V>
+__global__ void __launch_bounds__(kThreads)
+    list_kernel(PassArgs<Pass> args, Plan<Pass> plan, List<Pass> list, int64_t units) {
+  using A = typename Pass::A;
+  for (int64_t unit = blockIdx.x; unit < units; unit += gridDim.x) {
+    int low = 0, high = list.count - 1;  // the last item that starts at or before the unit
+    while (low < high) {
+      const int middle = (low + high + 1) / 2;
+      if (list.items[middle].first_tile <= unit) {
+        low = middle;
+      } else {
+        high = middle - 1;
+      }
+    }
+    const ListItem<Pass>& item = list.items[low];
+    const int64_t c = ((unit - item.first_tile) * kThreads + int64_t(threadIdx.x)) * V;
+    if (c >= item.columns) continue;
+    A in[Pass::kIn][V], out[Pass::kOut][V];
+#pragma unroll
+    for (int i = 0; i < Pass::kIn; ++i) {
+      load_columns<V>(in[i], Stream{item.data[i], 0, args.in[i].type}, 0, c);
+    }
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      A x[Pass::kIn], y[Pass::kOut];
+#pragma unroll
+      for (int k = 0; k < Pass::kIn; ++k) x[k] = in[k][i];
+      Pass::run(x, &args.rate[0].value, plan.row, y, nullptr);
+#pragma unroll
+      for (int k = 0; k < Pass::kOut; ++k) out[k][i] = y[k];
+    }
+#pragma unroll
+    for (int o = 0; o < Pass::kOut; ++o) {
+      const int i = o == 0 ? 0 : o + 1;
+      store_columns<V>(out[o], Stream{item.data[i], 0, args.in[i].type}, 0, c);
+    }
+  }
+}
+
 __global__ void __launch_bounds__(kThreads) all_true_kernel(bool* rows, int64_t count) {
   for (int64_t i = blockIdx.x * int64_t(kThreads) + threadIdx.x; i < count;
        i += gridDim.x * int64_t(kThreads)) {
@@ -321,6 +369,36 @@ struct CudaKernels {
   static void check(const PassArgs<Pass>& args, const Tensor& on) {
     const int64_t units = args.tasks * ceil_div(args.columns, kThreads);
     if (units > 0) OnDevice(on).launch(check_kernel<Pass>, units, args);
+  }
+
+  static void run_list(const PassArgs<Pass>& args, std::vector<ListItem<Pass>>& items,
+                       const Tensor& on) {
+    bool packed = true;
+    for (const auto& item : items) {
+      packed = packed && item.columns % kPack == 0;
+      for (int i = 0; i < Pass::kIn; ++i) {
+        packed = packed && packs({item.data[i], 0, args.in[i].type});
+      }
+    }
+    const OnDevice device(on);
+    packed ? launch_lists<kPack>(args, items, device) : launch_lists<1>(args, items, device);
+  }
+
+  template <int V>
+  static void launch_lists(const PassArgs<Pass>& args, const std::vector<ListItem<Pass>>& items,
+                           const OnDevice& device) {
+    Plan<Pass> plan;
+    plan.row = args.row(0);
+    for (size_t first = 0; first < items.size(); first += List<Pass>::kMost) {
+      List<Pass> list;
+      int64_t units = 0;
+      for (size_t i = first; i < items.size() && list.count < List<Pass>::kMost; ++i) {
+        ListItem<Pass>& item = list.items[list.count++] = items[i];
+        item.first_tile = units;
+        units += ceil_div(item.columns, int64_t(kThreads) * V);
+      }
+      if (units > 0) device.launch(list_kernel<Pass, V>, units, args, plan, list, units);
+    }
   }
 
   static bool packs(const Stream& stream) {

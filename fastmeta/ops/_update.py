@@ -44,6 +44,7 @@ class Rule:
     reference: Callable
     update: Op
     update_: Op
+    update_list_: Op
     backward: Op
     double_backward: Op
 
@@ -51,7 +52,7 @@ class Rule:
     def define(cls, name: str, states: tuple[str, ...], *, linear: bool) -> Rule:
         """Declare the rule's raw operators."""
         rule = getattr(reference, name)
-        functional, in_place = reference.raw_update(rule, len(states))
+        functional, in_place, lists = reference.raw_update(rule, len(states))
         own = f"{_RATES}, {_NUMBERS}, bool check_finite"
         derivative = f"{_RATES}, {_NUMBERS}, ScalarType grads_dtype, int needs"
         return cls(
@@ -68,6 +69,11 @@ class Rule:
                 f"{name}_update_(Tensor(a!) params, Tensor grads, Tensor(b!)? s1, Tensor(c!)? s2, "
                 f"{own}) -> Tensor",
                 in_place,
+            ),
+            define(
+                f"{name}_update_list_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] s1, "
+                "Tensor(c!)[] s2, float lr, float[] values, int flags) -> ()",
+                lists,
             ),
             define(
                 f"{name}_update_backward({_V}, {_X}, {derivative}) -> ({_tensors(6)})",
@@ -136,10 +142,21 @@ def run_(rule: Rule, params, grads, state, rates, numbers, check_finite) -> Tens
     return finite if check_finite else None
 
 
-def by_reference(rule: Rule, params: Tensor) -> bool:
+def run_list_(rule: Rule, params, grads, state, lr: float, values, flags: int) -> None:
+    """The update written over lists of tensors."""
+    args = (params, grads, *[*state, [], []][:2], lr, values, flags)
+    if by_reference(rule, params[0]):
+        rule.update_list_.reference(*args)
+    else:
+        _backend.kernel(rule.update_list_, params[0].device.type)(*args)
+
+
+def by_reference(rule: Rule, params: object) -> bool:
     """Whether plain torch serves: it was asked for, or the device has no kernel."""
     if _backend.use_reference():
         return True
+    if not isinstance(params, Tensor):
+        return False
     return not dispatched(rule.update.name, params.device.type) and _backend.requested() == "auto"
 
 

@@ -30,8 +30,8 @@ from torch import Tensor
 
 from fastmeta import _checks
 from fastmeta._autograd import needs_autograd
-from fastmeta.ops._update import Rule, run, run_
-from fastmeta.reference.inner_update import FIRST, MAXIMIZE, NESTEROV
+from fastmeta.ops._update import Rule, by_reference, run, run_, run_list_
+from fastmeta.reference.inner_update import FIRST, MAX_HYPERS, MAXIMIZE, NESTEROV
 
 _SGD = Rule.define("sgd", (), linear=True)
 _MOMENTUM = Rule.define("momentum", ("buf",), linear=True)
@@ -260,7 +260,11 @@ def sgd_update_(params, grads, lr, *, weight_decay=0.0, **common):
     """:func:`sgd_update` written over ``params``.
 
     Args:
-        params: ``[T, P]`` whose elements do not share memory; overwritten.
+        params: ``[T, P]`` whose elements do not share memory; overwritten. Or a list of contiguous
+            tensors of any shapes and one dtype, as an optimizer of existing training code holds
+            them; `grads` and the state of other rules are then lists too, all numbers are plain
+            numbers, and of `common` only ``grad_scale`` and ``maximize`` apply. All tensors are
+            updated in one call.
         grads, lr, weight_decay, **common: as for :func:`sgd_update`.
 
     Returns:
@@ -286,7 +290,8 @@ def momentum_update_(
     weight_decay=0.0,
     **common,
 ):
-    """:func:`momentum_update` written over ``params`` and ``buf`` (None: a new buffer is made).
+    """:func:`momentum_update` written over ``params`` and ``buf`` (None: the first step, a new
+    buffer is made).
 
     Returns ``(params, buf)``; else as for :func:`sgd_update_`.
     """
@@ -294,6 +299,8 @@ def momentum_update_(
     numbers = (weight_decay, momentum, dampening)
     if buf is None and isinstance(params, Tensor):
         buf = torch.zeros_like(params, memory_format=torch.contiguous_format)
+    elif buf is None and isinstance(params, (list, tuple)):
+        buf = [torch.zeros_like(p) for p in params]
     return _call_(_MOMENTUM, params, grads, (buf,), lr, numbers, extra_flags=extra, **common)
 
 
@@ -425,15 +432,7 @@ def _prepare(
     for name, tensor in zip(rule.states, state, strict=True):
         if tensor is not None or not extra_flags & FIRST:
             _checks.state(op, name, tensor, params)
-    weight_decay, *own = numbers
-    _checks.in_range(op, "weight_decay", weight_decay, at_least=0.0)
-    _checks.in_range(op, "grad_scale", grad_scale)
-    for (name, bounds), value in zip(_RANGES[rule.name], own, strict=True):
-        _checks.in_range(op, name, value, **bounds)
-    values = [weight_decay, grad_scale, *own]
-    if step is not None:
-        _checks.in_range(op, "step", step, at_least=1)
-        values.append(step.detach() if isinstance(step, Tensor) else float(step))
+    values = _numbers(op, rule, numbers, grad_scale, step)
     if segments is not None:
         segments = _checks.segment_offsets(op, segments, params)
     if active is not None:
@@ -448,8 +447,27 @@ def _prepare(
     return (rate, segments, active, hypers), (lr_value, values, flags), bool(check_finite)
 
 
+def _numbers(op: str, rule: Rule, numbers, grad_scale, step) -> list[Number]:
+    """The hyperparameters in the order of the kernels, checked."""
+    weight_decay, *own = numbers
+    _checks.in_range(op, "weight_decay", weight_decay, at_least=0.0)
+    _checks.in_range(op, "grad_scale", grad_scale)
+    for (name, bounds), value in zip(_RANGES[rule.name], own, strict=True):
+        _checks.in_range(op, name, value, **bounds)
+    values = [weight_decay, grad_scale, *own]
+    if step is not None:
+        _checks.in_range(op, "step", step, at_least=1)
+        values.append(step.detach() if isinstance(step, Tensor) else float(step))
+    return values
+
+
 def _call(rule: Rule, params, grads, state, lr, numbers, **options):
     op = f"{rule.name}_update"
+    if isinstance(params, (list, tuple)):
+        raise ValueError(
+            f"{op}: params must be one tensor [T, P], got a {type(params).__name__}; {op}_ updates "
+            "lists in place, fm.optim differentiably"
+        )
     prepared = _prepare(op, rule, params, grads, state, lr, numbers, **options)
     results, finite = run(rule, params, grads, state, *prepared)
     return _pack(results, finite)
@@ -457,17 +475,74 @@ def _call(rule: Rule, params, grads, state, lr, numbers, **options):
 
 def _call_(rule: Rule, params, grads, state, lr, numbers, **options):
     op = f"{rule.name}_update_"
+    if isinstance(params, (list, tuple)):
+        return _call_list_(op, rule, params, grads, state, lr, numbers, **options)
     rates, constants, check = _prepare(op, rule, params, grads, state, lr, numbers, **options)
     if needs_autograd(params, grads, *state, rates[0], rates[3]):
-        raise RuntimeError(
-            f"{op} has no derivative: call {op[:-1]}, or this one under torch.no_grad() "
-            "and outside torch.func transforms"
-        )
-    for name, t in zip(("params", *rule.states), (params, *state), strict=True):
+        raise _no_derivative(op)
+    written = (params, *state)
+    for name, t in zip(("params", *rule.states), written, strict=True):
         if 0 in t.stride() and t.numel() > 1 and not t.is_contiguous():
             raise ValueError(f"{op}: {name} must not be an expanded view, got strides {t.stride()}")
     finite = run_(rule, params, grads, state, rates, constants, check)
-    return _pack((params, *state), finite)
+    _mark_written(written)
+    return _pack(written, finite)
+
+
+def _call_list_(
+    op: str,
+    rule: Rule,
+    params,
+    grads,
+    state,
+    lr,
+    numbers,
+    *,
+    step=None,
+    extra_flags: int = 0,
+    grad_scale: Number = 1.0,
+    maximize: bool = False,
+    **refused,
+):
+    """The in-place form for lists of tensors."""
+    if refused:
+        raise ValueError(f"{op}: {', '.join(refused)} needs params [T, P], got a list of tensors")
+    values = _numbers(op, rule, numbers, grad_scale, step)
+    for value in (lr, *values):
+        if isinstance(value, Tensor):
+            raise ValueError(f"{op}: lists of tensors need plain numbers, got a tensor among them")
+    lr, _ = _checks.learning_rate(op, lr, params, None)
+    values = [*map(float, values), *[0.0] * (MAX_HYPERS - len(values))]
+    flags = extra_flags | (MAXIMIZE if maximize else 0)
+    written = (params, *state)
+    lists = {"params": params, "grads": grads, **dict(zip(rule.states, state, strict=True))}
+    if torch.is_grad_enabled() and any(
+        isinstance(t, Tensor) and t.requires_grad for group in lists.values() for t in group
+    ):
+        raise _no_derivative(op)
+    if by_reference(rule, params[0] if params else None):
+        _checks.tensor_lists(op, lists)
+    if params:
+        try:
+            run_list_(rule, list(params), grads, state, lr, values, flags)
+        except (RuntimeError, TypeError, AttributeError, ValueError):
+            _checks.tensor_lists(op, lists)  # says what does not fit, which kernels only notice
+            raise
+        _mark_written([t for group in written for t in group])
+    return written[0] if len(written) == 1 else written
+
+
+def _mark_written(tensors) -> None:
+    """So that autograd notices where a tensor that it saved has changed since."""
+    if not any(t.is_inference() for t in tensors):
+        torch.autograd.graph.increment_version(tensors)
+
+
+def _no_derivative(op: str) -> RuntimeError:
+    return RuntimeError(
+        f"{op} has no derivative: call {op[:-1]}, or this one under torch.no_grad() "
+        "and outside torch.func transforms"
+    )
 
 
 def _pack(results, finite):

@@ -194,8 +194,8 @@ def _select(active: Tensor | None, x):
     return torch.where(active[:, None], x, torch.zeros((), dtype=x.dtype, device=x.device))
 
 
-def raw_update(rule: Rule, states: int) -> tuple[Callable, Callable]:
-    """:func:`update` in the form of the raw operators, functional and in place."""
+def raw_update(rule: Rule, states: int) -> tuple[Callable, Callable, Callable]:
+    """:func:`update` in the form of the raw operators: functional, in place, in place for lists."""
 
     def functional(params, grads, s1, s2, lr, offsets, active, hypers, *constants):
         rates = (lr, offsets, active, hypers)
@@ -209,4 +209,9 @@ def raw_update(rule: Rule, states: int) -> tuple[Callable, Callable]:
             old.copy_(value)
         return finite
 
-    return functional, in_place
+    def lists(params, grads, s1, s2, lr, values, flags):
+        rows = [[t.view(1, -1) for t in group] for group in (params, grads, s1, s2)]
+        for p, g, *state in zip(*rows[: 2 + states], strict=True):
+            in_place(p, g, *[*state, None, None][:2], *[None] * 4, lr, values, flags, False)
+
+    return functional, in_place, lists
