@@ -1,6 +1,6 @@
 """Task-batched meta-learning over transformers: exact, fused, on the model you already have."""
 
-from fastmeta import data, models, ops, training
+from fastmeta import data, models, ops, optim, training
 from fastmeta.algorithms.anil import ANIL
 from fastmeta.algorithms.imaml import IMAML
 from fastmeta.algorithms.maml import MAML
@@ -55,6 +55,7 @@ __all__ = [
     "data",
     "models",
     "ops",
+    "optim",
     "patch",
     "rules",
     "training",
