@@ -46,10 +46,29 @@ class OnDevice {
 
 #endif
 
-// V adjacent elements moved by one instruction.
+// V adjacent elements moved by one instruction. Stored as one word by an intrinsic, as the compiler
+// would take an assignment apart again.
 template <typename T, int V>
 struct alignas(sizeof(T) * V) Pack {
   T v[V];
+};
+template <size_t kBytes>
+struct Word;
+template <>
+struct Word<16> {
+  using type = uint4;
+};
+template <>
+struct Word<8> {
+  using type = uint2;
+};
+template <>
+struct Word<4> {
+  using type = unsigned int;
+};
+template <>
+struct Word<2> {
+  using type = unsigned short;
 };
 template <typename T, int V>
 __device__ __forceinline__ Pack<T, V> load(const T* from) {
@@ -57,7 +76,10 @@ __device__ __forceinline__ Pack<T, V> load(const T* from) {
 }
 template <typename T, int V>
 __device__ __forceinline__ void store(T* to, const Pack<T, V>& x) {
-  *reinterpret_cast<Pack<T, V>*>(to) = x;
+  using W = typename Word<sizeof(T) * V>::type;
+  W word;
+  memcpy(&word, &x, sizeof(W));
+  __stcg(reinterpret_cast<W*>(to), word);
 }
 
 // The sum over a block's threads, in an order fixed by the thread numbers; all threads call it.

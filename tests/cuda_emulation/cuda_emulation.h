@@ -7,6 +7,7 @@
 #include <ucontext.h>
 
 #include <cstdint>
+#include <cstring>
 #include <functional>
 #include <memory>
 #include <stdexcept>
@@ -21,6 +22,18 @@
 
 #define FASTMETA_LIBRARY fastmeta_emulated
 #define FASTMETA_KEY CPU
+
+struct uint2 {
+  unsigned x, y;
+};
+struct uint4 {
+  unsigned x, y, z, w;
+};
+
+template <typename T>
+void __stcg(T* to, T x) {
+  *to = x;
+}
 
 struct EmulatedIndex {
   unsigned x = 0;
