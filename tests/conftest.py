@@ -65,6 +65,12 @@ def native_impl(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
     yield from _in_force(request, request.param)
 
 
+@pytest.fixture(params=("reference", "cpp"))
+def cpu_impl(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
+    """As ``impl`` on the CPU only, for tests whose arguments lie there."""
+    yield from _in_force(request, request.param)
+
+
 def _in_force(request: pytest.FixtureRequest, name: str) -> Iterator[tuple[str, str]]:
     device = "cpu"
     if name == "cuda_emulated":

@@ -84,9 +84,10 @@ def test_torch_optim(impl, rule, options, optimizer, torch_options, dtype, toler
 @pytest.mark.parametrize("rule", UPDATES)
 def test_frozen_tasks_reach_nothing(rule, impl):
     """NaN and Inf in a frozen task leave values, gradients and second derivatives as they are."""
-    active = torch.tensor([True, False, True])
+    _, device = impl
+    active = torch.tensor([True, False, True], device=device)
     for form in RATE_FORMS:
-        clean = update_sample(rule, form, 3, 6, variant="learned", frozen="mask")
+        clean = update_sample(rule, form, 3, 6, variant="learned", frozen="mask", device=device)
         dirty = [t.clone() for t in clean.tensors]
         dirty[1][1, :3], dirty[1][1, 3:] = NAN, -INF
         dirty[0][1] = INF
@@ -119,8 +120,9 @@ def test_in_place(rule, impl):
     states = len(UPDATES[rule].states)
     for i, form in enumerate(RATE_FORMS):
         layout = ("contiguous", "transposed", "offset")[i % 3]
-        sample = update_sample(rule, form, 3, 1030, variant="decay", frozen="nan", layout=layout)
-        params, grads, *rest = (t.to(device) for t in sample.tensors)
+        chosen = {"variant": "decay", "frozen": "nan", "layout": layout, "device": device}
+        sample = update_sample(rule, form, 3, 1030, **chosen)
+        params, grads, *rest = sample.tensors
         params = strided(params, layout)
         state = [strided(s, layout) for s in rest[:states]]
         given = (params, grads, *state, *rest[states:])
@@ -146,10 +148,10 @@ def test_check_finite(rule, impl):
             tensors = [t.clone() for t in sample.tensors]
             huge = -1e154 * 1.5 if dtypes[0] == torch.float64 else -1.9e19
             tensors[1][1, -1], tensors[1][2, 0], tensors[1][3, 1] = NAN, huge, INF
-            good = torch.tensor([True, False, False, False, False])
+            good = torch.tensor([True, False, False, False, False], device=device)
             *got, finite = sample.call(*tensors, active=active, check_finite=True)
             assert finite.tolist() == [True, False, False, True, True]
-            expected = outputs_of(sample.call(*tensors, active=good.to(device)))
+            expected = outputs_of(sample.call(*tensors, active=good))
             for a, b in zip(got, expected, strict=True):
                 torch.testing.assert_close(a, b, rtol=0, atol=0)
             written = [tensors[0].clone(), tensors[1], *(t.clone() for t in tensors[2:])]
@@ -162,10 +164,10 @@ def test_check_finite(rule, impl):
 
 @pytest.mark.parametrize("rule", UPDATES)
 def test_check_finite_keeps_derivatives_clean(rule, impl):
-    sample = update_sample(rule, "1P", 3, 5, variant="learned")
+    sample = update_sample(rule, "1P", 3, 5, variant="learned", device=impl[1])
     tensors = [t.clone() for t in sample.tensors]
     tensors[1][1, 2] = NAN
-    mask = torch.tensor([True, False, True])
+    mask = torch.tensor([True, False, True], device=impl[1])
 
     def derivatives(**options):
         leaves = [t.detach().requires_grad_() for t in tensors]
@@ -183,7 +185,7 @@ def test_check_finite_keeps_derivatives_clean(rule, impl):
 @pytest.mark.parametrize("rule", ["adam", "adamw", "rmsprop", "adagrad"])
 def test_coordinates_without_gradients_have_finite_derivatives(rule, impl):
     """sqrt at 0 is the trap: state 0 and gradient 0, first and second derivatives."""
-    sample = update_sample(rule, "TP", 2, 4, variant="learned")
+    sample = update_sample(rule, "TP", 2, 4, variant="learned", device=impl[1])
     tensors = [t.detach().clone() for t in sample.tensors]
     for t in tensors[1 : 2 + len(UPDATES[rule].states)]:
         t[:, :2] = 0
@@ -226,8 +228,8 @@ def test_a_learned_number_of_any_shape_gets_its_gradient():
 
 
 def test_a_third_derivative_is_refused(native_impl):
-    name, _ = native_impl
-    sample = update_sample("adam", "scalar", 2, 3)
+    name, device = native_impl
+    sample = update_sample("adam", "scalar", 2, 3, device=device)
     leaves = [t.detach().requires_grad_() for t in sample.tensors]
     x = sample.call(*leaves)[0].pow(3).sum()
     for _ in range(2):
@@ -289,7 +291,7 @@ def test_threads_do_not_change_a_bit(rule, form):
 @pytest.mark.parametrize("rule", ["sgd", "adamw"])
 def test_a_task_does_not_depend_on_its_batch(rule, form, impl):
     """The same bits alone as among others, derivatives included."""
-    sample = update_sample(rule, form, 4, 5000, dtypes=FLOAT32)
+    sample = update_sample(rule, form, 4, 5000, dtypes=FLOAT32, device=impl[1])
     together = derivatives(sample, sample.tensors)
     alone = derivatives(sample, [t[2:3] for t in sample.tensors])
     for a, b in zip(together, alone, strict=True):

@@ -103,7 +103,7 @@ def test_autograd_notices():
         ({"active": torch.ones(2).bool()}, r"active needs params \[T, P\], got a list"),
     ],
 )
-def test_bad_lists(change, message, native_impl):
+def test_bad_lists(change, message, cpu_impl):
     def tensors():
         return [torch.ones(3), torch.ones(2, 2)]
 

@@ -41,14 +41,14 @@ class OpRow:
         raw: the dispatcher's operators behind it.
         dtypes: (parameters, gradients) pairs it accepts.
         samples: ``samples(dtypes, device)``: odd, empty, large, strided and expanded inputs.
-        small: float64 inputs of a few elements, for finite differences.
+        small: ``small(device)``: float64 inputs of a few elements, for finite differences.
     """
 
     name: str
     raw: tuple[str, ...]
     dtypes: tuple[tuple[torch.dtype, torch.dtype], ...]
     samples: Callable[..., Iterator[Sample]]
-    small: Callable[[], Iterator[Sample]]
+    small: Callable[..., Iterator[Sample]]
 
 
 UPDATE_DTYPES = (
@@ -236,13 +236,13 @@ def update_samples(
             yield update_sample(name, form, tasks, size, frozen=frozen, **chosen, **common)
 
 
-def update_small(name: str) -> Iterator[Sample]:
+def update_small(name: str, device: str | torch.device = "cpu") -> Iterator[Sample]:
     """A few elements in float64, for finite differences: every rate form, every variant."""
     variants = list(UPDATES[name].variants)
     for i, form in enumerate(RATE_FORMS):
         frozen = "mask" if i % 2 else ""
         variant = variants[i % len(variants)]
-        yield update_sample(name, form, 3, 4, variant=variant, frozen=frozen)
+        yield update_sample(name, form, 3, 4, variant=variant, frozen=frozen, device=device)
 
 
 TABLE = tuple(
