@@ -8,6 +8,10 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <cstring>
 #include <optional>
@@ -18,6 +22,19 @@ namespace fastmeta {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+// Asks for huge pages under a large fresh CPU buffer: its first touch then faults once per 2 MiB,
+// which takes less than half the time. Only sizes that the C library maps afresh on every
+// allocation (its threshold never exceeds 32 MiB), so nothing else shares the pages.
+inline void use_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = 4096;
+  if (bytes <= (size_t(32) << 20)) return;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) & ~(kPage - 1);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(kPage - 1);
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: may be refused
+#endif
+}
 
 // A new contiguous tensor beside `like`; one C call, cheaper than the string-keyed stable ops.
 inline Tensor empty_rows(std::initializer_list<int64_t> sizes, ScalarType dtype,
@@ -36,6 +53,7 @@ inline Tensor empty_rows(std::initializer_list<int64_t> sizes, ScalarType dtype,
                                                   strides, code, device_type,
                                                   like.get_device_index(), &handle));
   Tensor out(handle);
+  if (like.is_cpu()) use_huge_pages(out.mutable_data_ptr(), out.numel() * out.element_size());
 #if defined(FASTMETA_POISON)  // tests: what a kernel forgets to write is NaN
   std::memset(out.mutable_data_ptr(), 0xFF, out.numel() * out.element_size());
 #endif
