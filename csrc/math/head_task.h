@@ -19,7 +19,7 @@
 #include "common/streams.h"
 
 #if defined(__CUDACC__) || defined(FASTMETA_EMULATE_CUDA)
-#define FM_TEAM __device__
+#define FM_TEAM __host__ __device__
 #define FM_BODY
 #else
 #include "common/cpu.h"
