@@ -5,7 +5,8 @@ multiplications and as many additions (N rows, D features, C classes, K steps), 
 backward; its memory traffic, twice the features and the weights, is far below that. ``floor_flops``
 is stored with each measurement.
 
-    python -m bench.bench_head_inner_loop     # interleaved ratios, medians
+    python -m bench.bench_head_inner_loop                # interleaved ratios, medians
+    python -m bench.bench_head_inner_loop --threads=1    # on a machine that others use too
 """
 
 from __future__ import annotations
@@ -127,7 +128,10 @@ def bench_head_inner_loop(benchmark, case: str, way: str):
 
 
 def main() -> None:
-    for case in sys.argv[1:] or CASES:
+    threads = [a.removeprefix("--threads=") for a in sys.argv[1:] if a.startswith("--threads=")]
+    if threads:
+        torch.set_num_threads(int(threads[-1]))
+    for case in [a for a in sys.argv[1:] if not a.startswith("--")] or CASES:
         found = ratios(case)
         own = found["fastmeta"]
         rate = floor_flops(case) / own / 1e9
