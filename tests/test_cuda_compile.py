@@ -55,7 +55,9 @@ def test_compiles_without_spills(source: Path, architecture: str, tmp_path: Path
     assert used and spilled == 0
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "source", [s for s in SOURCES if s.stem == "inner_update"], ids=lambda p: p.stem
+)
 def test_moves_16_bytes_at_a_time(source: Path, tmp_path: Path):
     """The packed kernels load and store vectors of four 32-bit words."""
     output = tmp_path / "out.ptx"

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastmeta.batch import TaskBatch
 from fastmeta.engine.chunks import TaskResults, run_chunks
+from fastmeta.engine.head import adapt_head
 from fastmeta.engine.implicit import implicit
 from fastmeta.engine.inner import (
     InnerLoop,
@@ -162,6 +163,8 @@ def adapt_tasks(
 ) -> Trajectory:
     """The inner loop on a support set, with the frozen prefix computed once.
 
+    Where only a plain linear head adapts, by SGD on its cross-entropy, one operator runs all steps.
+
     Args:
         packed: Initial fast weights ``[T, P]``.
         inputs: The support set, each ``[T, N, ...]``.
@@ -173,6 +176,9 @@ def adapt_tasks(
     prefix = loop.patched.record_prefix(start, model_inputs(inputs))
     support = Support(inputs, prefix, tasks, packed.detach() if loop.proximal else None)
     differentiated = torch.is_grad_enabled()
+    trajectory = adapt_head(loop, start, support)
+    if trajectory is not None:
+        return trajectory
     if loop.implicit and differentiated:
         with torch.no_grad():
             trajectory = unroll(loop, packed, support)

@@ -1,6 +1,7 @@
 """The operators: argument checks and derivatives around the raw kernels of the dispatcher."""
 
 from fastmeta._backend import use_impl
+from fastmeta.ops.head_inner_loop import head_inner_loop
 from fastmeta.ops.inner_update import (
     adagrad_update,
     adagrad_update_,
@@ -25,6 +26,7 @@ __all__ = [
     "adamw_update",
     "adamw_update_",
     "clip_scale",
+    "head_inner_loop",
     "momentum_update",
     "momentum_update_",
     "rmsprop_update",

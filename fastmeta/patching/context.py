@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from fastmeta.patching.head import Tap
     from fastmeta.patching.prefix import Replay
 
 
@@ -28,6 +29,7 @@ class Call:
         rows: N; module inputs have ``T * N`` leading rows, task-major.
         prefix: Outputs of the frozen prefix, being recorded or replayed.
         only_prefix: Stop at the first adapted module.
+        tap: Notes what the adapted modules with a rule are called on, where wanted.
     """
 
     views: list[Tensor]
@@ -35,6 +37,7 @@ class Call:
     rows: int
     prefix: Replay | None = None
     only_prefix: bool = False
+    tap: Tap | None = None
 
 
 class _Local(threading.local):

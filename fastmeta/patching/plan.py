@@ -158,6 +158,8 @@ def _by_rule(module: nn.Module, adapted: Adapted, rule: Callable, mode: str) -> 
         if mode in ("single", "lift"):
             # Every task computes its own [T, ...]; each of its rows reads it.
             y = y.unsqueeze(1).expand(-1, call.rows, *y.shape[1:]).flatten(0, 1)
+        if call.tap is not None and adapted.slots:
+            call.tap.record(adapted.name, x, y)
         return y
 
     return forward

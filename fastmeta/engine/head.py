@@ -1,0 +1,78 @@
+"""The inner loop of a plain linear head: one operator runs all steps on features computed once.
+
+The same numbers as the general loop, which serves wherever this one does not apply.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastmeta import ops
+from fastmeta.engine.inner import InnerLoop, Support, Trajectory, model_inputs
+from fastmeta.engine.losses import WAYS, classification
+from fastmeta.engine.optimizers import SGD, Momentum
+from fastmeta.patching import TaskParams
+from fastmeta.patching.head import head_features, linear_head
+
+
+def adapt_head(loop: InnerLoop, start: TaskParams, support: Support) -> Trajectory | None:
+    """All K steps, or None where the settings or the model ask for the general loop.
+
+    Args:
+        start: Initial fast weights of T tasks.
+        support: The support set, with the stored outputs of the modules before the head.
+    """
+    options = _rule(loop)
+    head = linear_head(loop.patched)
+    plain = loop.loss_fn is classification and not (loop.clip_norm or loop.proximal)
+    if options is None or head is None or support.prefix is None or not plain:
+        return None
+    if not set(loop.rates.axes) <= {"step", "task"} or _autocast(start.packed):
+        return None
+    state = torch.get_rng_state() if loop.patched.training else None
+    inputs = model_inputs(support.inputs)
+    features = head_features(loop.patched, head, start, inputs, support.prefix)
+    if state is not None and not torch.equal(state, torch.get_rng_state()):
+        return None  # dropout: every step has features of its own
+    if features is None or features.dtype not in (torch.float32, torch.float64):
+        return None
+    views = start.views
+    bias = head.slots.get("bias")
+    weight, new_bias, losses, active = ops.head_inner_loop(
+        features,
+        support.inputs["labels"],
+        views[head.slots["weight"]],
+        None if bias is None else views[bias],
+        _rates(loop, support.tasks),
+        loop.steps,
+        ways=support.inputs.get(WAYS),
+        truncate=min(loop.second_order, loop.steps),
+        check_finite=True,
+        **options,
+    )
+    found = {head.slots["weight"]: weight}
+    if bias is not None:
+        found[bias] = new_bias
+    packed = start.layout.pack([found[slot] for slot in range(len(start.layout))])
+    return Trajectory(packed, active, list(losses.unbind(1)))
+
+
+def _rule(loop: InnerLoop) -> dict[str, float] | None:
+    """The update rule as arguments of the operator."""
+    rule = loop.rule
+    if type(rule) is SGD:
+        return {"weight_decay": rule.weight_decay}
+    if type(rule) is Momentum and not rule.nesterov and rule.dampening == 0:
+        return {"momentum": rule.momentum, "weight_decay": rule.weight_decay}
+    return None
+
+
+def _rates(loop: InnerLoop, tasks: Tensor | None) -> float | Tensor:
+    """The rate of every step: a number, or ``[1 or T, K]``."""
+    rates = [loop.rates.at(step, tasks) for step in range(loop.steps)]
+    return torch.cat(rates, dim=1) if isinstance(rates[0], Tensor) else rates[0]
+
+
+def _autocast(packed: Tensor) -> bool:
+    return torch.is_autocast_enabled(packed.device.type)
