@@ -3,17 +3,11 @@
 The floor is arithmetic. In the Gram form a task takes about ``3/2 N^2 D + 4 K N^2 C + 6 N C D``
 multiplications and as many additions (N rows, D features, C classes, K steps), forward and
 backward; its memory traffic, twice the features and the weights, is far below that. ``floor_flops``
-is stored with each measurement.
-
-    python -m bench.bench_head_inner_loop                # interleaved ratios, medians
-    python -m bench.bench_head_inner_loop --threads=1    # on a machine that others use too
+is stored with each measurement. `bench/compare_updates.py` interleaves the ways.
 """
 
 from __future__ import annotations
 
-import statistics
-import sys
-import time
 from collections.abc import Callable
 
 import pytest
@@ -34,19 +28,21 @@ CASES = {
 LR = 0.1
 
 
-def tensors(case: str) -> tuple[Tensor, ...]:
+def title(case: str) -> str:
+    tasks, _, width, _, steps = CASES[case]
+    return f"T={tasks}, {case.split(',')[0]}, D={width}, K={steps}"
+
+
+def tensors(case: str, device: str) -> tuple[Tensor, ...]:
     """Features, labels, weight, bias; those that learn require grad."""
     tasks, rows, width, classes, _ = CASES[case]
     generator = torch.Generator().manual_seed(0)
     features = F.normalize(torch.randn(tasks, rows, width, generator=generator), dim=2) * 3
     labels = torch.arange(rows).remainder(classes).expand(tasks, rows).contiguous()
     weight = 0.05 * torch.randn(classes, width, generator=generator)
-    return (
-        features.requires_grad_(),
-        labels,
-        weight.requires_grad_(),
-        torch.zeros(classes, requires_grad=True),
-    )
+    bias = torch.zeros(classes)
+    features, labels, weight, bias = (t.to(device) for t in (features, labels, weight, bias))
+    return features.requires_grad_(), labels, weight.requires_grad_(), bias.requires_grad_()
 
 
 def fused(features, labels, weight, bias, steps: int) -> tuple[Tensor, Tensor]:
@@ -81,9 +77,9 @@ def loop(features, labels, weight, bias, steps: int) -> tuple[Tensor, Tensor]:
 WAYS: dict[str, Callable] = {"fastmeta": fused, "batched autograd": batched, "task loop": loop}
 
 
-def step(way: str, case: str) -> Callable[[], tuple[Tensor, ...]]:
+def step(way: str, case: str, device: str = "cpu") -> Callable[[], tuple[Tensor, ...]]:
     """A call that runs the loop and its backward pass, and returns the gradients."""
-    features, labels, weight, bias = tensors(case)
+    features, labels, weight, bias = tensors(case, device)
     steps = CASES[case][-1]
 
     def run() -> tuple[Tensor, ...]:
@@ -103,20 +99,8 @@ def floor_flops(case: str) -> int:
     return int(2 * tasks * min(gram, direct))
 
 
-def ratios(case: str, repeats: int = 15, slow_repeats: int = 3) -> dict[str, float]:
-    """Medians in seconds of each way, interleaved: ``fastmeta`` before and after every other."""
-    runs = {way: step(way, case) for way in WAYS}
-    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
-    for run in runs.values():
-        run()
-    for i in range(repeats):
-        for way, run in runs.items():
-            if way == "task loop" and i >= slow_repeats:
-                continue
-            start = time.perf_counter()
-            run()
-            seconds[way].append(time.perf_counter() - start)
-    return {way: statistics.median(times) for way, times in seconds.items()}
+def ways(case: str, device: str = "cpu") -> dict[str, Callable[[], tuple[Tensor, ...]]]:
+    return {way: step(way, case, device) for way in WAYS}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -125,21 +109,3 @@ def bench_head_inner_loop(benchmark, case: str, way: str):
     benchmark.group = case
     benchmark.extra_info["floor_flops"] = floor_flops(case)
     benchmark(step(way, case))
-
-
-def main() -> None:
-    threads = [a.removeprefix("--threads=") for a in sys.argv[1:] if a.startswith("--threads=")]
-    if threads:
-        torch.set_num_threads(int(threads[-1]))
-    for case in [a for a in sys.argv[1:] if not a.startswith("--")] or CASES:
-        found = ratios(case)
-        own = found["fastmeta"]
-        rate = floor_flops(case) / own / 1e9
-        print(
-            f"{case}: {own * 1e3:.2f} ms ({rate:.0f} GFLOP/s of the floor's operations), "
-            + ", ".join(f"{w} {t / own:.1f}x" for w, t in found.items() if w != "fastmeta")
-        )
-
-
-if __name__ == "__main__":
-    main()

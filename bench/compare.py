@@ -23,26 +23,13 @@ from torch.utils.flop_counter import FlopCounterMode
 import fastmeta as fm
 from bench.baselines import BASELINES, math_attention, with_lora
 from bench.cases import CASES, LR
+from bench.timing import gemm_rate
 
 PEERS = {
     "full": ["per-task loop", "torch.func.vmap", "higher", "torchopt"],
     "lora": ["per-task loop"],
     "last2": ["per-task loop", "higher"],
 }
-
-
-def gemm_rate() -> float:
-    """Best float32 GEMM rate in FLOP/s, over a few sizes of transformer layers."""
-    best = 0.0
-    for m, k, n in ((2560, 512, 512), (1024, 1024, 1024), (4800, 384, 1536)):
-        a, b = torch.randn(m, k), torch.randn(k, n)
-        times = []
-        for _ in range(10):
-            start = time.perf_counter()
-            torch.mm(a, b)
-            times.append(time.perf_counter() - start)
-        best = max(best, 2 * m * k * n / min(times))
-    return best
 
 
 def fastmeta_step(name: str, memory: str, steps: int | None = None):

@@ -2,8 +2,10 @@
 
     python -m bench.compare_updates [--device cuda] [--rounds 15] [--out results.json]
 
-Every row names its physical limit: the bytes that must move, over the bandwidth of a copy measured
-in the same process. torchopt takes part where it is installed (``pip install fastmeta[bench]``).
+Every row names its physical limit: the bytes that must move over the bandwidth of a copy (which
+reads what it overwrites; updates in place can be faster), or the operations that must be done over
+the rate of a matrix product, both measured in the same process. torchopt takes part where it is
+installed (``pip install fastmeta[bench]``).
 """
 
 from __future__ import annotations
@@ -13,18 +15,21 @@ import json
 import platform
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import fastmeta as fm
-from bench.timing import Way, copy_bandwidth, interleave
+from bench import bench_head_inner_loop as head
+from bench.timing import Way, copy_bandwidth, gemm_rate, interleave
 
 LR, BETAS, EPS = 0.01, (0.9, 0.999), 1e-8
 MANY = (64, 76, 512)  # tasks, tensors, elements: the small tensors of a transformer
 IN_PLACE, FUNCTIONAL = 28, 28  # bytes an element: read p g m v, write p m v
-WITH_BACKWARD = 28 + 44  # backward: read p g m v and 3 cotangents (1 known), write 4
+WITH_BACKWARD = 28 + 28  # backward: read g m v and one cotangent, write those of g m v
 
 
 def rows(tasks: int, size: int, device: str, count: int = 4) -> list[Tensor]:
@@ -195,22 +200,40 @@ def differentiable_many(device: str) -> dict[str, Way]:
     return {k: w for k, w in ways.items() if w is not None}
 
 
-def cases(device: str) -> dict[str, tuple[Callable[[], dict[str, Way]], int]]:
-    """title -> (ways, bytes that must move)."""
+@dataclass(frozen=True)
+class Case:
+    """Ways of doing the same, and what any of them must move or compute."""
+
+    make: Callable[[], dict[str, Way]]
+    bytes: int = 0
+    flops: int = 0
+
+
+def cases(device: str) -> dict[str, Case]:
     large = 1_100_000 if device == "cuda" else 262_144
     many = MANY[0] * MANY[1] * MANY[2]
     found = {}
     for size in (large, 2_000, 30_000):
-        title = f"Adam in place, 64 x {size:,}"
-        found[title] = (lambda size=size: adam_in_place(size, device)), IN_PLACE * 64 * size
-    title = f"Adam functional, 64 x {large:,}"
-    found[title] = (lambda: adam_functional(large, device)), FUNCTIONAL * 64 * large
-    title = "Adam in place, 64 tasks x 76 tensors of 512"
-    found[title] = (lambda: adam_many_tensors(device)), IN_PLACE * many
-    title = "Adam differentiable, forward + backward, 64 x 100,000"
-    found[title] = (lambda: differentiable(100_000, device)), WITH_BACKWARD * 6_400_000
-    title = "Adam differentiable, forward + backward, 64 tasks x 76 tensors of 512"
-    found[title] = (lambda: differentiable_many(device)), WITH_BACKWARD * many
+        found[f"Adam in place, 64 x {size:,}"] = Case(
+            partial(adam_in_place, size, device), bytes=IN_PLACE * 64 * size
+        )
+    found[f"Adam functional, 64 x {large:,}"] = Case(
+        partial(adam_functional, large, device), bytes=FUNCTIONAL * 64 * large
+    )
+    found["Adam in place, 64 tasks x 76 tensors of 512"] = Case(
+        partial(adam_many_tensors, device), bytes=IN_PLACE * many
+    )
+    title = "Adam differentiable, forward + backward, 64"
+    found[f"{title} x 100,000"] = Case(
+        partial(differentiable, 100_000, device), bytes=WITH_BACKWARD * 6_400_000
+    )
+    found[f"{title} tasks x 76 tensors of 512"] = Case(
+        partial(differentiable_many, device), bytes=WITH_BACKWARD * many
+    )
+    for name in head.CASES:
+        found[f"head_inner_loop, forward + backward, {head.title(name)}"] = Case(
+            partial(head.ways, name, device), flops=head.floor_flops(name)
+        )
     return found
 
 
@@ -226,22 +249,29 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     bandwidth = copy_bandwidth(args.device, 1024 if args.device == "cuda" else 256)
+    rate = gemm_rate(args.device)
     name = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
     result = {
         "machine": name,
         "threads": args.threads,
         "torch": torch.__version__,
         "copy_bytes_per_second": bandwidth,
+        "gemm_flops_per_second": rate,
         "cases": {},
     }
-    print(f"{name}: a copy moves {bandwidth / 1e9:.1f} GB/s")
-    for title, (make, moved) in cases(args.device).items():
+    print(f"{name}: a copy moves {bandwidth / 1e9:.1f} GB/s, GEMM {rate / 1e9:.0f} GFLOP/s")
+    for title, case in cases(args.device).items():
         if args.only not in title:
             continue
-        found = interleave(make(), rounds=args.rounds, device=args.device)
-        limit = moved / bandwidth
-        result["cases"][title] = {"limit_seconds": limit, "bytes": moved, "ways": found}
-        print(f"\n{title}; limit {limit * 1e3:.3f} ms ({moved / 1e6:.0f} MB)")
+        found = interleave(case.make(), rounds=args.rounds, device=args.device)
+        limit = case.bytes / bandwidth + case.flops / rate
+        result["cases"][title] = {
+            "limit_seconds": limit,
+            "bytes": case.bytes,
+            "flops": case.flops,
+            "ways": found,
+        }
+        print(f"\n{title}; limit {limit * 1e3:.3f} ms")
         for label, row in found.items():
             print(f"  {label:32s}{row['seconds'] * 1e3:10.3f} ms {row['ratio']:8.2f} x")
         if args.out:

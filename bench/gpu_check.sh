@@ -29,7 +29,7 @@ part() { # name, seconds at most, command...
 part build 240 env FASTMETA_BUILD_EXT=1 MAX_JOBS="$(nproc)" $python setup.py build_ext --inplace
 part info 60 $python -m fastmeta.info
 part tests 240 $python -m pytest tests/test_ops.py tests/test_inner_update.py \
-  tests/test_inner_update_lists.py tests/test_cuda_device.py -q -p no:cacheprovider \
+  tests/test_inner_update_lists.py tests/test_head_inner_loop.py tests/test_cuda_device.py -q -p no:cacheprovider \
   -k "(cuda and not emulated) or cuda_device" --durations=10
 part updates 120 $python -m bench.compare_updates --device cuda --out "$out/updates.json"
 

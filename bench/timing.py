@@ -19,7 +19,8 @@ def synchronise(device: str) -> None:
 def interleave(ways: dict[str, Way], *, rounds: int, device: str = "cpu") -> dict[str, dict]:
     """Median seconds of every way, and its ratio to the first way, median over rounds.
 
-    Fast ways are repeated within a round until the clock can be trusted (2 ms).
+    In every round a way runs once before it is timed, so that none pays for the state of caches and
+    heap that another left. Fast ways are repeated until the clock can be trusted (2 ms).
     """
     repeats = {}
     for label, way in ways.items():
@@ -32,6 +33,7 @@ def interleave(ways: dict[str, Way], *, rounds: int, device: str = "cpu") -> dic
     times: dict[str, list[float]] = {label: [] for label in ways}
     for _ in range(rounds):
         for label, way in ways.items():
+            way()
             synchronise(device)
             start = time.perf_counter()
             for _ in range(repeats[label]):
@@ -46,6 +48,22 @@ def interleave(ways: dict[str, Way], *, rounds: int, device: str = "cpu") -> dic
         }
         for label, t in times.items()
     }
+
+
+def gemm_rate(device: str = "cpu") -> float:
+    """Best float32 GEMM rate in FLOP/s, over a few sizes of transformer layers."""
+    best = 0.0
+    for m, k, n in ((2560, 512, 512), (1024, 1024, 1024), (4800, 384, 1536)):
+        a, b = torch.randn(m, k, device=device), torch.randn(k, n, device=device)
+        times = []
+        for _ in range(10):
+            synchronise(device)
+            start = time.perf_counter()
+            torch.mm(a, b)
+            synchronise(device)
+            times.append(time.perf_counter() - start)
+        best = max(best, 2 * m * k * n / min(times))
+    return best
 
 
 def copy_bandwidth(device: str = "cpu", mib: int = 256) -> float:
