@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fastmeta import _library
+from fastmeta import _backend, _library
 from fastmeta.ops import _head, head_inner_loop, use_impl
 from fastmeta.testing.tolerance import assert_within_budget, shake
 
@@ -20,6 +20,18 @@ FORMS = pytest.mark.parametrize("gram", [True, False], ids=["gram", "direct"])
 def form(gram: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels' form, whatever the shape would choose."""
     monkeypatch.setattr(_head, "prefers_gram", lambda *shape: gram)
+
+
+def run_loop(*args, **options):
+    """The operator on the device of the implementation in force, results on the CPU."""
+    device = "cuda" if _backend.requested() == "cuda" else "cpu"
+
+    def moved(x, where):
+        return x.to(where) if isinstance(x, torch.Tensor) else x
+
+    options = {name: moved(value, device) for name, value in options.items()}
+    out = head_inner_loop(*(moved(a, device) for a in args), **options)
+    return tuple(moved(o, "cpu") for o in out)
 
 
 class Case:
@@ -54,7 +66,7 @@ class Case:
         lr = given.pop("lr", 0.2)
         bias = given.pop("bias", None)
         features, weight = given.values()
-        out = head_inner_loop(features, self.labels, weight, bias, lr, self.steps, **self.options)
+        out = run_loop(features, self.labels, weight, bias, lr, self.steps, **self.options)
         return tuple(t for t in out[:2] if t is not None)
 
     def leaves(self, dtype=torch.float64, features=None):
@@ -350,7 +362,7 @@ def test_a_task_that_diverges_disturbs_no_other(value, impl, form):
         assert all(g.isfinite().all() for g in torch.autograd.grad(out, leaves, cotangents))
     features, start, start_b, lr = case.tensors.values()
     given = (features, case.labels, start, start_b, lr, 3)
-    weight, bias, losses, finite = head_inner_loop(*given, **case.options)
+    weight, bias, losses, finite = run_loop(*given, **case.options)
     assert finite.tolist() == [True, False, True]
     assert torch.equal(weight[1], start) and torch.equal(bias[1], start_b)
     assert losses.shape == (3, 3) and losses[active].isfinite().all()
@@ -366,7 +378,7 @@ def test_divergence_on_the_way(impl, form):
     lr[1, 1] = lr[1, 2] = 8e307
 
     def run(steps):
-        return head_inner_loop(
+        return run_loop(
             features, case.labels, weight, None, lr[:, :steps], steps, check_finite=True
         )
 
@@ -383,10 +395,10 @@ def test_divergence_on_the_way(impl, form):
 def test_a_task_does_not_depend_on_the_batch_or_threads(impl, form):
     case = Case(5, 20, 40, 4, 3, ignored=True, momentum=0.5)
     x, w, b, lr = case.tensors.values()
-    whole = head_inner_loop(x, case.labels, w, b, lr, 3, momentum=0.5)
+    whole = run_loop(x, case.labels, w, b, lr, 3, momentum=0.5)
     for t in range(5):
         one = slice(t, t + 1)
-        alone = head_inner_loop(x[one], case.labels[one], w, b, lr[one], 3, momentum=0.5)
+        alone = run_loop(x[one], case.labels[one], w, b, lr[one], 3, momentum=0.5)
         for a, e in zip(alone, whole, strict=True):
             torch.testing.assert_close(a[0], e[t], rtol=0, atol=0)
 
