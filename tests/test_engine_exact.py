@@ -156,6 +156,31 @@ def test_lora_with_head(mode: str) -> None:
     check(learner, oracle.make_tasks())
 
 
+_LAST = "bert.encoder.layer.1.attention.self."
+
+
+@pytest.mark.parametrize("mode", ["unroll", "recompute"])
+@pytest.mark.parametrize("backbone", ["frozen", "meta-learned"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        fm.Params(_LAST + "key.*"),
+        fm.Params(_LAST + "value.*"),
+        fm.Params(_LAST + "value.bias", _LAST + "key.bias"),
+        fm.LoRA(r=2, alpha=4, targets=("key", "value")),
+        fm.LoRA(r=2, targets=("key", "value")) + fm.Bias(),
+        fm.Head(),
+    ],
+    ids=repr,
+)
+def test_keys_and_values_of_the_last_layer(spec: fm.Spec, backbone: str, mode: str) -> None:
+    """Where only one token asks, they are never computed; whoever adapts or learns them."""
+    model = oracle.tiny_bert(layers=2)
+    model.requires_grad_(backbone == "meta-learned")
+    learner = fm.MAML(fm.patch(model, spec), lr=0.3, steps=2, **MODES[mode])
+    check(learner, oracle.make_tasks())
+
+
 @pytest.mark.parametrize("mode", ["unroll", "recompute", "unroll-chunk1", "recompute-chunk2"])
 @pytest.mark.parametrize("name", ["sgd", "adam"])
 def test_ragged_tasks(name: str, mode: str) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import fastmeta as fm
-from fastmeta.engine import chunks, episode, memory
+from fastmeta.engine import chunks, episode, memory, recompute
 from fastmeta.engine.memory import MemoryPlan, free_bytes, is_out_of_memory, predict
 from fastmeta.engine.meter import PeakMemory
 
@@ -58,6 +58,26 @@ def test_recompute_grows_by_the_stored_weights_only(optimizer: str) -> None:
     assert unrolled[2] - unrolled[1] > 1.5 * (ten - five)
 
 
+def test_recompute_works_in_slices_of_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half the tasks' graph at a time, with the same numbers; all of them under dropout."""
+    patched = fm.patch(oracle.tiny_bert(), fm.Params("*"))
+    learner = fm.MAML(patched, lr=0.1, steps=3, memory="recompute")
+    loop = learner.inner_loop()
+    assert [recompute.slices(loop, t) for t in (1, 3, 5)] == [
+        [slice(0, 1)],
+        [slice(0, 1), slice(1, 2), slice(2, 3)],
+        [slice(0, 2), slice(2, 4), slice(4, 5)],
+    ]
+    sliced, found = peak(learner), oracle.gradients(learner, learner(BATCH).loss)
+    monkeypatch.setattr(recompute, "SLICES", 1)
+    oracle.assert_close(oracle.gradients(learner, learner(BATCH).loss), found)
+    assert sliced < 0.75 * peak(learner)
+    monkeypatch.undo()
+    random = fm.MAML(fm.patch(oracle.tiny_bert(dropout=0.3), fm.Head()), memory="recompute")
+    assert recompute.slices(random.inner_loop(), 4) == [slice(0, 4)]
+    assert len(recompute.slices(random.eval().inner_loop(), 4)) == 2
+
+
 def test_chunks_bound_the_peak() -> None:
     patched = fm.patch(oracle.tiny_bert(), fm.Head() + fm.Bias())
     whole, halves, ones = (
@@ -81,10 +101,12 @@ def test_prediction(name: str, mode: str) -> None:
     spec, settings = PREDICTED[name]
     patched = fm.patch(oracle.tiny_bert(layers=2), spec)
     learner = fm.MAML(patched, lr=0.01, steps=4, memory=mode, **settings)
-    measured = peak(learner)
-    predicted = predict(learner.inner_loop(), BATCH, mode).bytes(4)
-    print(f"{name}, {mode}: predicted / measured = {predicted / measured:.3f}")
-    assert 0.8 <= predicted / measured <= 1.2
+    for tasks in (3, 4, 8):
+        batch = BATCH.select(torch.arange(tasks) % 4)
+        measured = peak(learner, batch)
+        predicted = predict(learner.inner_loop(), batch, mode).bytes(tasks)
+        print(f"{name}, {mode}, {tasks} tasks: predicted / measured = {predicted / measured:.3f}")
+        assert 0.8 <= predicted / measured <= 1.2
 
 
 # -- auto and out of memory ------------------------------------------------------------------
@@ -103,12 +125,12 @@ def test_auto_follows_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         return plan, found
 
     loop = fm.MAML(patched, lr=0.1, steps=6).inner_loop()
-    unroll, recompute = (predict(loop, BATCH, mode) for mode in ("unroll", "recompute"))
+    unroll, again = (predict(loop, BATCH, mode) for mode in ("unroll", "recompute"))
     plan, expected = plan_with(1.01 * unroll.bytes(4))
     assert (plan.mode, plan.task_chunk) == ("unroll", None)
     for free, mode, chunk in (
         (0.99 * unroll.bytes(4), "recompute", None),
-        (1.01 * recompute.bytes(2), "recompute", 2),
+        (1.01 * again.bytes(2), "recompute", 2),
         (1, "recompute", 1),
     ):
         plan, found = plan_with(free)

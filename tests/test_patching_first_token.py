@@ -86,3 +86,28 @@ def test_single_tokens_are_left_alone():
     assert _last_layer_length(patched, long) in (1, 6)
     want = model(**{k: v.flatten(0, 1) for k, v in long.items()}).logits
     torch.testing.assert_close(patched(patched.init(2), **long).logits.flatten(0, 1), want)
+
+
+@pytest.mark.parametrize("kind", ["linear", "hook", "subclass"])
+def test_keys_are_not_computed_unless_they_are_more_than_linear(kind: str):
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    torch.manual_seed(0)
+    model = tf.BertForSequenceClassification(tf.BertConfig(**SIZE)).eval().double()
+    key = model.bert.encoder.layer[1].attention.self.key
+    if kind == "hook":
+        key.register_forward_hook(lambda module, args, out: 2 * out)
+    elif kind == "subclass":
+        key.__class__ = Doubled
+    patched = fm.patch(model, fm.Params("*value*", "*classifier*"))
+    inputs = _inputs()
+    assert _last_layer_length(patched, inputs) == 1
+    calls = []
+    run = patched.plan(inputs).structure.bert.encoder.layer[1].attention.self.key
+    run.register_forward_hook(lambda *_: calls.append(1))
+    got = patched(patched.init(2), **inputs).logits.flatten(0, 1)
+    want = model(**{k: v.flatten(0, 1) for k, v in inputs.items()}).logits
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+    assert len(calls) == (0 if kind == "linear" else 1)

@@ -39,8 +39,9 @@ class GradientLearner(nn.Module):
         order: 2 differentiates through the inner gradients, 1 treats them as constants.
         optimizer: ``"sgd" | "momentum" | "adam" | "adamw" |
             "rmsprop" | "adagrad"`` or a rule object.
-        memory: ``"unroll"`` keeps the graph of all K steps; ``"recompute"`` keeps one step's,
-            whatever K; ``"auto"`` measures a few small episodes for every new input shape and
+        memory: ``"unroll"`` keeps the graph of all K steps; ``"recompute"`` keeps the fast weights
+            of all steps and one step's graph, of half the tasks at a time (of all under dropout);
+            ``"auto"`` measures a few small episodes for every new input shape and
             chooses by the free memory. All give the same numbers.
         task_chunk: Tasks differentiated at once: None (all), an integer of at least 1, or
             ``"auto"``. Chunks give the same numbers; under dropout each draws its own masks.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastmeta.batch import TaskBatch
 from fastmeta.engine.chunks import TaskResults, run_chunks
-from fastmeta.engine.head import adapt_head
+from fastmeta.engine.head import adapt_head, head_may_serve
 from fastmeta.engine.implicit import implicit
 from fastmeta.engine.inner import (
     InnerLoop,
@@ -22,7 +22,7 @@ from fastmeta.engine.inner import (
 )
 from fastmeta.engine.losses import WAYS, accuracy, classification
 from fastmeta.engine.memory import MemoryPlan
-from fastmeta.engine.recompute import recompute
+from fastmeta.engine.recompute import joined, recompute, slices
 from fastmeta.patching import TaskParams
 
 
@@ -172,19 +172,35 @@ def adapt_tasks(
         tasks: Where these tasks are in the learner's batch, int64 ``[T]``.
     """
     shared = loop.patched.shared_parameters()
-    start = TaskParams(loop.patched.layout, packed)
-    prefix = loop.patched.record_prefix(start, model_inputs(inputs))
-    support = Support(inputs, prefix, tasks, packed.detach() if loop.proximal else None)
     differentiated = torch.is_grad_enabled()
-    trajectory = adapt_head(loop, start, support)
-    if trajectory is not None:
-        return trajectory
+    if head_may_serve(loop):
+        support = _support(loop, packed, inputs, tasks)
+        trajectory = adapt_head(loop, TaskParams(loop.patched.layout, packed), support)
+        if trajectory is not None:
+            return trajectory
+    if mode == "recompute" and loop.second_order and differentiated and not loop.implicit:
+        parts = slices(loop, packed.shape[0])
+        rows = packed.split([part.stop - part.start for part in parts])
+        found = []
+        for part, mine in zip(parts, rows, strict=True):
+            texts = {k: v[part] for k, v in inputs.items()}
+            support = _support(loop, mine, texts, None if tasks is None else tasks[part])
+            found.append(recompute(loop, mine, support, shared))
+        return joined(found)
+    support = _support(loop, packed, inputs, tasks)
     if loop.implicit and differentiated:
         with torch.no_grad():
             trajectory = unroll(loop, packed, support)
         return replace(
             trajectory, params=implicit(loop, packed, trajectory.params, support, shared)
         )
-    if mode == "recompute" and loop.second_order and differentiated:
-        return recompute(loop, packed, support, shared)
     return unroll(loop, packed, support)
+
+
+def _support(
+    loop: InnerLoop, packed: Tensor, inputs: Mapping[str, Tensor], tasks: Tensor | None
+) -> Support:
+    """The support set with its frozen prefix, run once."""
+    start = TaskParams(loop.patched.layout, packed)
+    prefix = loop.patched.record_prefix(start, model_inputs(inputs))
+    return Support(inputs, prefix, tasks, packed.detach() if loop.proximal else None)

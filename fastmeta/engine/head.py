@@ -16,19 +16,23 @@ from fastmeta.patching import TaskParams
 from fastmeta.patching.head import head_features, linear_head
 
 
+def head_may_serve(loop: InnerLoop) -> bool:
+    """Whether the settings and the adapted parameters fit; the model's outputs may still not."""
+    plain = loop.loss_fn is classification and not (loop.clip_norm or loop.proximal)
+    fits = plain and set(loop.rates.axes) <= {"step", "task"} and _rule(loop) is not None
+    return fits and linear_head(loop.patched) is not None
+
+
 def adapt_head(loop: InnerLoop, start: TaskParams, support: Support) -> Trajectory | None:
-    """All K steps, or None where the settings or the model ask for the general loop.
+    """All K steps, or None where the model asks for the general loop.
 
     Args:
+        loop: One that :func:`head_may_serve`.
         start: Initial fast weights of T tasks.
         support: The support set, with the stored outputs of the modules before the head.
     """
-    options = _rule(loop)
-    head = linear_head(loop.patched)
-    plain = loop.loss_fn is classification and not (loop.clip_norm or loop.proximal)
-    if options is None or head is None or support.prefix is None or not plain:
-        return None
-    if not set(loop.rates.axes) <= {"step", "task"} or _autocast(start.packed):
+    options, head = _rule(loop), linear_head(loop.patched)
+    if support.prefix is None or _autocast(start.packed):
         return None
     state = torch.get_rng_state() if loop.patched.training else None
     inputs = model_inputs(support.inputs)

@@ -10,6 +10,7 @@ import torch
 from fastmeta.batch import TaskBatch
 from fastmeta.engine.inner import InnerLoop
 from fastmeta.engine.meter import PeakMemory
+from fastmeta.engine.recompute import SLICES
 
 MODES = ("unroll", "recompute", "auto")
 
@@ -103,13 +104,15 @@ class Need:
     Attributes:
         fixed: Whatever the number of tasks, such as gradients of shared weights.
         per_task: What every task adds.
+        least: Fewer tasks than this need as much as this many.
     """
 
     fixed: float
     per_task: float
+    least: int = 1
 
     def bytes(self, tasks: int) -> int:
-        return int(self.fixed + self.per_task * tasks)
+        return int(self.fixed + self.per_task * max(tasks, self.least))
 
     def fitting(self, budget: int, most: int) -> int:
         """How many tasks fit, at least 1."""
@@ -119,29 +122,34 @@ class Need:
 def predict(loop: InnerLoop, batch: TaskBatch, mode: str) -> Need:
     """Peak memory of the loop in one mode, from small episodes that are really run.
 
-    The peak is linear in tasks and in steps: one and two tasks give the one slope; the other is
-    measured from a step more (``unroll``), or known (``recompute`` stores weights and state). The
-    global random state and ``.grad`` are left alone.
+    The peak is linear in tasks and in steps. One and two tasks give the one slope (``recompute``
+    works in two slices: two tasks and four); the other is measured from a step more (``unroll``),
+    or known (``recompute`` stores weights and state). The global random state and ``.grad`` are
+    left alone.
 
     Args:
         loop: The inner loop in question.
         batch: Tasks of the shape in question; the first ones are run.
         mode: ``"unroll"`` or ``"recompute"``.
     """
+    few = 1
     if mode == "unroll":
         steps, all_steps = 1, loop.second_order
-        base = _measure(loop, batch, mode, 1, steps)
-        per_step = _measure(loop, batch, mode, 1, steps + 1) - base if all_steps > 1 else 0
     else:
         # From the second step on, gradients of two steps meet.
         steps, all_steps = min(2, loop.steps), loop.steps
-        base = _measure(loop, batch, mode, 1, steps)
+        if batch.num_tasks >= 2 * SLICES:
+            few = SLICES
+    base = _measure(loop, batch, mode, few, steps)
+    if mode == "unroll":
+        per_step = _measure(loop, batch, mode, 1, steps + 1) - base if all_steps > 1 else 0
+    else:
         row = loop.patched.init(1).packed
         per_step = row.nbytes * (1 + len(loop.rule.init(row[:, :1])))
-    per_task = base
-    if batch.num_tasks > 1:
-        per_task = _measure(loop, batch, mode, 2, steps) - base
-    return Need(base - per_task, per_task + (all_steps - steps) * per_step)
+    per_task = base / few
+    if batch.num_tasks >= 2 * few:
+        per_task = (_measure(loop, batch, mode, 2 * few, steps) - base) / few
+    return Need(base - few * per_task, per_task + (all_steps - steps) * per_step, few)
 
 
 def _measure(loop: InnerLoop, batch: TaskBatch, mode: str, tasks: int, steps: int) -> int:

@@ -1,4 +1,5 @@
-"""Meta-gradients in the memory of one inner step, whatever K is; exactly the same numbers.
+"""Meta-gradients in the memory of one inner step of half the tasks, whatever K is; exactly the
+same numbers.
 
 Forward runs first-order steps and keeps only the fast weights and optimizer state of each.
 Backward walks the steps from last to first, rebuilds one step's graph, and applies its
@@ -14,6 +15,32 @@ from torch import Tensor
 
 from fastmeta.engine.conditions import Conditions
 from fastmeta.engine.inner import InnerLoop, Support, Trajectory, inner_step
+from fastmeta.patching.prefix import is_random
+
+SLICES = 2
+"""Tasks are recomputed in at least this many slices: then a step's graph is small beside the fast
+weights kept of all steps, and more slices would only cost launches."""
+
+
+def slices(loop: InnerLoop, tasks: int) -> list[slice]:
+    """Which tasks are recomputed together: only one slice's graph of a step exists at a time.
+
+    All of them under dropout: slices would draw other masks than the same tasks unrolled.
+    """
+    random = loop.patched.training and is_random(loop.patched.model)
+    size = tasks if random else max(1, tasks // SLICES)
+    return [slice(i, min(i + size, tasks)) for i in range(0, tasks, size)]
+
+
+def joined(parts: Sequence[Trajectory]) -> Trajectory:
+    """The trajectory of all tasks from those of slices of them."""
+    if len(parts) == 1:
+        return parts[0]
+    return Trajectory(
+        torch.cat([p.params for p in parts]),
+        torch.cat([p.active for p in parts]),
+        [torch.cat(losses) for losses in zip(*(p.losses for p in parts), strict=True)],
+    )
 
 
 def recompute(

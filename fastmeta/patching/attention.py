@@ -50,7 +50,7 @@ def attention(
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     is_causal = bool(is_causal) and q_len > 1 and attention_mask is None
-    mask = _additive(attention_mask, position_bias, is_causal, query, key)
+    mask = additive(attention_mask, position_bias, is_causal, query, key)
     prefix = getattr(module, "fastmeta_prefix", None)
     if prefix is not None:
         key, value, mask = _with_prefix(prefix, key, value, mask)
@@ -76,7 +76,7 @@ def attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _additive(
+def additive(
     mask: Tensor | None, position_bias: Tensor | None, causal: bool, query: Tensor, key: Tensor
 ) -> Tensor | None:
     """The mask as one additive tensor with -inf where attention is excluded, or None."""

@@ -271,7 +271,7 @@ class _Search:
         shorter = Plan(self.model, self.slots, plan.modes, self.kinds)
         shorter.train(False)
         shorter.fused_attention = self.fused_attention
-        first_token.shorten(shorter.structure.get_submodule(name))
+        first_token.shorten(shorter.structure, name, self.slots.owners, shorter.modes)
         try:
             with torch.no_grad(), running(Call(self.views, probe.TASKS, probe.ROWS)):
                 actual = shorter.run(self.small)
