@@ -101,7 +101,7 @@ def test_changing_mode_before_backward_is_refused(name: str) -> None:
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("which", ["adapted", "shared", "rate"])
 def test_changing_weights_before_backward_is_refused(which: str, name: str) -> None:
-    patched = fm.patch(oracle.tiny_bert(), fm.Head())
+    patched = fm.patch(oracle.tiny_bert(), fm.Head() + fm.Norm())
     learner = fm.MAML(patched, lr=fm.LearnedRate(per=()), steps=2, **SETTINGS[name])
     out = learner(BATCH)
     changed = {
