@@ -177,11 +177,14 @@ def test_a_classifier_is_no_language_model(patched: fm.Patched) -> None:
 LOSSES = [
     (
         lambda out, batch: out.logits.sum(),
-        "loss_fn must return one loss per task, shape [2], got []",
+        "loss_fn must return one loss per task, shape [",
     ),
-    (lambda out, batch: out.logits.mean(2), "one loss per task, shape [2], got [2, 3]"),
-    (lambda out, batch: 0.0, "one loss per task, shape [2], got float"),
-    (lambda out, batch: torch.ones(2), "the support loss must depend on the adapted parameters"),
+    (lambda out, batch: out.logits.mean(2), "one loss per task, shape ["),
+    (lambda out, batch: 0.0, "one loss per task, shape ["),
+    (
+        lambda out, batch: torch.ones(len(out.logits)),
+        "the support loss must depend on the adapted parameters",
+    ),
     (lambda out, batch: out.logits.detach().sum((1, 2)), "the support loss must depend on"),
 ]
 

@@ -46,7 +46,7 @@ def test_ambiguous_rate_is_refused():
             r"params must be a floating-point tensor \[T, P\], got float32",
         ),
         ({"params": torch.zeros(2, 3, dtype=torch.int64)}, "got int64"),
-        ({"params": [[1.0]]}, "got list"),
+        ({"params": [[1.0]]}, r"got (a )?list"),
         ({"grads": torch.zeros(3, 2)}, r"shape of params \[2, 3\], got float32 \[3, 2\]"),
         ({"grads": torch.zeros(2, 3, dtype=torch.float64)}, "dtype of params"),
         ({"grads": torch.zeros(2, 3, device="meta")}, "grads must be on cpu"),
