@@ -48,3 +48,17 @@ def batch_rows(tensor: Tensor | None, dim: int | None, batch: int, rows: int) ->
     tensor = tensor.unsqueeze(0) if dim is None else tensor.movedim(dim, 0)
     tail = tensor.shape[2:]
     return tensor.expand(batch, rows, *tail).reshape(batch * rows, *tail)
+
+
+def fold(batch: int, tensors, dims) -> list[Tensor | None]:
+    """A vmapped axis of each tensor (at its place in ``dims``) as more rows of its first axis."""
+    folded = []
+    for t, dim in zip(tensors, dims, strict=False):
+        rows = 0 if t is None else t.shape[1 if dim == 0 else 0]
+        folded.append(batch_rows(t, dim, batch, rows))
+    return folded
+
+
+def unfold(result: Tensor, batch: int) -> Tensor:
+    """The first axis as the vmapped one and its rows."""
+    return result.unflatten(0, (batch, result.shape[0] // max(batch, 1)))

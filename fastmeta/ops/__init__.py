@@ -17,6 +17,9 @@ from fastmeta.ops.inner_update import (
     sgd_update,
     sgd_update_,
 )
+from fastmeta.ops.nearest import nearest
+from fastmeta.ops.pairwise import cdist, pairwise_distance
+from fastmeta.ops.prototypical import class_means, prototypical_loss
 
 __all__ = [
     "adagrad_update",
@@ -25,10 +28,15 @@ __all__ = [
     "adam_update_",
     "adamw_update",
     "adamw_update_",
+    "cdist",
+    "class_means",
     "clip_scale",
     "head_inner_loop",
     "momentum_update",
     "momentum_update_",
+    "nearest",
+    "pairwise_distance",
+    "prototypical_loss",
     "rmsprop_update",
     "rmsprop_update_",
     "sgd_update",
