@@ -26,7 +26,7 @@ def sources(folder: str, pattern: str) -> list[str]:
 
 def compiler_found() -> bool:
     wanted = os.environ.get("CXX")
-    names = [wanted.split()[0]] if wanted else ["c++", "g++", "clang++", "cl"]
+    names = [wanted.split()[0]] if wanted else ["c++", "g++", "clang++"]
     return any(shutil.which(name) for name in names)
 
 
@@ -43,9 +43,8 @@ def torch_extensions() -> list:
     from torch.utils.cpp_extension import CUDA_HOME, CppExtension, CUDAExtension
 
     # Without contraction to fused multiply-adds every CPU gives the same bits.
-    unix = ["-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
-    unix += ["-fvisibility=hidden"]
-    flags = ["/O2"] if os.name == "nt" else unix
+    flags = ["-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+    flags += ["-fvisibility=hidden"]
     # the free-threaded Python has no limited API yet
     limited = not sysconfig.get_config_var("Py_GIL_DISABLED")
     common = {"include_dirs": [str(HERE / "csrc")], "py_limited_api": limited}

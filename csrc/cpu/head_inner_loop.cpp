@@ -12,7 +12,7 @@ namespace {
 // One thread; see math/head_task.h.
 template <typename A>
 struct CpuTeam {
-  static constexpr int kLanes = Lanes<A>::kCount;
+  static constexpr int kLanes = Lanes<A, 16>::kCount;
 
   template <typename F>
   FM_HD void each(int64_t n, const F& f) const {

@@ -1,0 +1,124 @@
+// 64 bytes of numbers, in as many registers as the instruction set needs. What is computed in a lane
+// does not depend on their width, so every CPU gives the same bits.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+
+#include "common/cpu.h"
+
+namespace fastmeta {
+
+// kBytes: the width of a register, 64, 32 or 16. (A vector wider than a register lives in memory.)
+template <typename A, int kBytes>
+struct Lanes {
+  static constexpr int kCount = 64 / sizeof(A);
+  static constexpr int kParts = 64 / kBytes, kPart = kBytes / sizeof(A);
+  using Number = A;
+  using Integer = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
+  typedef A Vector __attribute__((vector_size(kBytes)));
+  typedef Integer Bits __attribute__((vector_size(kBytes)));
+  static constexpr Integer kSign = Integer(uint64_t(1) << (sizeof(A) * 8 - 1));
+  Vector v[kParts];
+
+  FM_HD static Lanes all(A x) {
+    Lanes out;
+    for (int i = 0; i < kParts; ++i) out.v[i] = Vector{} + x;
+    return out;
+  }
+  // `count` adjacent numbers, zeros after them; all of them if kWhole. Register by register: one
+  // copy of 64 bytes would go through memory.
+  template <bool kWhole>
+  FM_HD static Lanes load(const A* from, int64_t count) {
+    A buffer[kCount] = {};
+    if constexpr (!kWhole) {
+      std::memcpy(buffer, from, size_t(count) * sizeof(A));
+      from = buffer;
+    }
+    Lanes out;
+    for (int i = 0; i < kParts; ++i) std::memcpy(&out.v[i], from + i * kPart, kBytes);
+    return out;
+  }
+  template <bool kWhole>
+  FM_HD void store(A* to, int64_t count) const {
+    A buffer[kCount];
+    A* target = kWhole ? to : buffer;
+    for (int i = 0; i < kParts; ++i) std::memcpy(target + i * kPart, &v[i], kBytes);
+    if constexpr (!kWhole) std::memcpy(to, buffer, size_t(count) * sizeof(A));
+  }
+
+  // Halves onto each other, as a tree.
+  FM_HD A sum() const {
+    A x[kCount];
+    store<true>(x, kCount);
+    for (int n = kCount / 2; n > 0; n /= 2) {
+      for (int i = 0; i < n; ++i) x[i] += x[i + n];
+    }
+    return x[0];
+  }
+  // The largest; NaN if one is.
+  FM_HD A largest() const {
+    A x[kCount];
+    store<true>(x, kCount);
+    for (int i = 1; i < kCount; ++i) x[0] = x[i] > x[0] || x[i] != x[i] ? x[i] : x[0];
+    return x[0];
+  }
+};
+
+// name(arguments): `expression` of register i.
+#define FM_LANES(name, arguments, expression)                      \
+  template <typename A, int B>                                     \
+  FM_HD Lanes<A, B> name arguments {                               \
+    using L = Lanes<A, B>;                                         \
+    using Vector [[maybe_unused]] = typename L::Vector;            \
+    using Bits [[maybe_unused]] = typename L::Bits;                \
+    L out;                                                         \
+    for (int i = 0; i < L::kParts; ++i) out.v[i] = (expression);   \
+    return out;                                                    \
+  }
+FM_LANES(operator+, (const Lanes<A, B>& a, const Lanes<A, B>& b), a.v[i] + b.v[i])
+FM_LANES(operator-, (const Lanes<A, B>& a, const Lanes<A, B>& b), a.v[i] - b.v[i])
+FM_LANES(operator*, (const Lanes<A, B>& a, const Lanes<A, B>& b), a.v[i] * b.v[i])
+FM_LANES(operator-, (const Lanes<A, B>& a), -a.v[i])
+FM_LANES(operator*, (A a, const Lanes<A, B>& b), a * b.v[i])
+FM_LANES(absolute, (const Lanes<A, B>& a), Vector(Bits(a.v[i]) & ~L::kSign))
+// 1 with the sign of a; 0 at 0; NaN stays.
+FM_LANES(sign, (const Lanes<A, B>& a),
+         Vector((((Bits(a.v[i]) & L::kSign) | Bits(Vector{} + A(1))) & Bits(a.v[i] != Vector{})) |
+                (Bits(a.v[i] != a.v[i]) & Bits(a.v[i]))))
+// The larger of each; NaN if either is.
+FM_LANES(larger, (const Lanes<A, B>& a, const Lanes<A, B>& b),
+         Vector((Bits(a.v[i]) & ~(Bits(b.v[i] > a.v[i]) | Bits(b.v[i] != b.v[i]))) |
+                (Bits(b.v[i]) & (Bits(b.v[i] > a.v[i]) | Bits(b.v[i] != b.v[i])))))
+// x where a == b, else 0.
+FM_LANES(where_equal, (const Lanes<A, B>& a, const Lanes<A, B>& b, const Lanes<A, B>& x),
+         Vector(Bits(a.v[i] == b.v[i]) & Bits(x.v[i])))
+#undef FM_LANES
+
+// Runs f(std::integral_constant<int, register width>) in code compiled for the widest registers
+// this CPU has. Everything f calls must be FM_HD, to be compiled with it.
+#if defined(__x86_64__) && defined(__GNUC__)
+template <typename F>
+__attribute__((target("avx512f"))) void in_64_bytes(const F& f) {
+  f(std::integral_constant<int, 64>{});
+}
+template <typename F>
+__attribute__((target("avx2"))) void in_32_bytes(const F& f) {
+  f(std::integral_constant<int, 32>{});
+}
+#endif
+template <typename F>
+void with_registers(const F& f) {
+#if defined(__x86_64__) && defined(__GNUC__)
+  static const int width = __builtin_cpu_supports("avx512f") ? 64
+                           : __builtin_cpu_supports("avx2")  ? 32
+                                                             : 16;
+  if (width == 64) return in_64_bytes(f);
+  if (width == 32) return in_32_bytes(f);
+#endif
+  f(std::integral_constant<int, 16>{});
+}
+#define FM_INLINE_LAMBDA __attribute__((always_inline))
+
+}  // namespace fastmeta
