@@ -10,21 +10,17 @@ installed (``pip install fastmeta[bench]``).
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import fastmeta as fm
 from bench import bench_head_inner_loop as head
-from bench.timing import Way, copy_bandwidth, gemm_rate, interleave
+from bench.comparison import Case, run
+from bench.timing import Way
 
 LR, BETAS, EPS = 0.01, (0.9, 0.999), 1e-8
 MANY = (64, 76, 512)  # tasks, tensors, elements: the small tensors of a transformer
@@ -200,15 +196,6 @@ def differentiable_many(device: str) -> dict[str, Way]:
     return {k: w for k, w in ways.items() if w is not None}
 
 
-@dataclass(frozen=True)
-class Case:
-    """Ways of doing the same, and what any of them must move or compute."""
-
-    make: Callable[[], dict[str, Way]]
-    bytes: int = 0
-    flops: int = 0
-
-
 def cases(device: str) -> dict[str, Case]:
     large = 1_100_000 if device == "cuda" else 262_144
     many = MANY[0] * MANY[1] * MANY[2]
@@ -237,47 +224,5 @@ def cases(device: str) -> dict[str, Case]:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", default="", help="part of a title")
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    bandwidth = copy_bandwidth(args.device, 1024 if args.device == "cuda" else 256)
-    rate = gemm_rate(args.device)
-    name = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
-    result = {
-        "machine": name,
-        "threads": args.threads,
-        "torch": torch.__version__,
-        "copy_bytes_per_second": bandwidth,
-        "gemm_flops_per_second": rate,
-        "cases": {},
-    }
-    print(f"{name}: a copy moves {bandwidth / 1e9:.1f} GB/s, GEMM {rate / 1e9:.0f} GFLOP/s")
-    for title, case in cases(args.device).items():
-        if args.only not in title:
-            continue
-        found = interleave(case.make(), rounds=args.rounds, device=args.device)
-        limit = case.bytes / bandwidth + case.flops / rate
-        result["cases"][title] = {
-            "limit_seconds": limit,
-            "bytes": case.bytes,
-            "flops": case.flops,
-            "ways": found,
-        }
-        print(f"\n{title}; limit {limit * 1e3:.3f} ms")
-        for label, row in found.items():
-            print(f"  {label:32s}{row['seconds'] * 1e3:10.3f} ms {row['ratio']:8.2f} x")
-        if args.out:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps(result, indent=1))
-
-
 if __name__ == "__main__":
-    main()
+    run("bench.compare_updates", __doc__, cases)

@@ -36,17 +36,24 @@ def small(row: OpRow, index: int, device: str = "cpu") -> Sample:
     return list(row.small(device))[index]
 
 
+def skip_without(row: OpRow, implementation: str) -> None:
+    """Triton kernels have tests of their own: without a GPU they run in the interpreter."""
+    if implementation.startswith("cuda") and row.gpu != "cuda":
+        pytest.skip(f"{row.gpu} serves {row.name} on a GPU")
+
+
 def leaves(sample: Sample, dtype: torch.dtype | None = None) -> list[torch.Tensor]:
     """The sample's tensors as they are, or in one dtype, as inputs that require grad."""
     return [(t if dtype is None else t.to(dtype)).detach().requires_grad_() for t in sample.tensors]
 
 
 def cotangents_of(sample: Sample) -> list[torch.Tensor]:
-    """The same for all precisions: tensors that bfloat16 can hold, enough for every output."""
-    like = sample.tensors[0]
+    """The same for all precisions: a tensor that bfloat16 can hold for every output."""
+    with torch.no_grad():
+        results = outputs_of(sample.call(*sample.tensors))
     generator = torch.Generator().manual_seed(1)
-    made = [torch.randn(like.shape, generator=generator) for _ in range(3)]
-    return [c.to(torch.bfloat16).to(like.device) for c in made]
+    made = [torch.randn(r.shape, generator=generator) for r in results]
+    return [c.to(torch.bfloat16).to(r.device) for c, r in zip(made, results, strict=True)]
 
 
 def outputs_of(result) -> tuple[torch.Tensor, ...]:
@@ -75,6 +82,7 @@ def shaken_runs(sample: Sample, dtypes: tuple[torch.dtype, ...]) -> list[list[to
 @pytest.mark.parametrize(("row", "dtypes"), ROWS_DTYPES)
 def test_values_and_gradients(row: OpRow, dtypes, impl):
     name, device = impl
+    skip_without(row, name)
     for sample in row.samples(dtypes, device):
         actual = run(sample, leaves(sample))
         with use_impl("reference"):
@@ -85,7 +93,10 @@ def test_values_and_gradients(row: OpRow, dtypes, impl):
             of = i - (len(actual) - len(sample.tensors))  # which gradient; negative: a result
             what = f"{name} {sample.id}: {'result' if of < 0 else f'gradient {of}'}"
             assert of >= 0 or a.is_contiguous(), what
-            assert a.dtype == sample.tensors[max(of, 0)].dtype, what
+            dtype = sample.tensors[max(of, 0)].dtype
+            if of < 0 and row.float_results and dtype != torch.float64:
+                dtype = torch.float32
+            assert a.dtype == dtype, what
             assert_within_budget(what, a, e, w, s)
         again = run(sample, leaves(sample))
         for a, b in zip(actual, again, strict=True):
@@ -95,6 +106,7 @@ def test_values_and_gradients(row: OpRow, dtypes, impl):
 @pytest.mark.parametrize(("row", "index"), SMALL)
 def test_finite_differences(row: OpRow, index: int, native_impl):
     name, device = native_impl
+    skip_without(row, name)
     sample = small(row, index, device)
     inputs = tuple(leaves(sample))
     batched = name != "reference"
@@ -108,6 +120,7 @@ def objective(sample: Sample):
 
 @pytest.mark.parametrize(("row", "index"), SMALL)
 def test_function_transforms(row: OpRow, index: int, native_impl):
+    skip_without(row, native_impl[0])
     sample = small(row, index, native_impl[1])
     inputs = [t.detach() for t in sample.tensors]
     everything = tuple(range(len(inputs)))
@@ -141,6 +154,7 @@ def test_function_transforms(row: OpRow, index: int, native_impl):
 
 @pytest.mark.parametrize(("row", "index"), SMALL)
 def test_vmapped_axis_anywhere(row: OpRow, index: int, native_impl):
+    skip_without(row, native_impl[0])
     sample = small(row, index, native_impl[1])
     inputs = [t.detach() for t in sample.tensors]
     last = tuple(t.dim() for t in inputs)
@@ -159,7 +173,7 @@ def test_capture(row: OpRow, index: int):
     step = torch.func.grad(objective(sample), argnums=tuple(range(len(inputs))))
     graph = make_fx(step)(*inputs)
     called = {str(node.target) for node in graph.graph.nodes}
-    assert f"fastmeta.{row.name}.default" in called
+    assert f"fastmeta.{row.raw[0]}.default" in called
     for a, e in zip(graph(*inputs), step(*inputs), strict=True):
         torch.testing.assert_close(a, e, rtol=0, atol=0)
 
@@ -167,6 +181,7 @@ def test_capture(row: OpRow, index: int):
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: row.name)
 def test_compiled_transforms(row: OpRow):
     """torch.compile keeps the derivatives under torch.func; it would lose those of a Function."""
+    torch._dynamo.reset()  # rows share code, and one piece of code is compiled eight times at most
     sample = list(row.small())[-1]
     inputs = [t.detach() for t in sample.tensors]
     gradient = torch.func.grad(objective(sample), argnums=tuple(range(len(inputs))))
@@ -200,9 +215,10 @@ def recorded_calls(row: OpRow):
 
         with Record():
             run(sample, leaves(sample))
-            in_place = getattr(ops, f"{row.name}_")
-            with torch.no_grad():
-                sample.call(*(t.detach().clone() for t in sample.tensors), op=in_place)
+            in_place = getattr(ops, f"{row.name}_", None)
+            if in_place is not None:
+                with torch.no_grad():
+                    sample.call(*(t.detach().clone() for t in sample.tensors), op=in_place)
         yield from ((sample.id, *call) for call in calls)
 
 

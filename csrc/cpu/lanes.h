@@ -48,22 +48,27 @@ struct Lanes {
     if constexpr (!kWhole) std::memcpy(to, buffer, size_t(count) * sizeof(A));
   }
 
-  // Halves onto each other, as a tree.
+  // Halves onto each other, as a tree; from 16 bytes on number by number.
   FM_HD A sum() const {
-    A x[kCount];
-    store<true>(x, kCount);
-    for (int n = kCount / 2; n > 0; n /= 2) {
-      for (int i = 0; i < n; ++i) x[i] += x[i + n];
-    }
-    return x[0];
+    Quarter q[4];
+    store<true>(reinterpret_cast<A*>(q), kCount);
+    const Quarter x = (q[0] + q[2]) + (q[1] + q[3]);
+    if constexpr (sizeof(A) == 8) return x[0] + x[1];
+    return (x[0] + x[2]) + (x[1] + x[3]);
   }
   // The largest; NaN if one is.
   FM_HD A largest() const {
-    A x[kCount];
-    store<true>(x, kCount);
-    for (int i = 1; i < kCount; ++i) x[0] = x[i] > x[0] || x[i] != x[i] ? x[i] : x[0];
-    return x[0];
+    Quarter q[4];
+    store<true>(reinterpret_cast<A*>(q), kCount);
+    Quarter x = q[0];
+    for (int i = 1; i < 4; ++i) x = (q[i] > x) | (q[i] != q[i]) ? q[i] : x;
+    A out = x[0];
+    for (int i = 1; i < int(16 / sizeof(A)); ++i) out = x[i] > out || x[i] != x[i] ? x[i] : out;
+    return out;
   }
+
+ private:
+  typedef A Quarter __attribute__((vector_size(16)));
 };
 
 // name(arguments): `expression` of register i.
@@ -83,10 +88,9 @@ FM_LANES(operator*, (const Lanes<A, B>& a, const Lanes<A, B>& b), a.v[i] * b.v[i
 FM_LANES(operator-, (const Lanes<A, B>& a), -a.v[i])
 FM_LANES(operator*, (A a, const Lanes<A, B>& b), a * b.v[i])
 FM_LANES(absolute, (const Lanes<A, B>& a), Vector(Bits(a.v[i]) & ~L::kSign))
-// 1 with the sign of a; 0 at 0; NaN stays.
-FM_LANES(sign, (const Lanes<A, B>& a),
-         Vector((((Bits(a.v[i]) & L::kSign) | Bits(Vector{} + A(1))) & Bits(a.v[i] != Vector{})) |
-                (Bits(a.v[i] != a.v[i]) & Bits(a.v[i]))))
+// a times the sign of z, which is 0 at 0.
+FM_LANES(times_sign, (const Lanes<A, B>& a, const Lanes<A, B>& z),
+         Vector((Bits(a.v[i]) ^ (Bits(z.v[i]) & L::kSign)) & Bits(z.v[i] != Vector{})))
 // The larger of each; NaN if either is.
 FM_LANES(larger, (const Lanes<A, B>& a, const Lanes<A, B>& b),
          Vector((Bits(a.v[i]) & ~(Bits(b.v[i] > a.v[i]) | Bits(b.v[i] != b.v[i]))) |

@@ -35,9 +35,13 @@ class Metric(NamedTuple):
 
 
 def _loss_reference(query, labels, prototypes, present, scale, kind, p, root):
-    query = _counting_rows(query, labels, prototypes)
-    sums = reference.pairwise_sums(query, prototypes, kind, p)
-    return reference.prototypical(_distance(sums, kind, root), labels, present, scale)
+    def of(query):
+        sums = reference.pairwise_sums(query, prototypes, kind, p)
+        return reference.prototypical(_distance(sums, kind, root), labels, present, scale)
+
+    loss, right, _ = of(_counting_rows(query, labels, prototypes))
+    with torch.no_grad():
+        return loss, right, of(query)[2]
 
 
 def _counting_rows(query: Tensor, labels: Tensor, prototypes: Tensor) -> Tensor:
@@ -81,15 +85,16 @@ def _rows_reference(sums, labels, present, scale, kind, root, gradient):
         d_sums, d_scale = torch.autograd.grad(loss.sum(), (given, rate))
     if gradient:
         sums.copy_(d_sums)
-    return tuple(t.detach().view(labels.shape) for t in (loss, right, d_scale))
+    loss, right, d_scale = (t.detach().view(labels.shape) for t in (loss, right, d_scale))
+    return loss, right, d_scale if gradient else d_scale[:, :0].clone()
 
 
 def _per_row(present: Tensor, labels: Tensor) -> Tensor:
     return present.unsqueeze(1).expand(*labels.shape, present.shape[1]).flatten(0, 1)
 
 
-# sums [t, n, C] -> loss, right answer and d loss / d scale of every row [t, n]; with `gradient` the
-# sums become d loss / d sums
+# sums [t, n, C] -> loss and right answer of every row [t, n]; with `gradient` also d loss / d scale
+# [t, n], and the sums become d loss / d sums (else they are spent)
 _ROWS = define(
     "prototypical_rows_(Tensor(a!) sums, Tensor labels, Tensor? present, Tensor scale, int kind, "
     "float root, bool gradient) -> (Tensor, Tensor, Tensor)",
@@ -354,9 +359,9 @@ def _in_chunks(query, labels, prototypes, present, scale, metric: Metric, needs:
         for rows in chunks:
             x, target = query[some, rows], labels[some, rows].contiguous()
             sums = _chunk_sums(x, y, kind, p)
-            found = rows_kernel(sums, target, z, scale[some], kind, root, needs & 3 != 0)
+            found = rows_kernel(sums, target, z, scale[some], kind, root, needs != 0)
             for total, row in zip((loss, right, d_scale), found, strict=True):
-                total[some] += row.sum(1)
+                total[some] += row.sum(1)  # nothing where no gradient is wanted
             if needs & 3:
                 dx, dy = _chunk_gradient(sums, x, y, kind, p, needs & 3)
                 if dx is not None:

@@ -269,7 +269,7 @@ def check_precision(op: str, precision: Tensor, x: Tensor, batch: tuple[int, ...
     leading = shape[:-2] if len(shape) > 1 else ()
     if not (diagonal or shape[-2:] == (width, width)) or leading not in ((), batch):
         raise ValueError(f"{op}: precision must be {forms}, got {describe(precision)}")
-    precision = precision.to(x.dtype)
+    precision = precision.to(computation_dtype(x.dtype))
     precision = precision.expand(*batch, *shape[-2:]) if leading else precision
     if diagonal:
         entries = precision.reshape(count if leading else 1, 1, width)
@@ -277,7 +277,7 @@ def check_precision(op: str, precision: Tensor, x: Tensor, batch: tuple[int, ...
         return entries
     matrices = precision.reshape(count if leading else 1, width, width)
     value = matrices.detach()
-    tolerance = 16 * torch.finfo(x.dtype).eps * value.abs().amax((1, 2), keepdim=True)
+    tolerance = 16 * torch.finfo(value.dtype).eps * value.abs().amax((1, 2), keepdim=True)
     symmetric = ((value - value.mT).abs() <= tolerance).all()
     if _checks._readable(value) and not bool(symmetric):
         raise ValueError(

@@ -15,41 +15,8 @@ import torch
 from torch import Tensor
 
 from fastmeta import ops
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Inputs of one call.
-
-    Attributes:
-        id: readable name.
-        tensors: the differentiable inputs.
-        call: ``call(*tensors)`` runs the operator with everything else bound.
-    """
-
-    id: str
-    tensors: tuple[Tensor, ...]
-    call: Callable[..., Any]
-
-
-@dataclass(frozen=True)
-class OpRow:
-    """One operator.
-
-    Attributes:
-        name: public name, ``fm.ops.<name>``.
-        raw: the dispatcher's operators behind it.
-        dtypes: (parameters, gradients) pairs it accepts.
-        samples: ``samples(dtypes, device)``: odd, empty, large, strided and expanded inputs.
-        small: ``small(device)``: float64 inputs of a few elements, for finite differences.
-    """
-
-    name: str
-    raw: tuple[str, ...]
-    dtypes: tuple[tuple[torch.dtype, torch.dtype], ...]
-    samples: Callable[..., Iterator[Sample]]
-    small: Callable[..., Iterator[Sample]]
-
+from fastmeta.testing import pairwise
+from fastmeta.testing.table import OpRow, Sample
 
 UPDATE_DTYPES = (
     (torch.float32, torch.float32),
@@ -245,7 +212,7 @@ def update_small(name: str, device: str | torch.device = "cpu") -> Iterator[Samp
         yield update_sample(name, form, 3, 4, variant=variant, frozen=frozen, device=device)
 
 
-TABLE = tuple(
+UPDATE_TABLE = tuple(
     OpRow(
         name=f"{name}_update",
         raw=tuple(f"{name}_update{end}" for end in ("", "_", "_backward", "_double_backward")),
@@ -255,3 +222,4 @@ TABLE = tuple(
     )
     for name in UPDATES
 )
+TABLE = (*UPDATE_TABLE, *pairwise.TABLE)
