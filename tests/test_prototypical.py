@@ -184,15 +184,10 @@ def test_class_means(cpu_impl):
 
 
 def call(**changes):
-    query, query_labels, support, support_labels = ragged()
-    arguments = {
-        "query": query,
-        "query_labels": query_labels,
-        "support": support,
-        "support_labels": support_labels,
-        **changes,
-    }
-    return prototypical_loss(*(arguments.pop(k) for k in list(arguments)[:4]), **arguments)
+    names = ("query", "query_labels", "support", "support_labels")
+    arguments = {**dict(zip(names, ragged(), strict=True)), **changes}
+    tensors = [arguments.pop(name) for name in names]
+    return prototypical_loss(*tensors, **arguments)
 
 
 @pytest.mark.parametrize(

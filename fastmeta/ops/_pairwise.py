@@ -220,7 +220,7 @@ class _SquaresByProducts(Function):
 
     @staticmethod
     def forward(x, y, kind, p):
-        return squares_by_products(*centred(x, y))
+        return squares_by_products(x, y, *centred(x, y))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -237,11 +237,12 @@ class _SquaresByProducts(Function):
         return unfold(_SquaresByProducts.call(x, y, kind, p), info.batch_size), 0
 
 
-def squares_by_products(x: Tensor, y: Tensor) -> Tensor:
-    """Squared distances of centred rows, exact where a matrix product would cancel."""
-    dots = x @ y.mT
+def squares_by_products(x: Tensor, y: Tensor, cx: Tensor, cy: Tensor) -> Tensor:
+    """Squared distances of x and y by the products of their centred rows cx and cy; where those
+    cancel, by the differences of x and y themselves, which centring would have rounded."""
+    dots = cx @ cy.mT
     finish = _backend.kernel(_FINISH, x.device.type)
-    finish(dots, x, y, x.square().sum(-1), y.square().sum(-1))
+    finish(dots, dense(x), dense(y), cx.square().sum(-1), cy.square().sum(-1))
     return dots
 
 

@@ -344,8 +344,7 @@ def _in_chunks(query, labels, prototypes, present, scale, metric: Metric, needs:
     classes = prototypes.shape[1]
     kind, p, root = metric
     query = _counting_rows(query, labels, prototypes)
-    if kind == SQUARES:
-        query, prototypes = _pairwise.centred(query, prototypes)
+    centred = _pairwise.centred(query, prototypes) if kind == SQUARES else (query, prototypes)
     rows_kernel = _backend.kernel(_ROWS, query.device.type)
     count = _counted(labels, classes)
     loss, right, d_scale = (scale.new_zeros(tasks) for _ in range(3))
@@ -355,15 +354,23 @@ def _in_chunks(query, labels, prototypes, present, scale, metric: Metric, needs:
     together = max(CHUNK // max(query.shape[1] * classes, 1), 1) if len(chunks) == 1 else 1
     for start in range(0, tasks, together):
         some = slice(start, min(start + together, tasks))
-        y, z = prototypes[some], None if present is None else present[some]
+        y, cy = prototypes[some], centred[1][some]
+        there = None if present is None else present[some]
         for rows in chunks:
-            x, target = query[some, rows], labels[some, rows].contiguous()
-            sums = _chunk_sums(x, y, kind, p)
-            found = rows_kernel(sums, target, z, scale[some], kind, root, needs != 0)
+            x, cx, target = query[some, rows], centred[0][some, rows], labels[some, rows]
+            if kind == SQUARES:
+                sums = _pairwise.squares_by_products(x, y, cx, cy)
+            elif kind == PRODUCT:
+                sums = x @ y.mT
+            else:
+                sums = _pairwise._Sums.forward(x, y, kind, p)
+            found = rows_kernel(
+                sums, target.contiguous(), there, scale[some], kind, root, needs != 0
+            )
             for total, row in zip((loss, right, d_scale), found, strict=True):
                 total[some] += row.sum(1)  # nothing where no gradient is wanted
             if needs & 3:
-                dx, dy = _chunk_gradient(sums, x, y, kind, p, needs & 3)
+                dx, dy = _chunk_gradient(sums, cx, cy, kind, p, needs & 3)
                 if dx is not None:
                     d_query[some, rows] = dx
                 if dy is not None:
@@ -377,12 +384,6 @@ def _in_chunks(query, labels, prototypes, present, scale, metric: Metric, needs:
     if needs & _SCALE:
         results.append(d_scale * shares)
     return tuple(results)
-
-
-def _chunk_sums(x: Tensor, y: Tensor, kind: int, p: float) -> Tensor:
-    if kind == SQUARES:
-        return _pairwise.squares_by_products(x, y)
-    return x @ y.mT if kind == PRODUCT else _pairwise._Sums.forward(x, y, kind, p)
 
 
 def _chunk_gradient(w: Tensor, x: Tensor, y: Tensor, kind: int, p: float, needs: int):

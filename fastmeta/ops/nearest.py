@@ -108,8 +108,6 @@ def _distances_to(x, y, indices, metric, p, precision) -> Tensor:
 def _indices(x, y, k: int, metric: str, p: float | None, precision: Tensor | None) -> Tensor:
     """The k nearest rows of y by name, int64 ``[B, N, k]``."""
     x, y, kind, order, _ = as_sums(x, y, metric, p, precision)
-    if kind == SQUARES:
-        x, y = _pairwise.centred(x, y)
     found = torch.empty(*x.shape[:2], k, dtype=torch.int64, device=x.device)
     for task in range(x.shape[0]):
         points = (x[task], y[task])
@@ -121,7 +119,7 @@ def _indices(x, y, k: int, metric: str, p: float | None, precision: Tensor | Non
 
 
 def _certified(x: Tensor, y: Tensor, k: int) -> Tensor:
-    """Nearest rows by squares of centred points ``[N, D]`` and ``[M, D]``.
+    """Nearest rows of points ``[N, D]`` and ``[M, D]`` by squares.
 
     Some more candidates than asked for are kept. With ``error`` the most by which a matrix product
     may be off, every row that was not kept is farther than ``worst kept - error``: where the k-th
@@ -129,8 +127,9 @@ def _certified(x: Tensor, y: Tensor, k: int) -> Tensor:
     """
     rows, width = y.shape
     kept = min(k + 2 + k // 4, rows)
-    xx, yy = x.square().sum(1), y.square().sum(1)
-    approximate, names = _stream(x, y, kept, SQUARES, 2.0, yy)
+    cx, cy = (t[0] for t in _pairwise.centred(x[None], y[None]))
+    xx, yy = cx.square().sum(1), cy.square().sum(1)
+    approximate, names = _stream(cx, cy, kept, SQUARES, 2.0, yy)
     exact = _pairwise._Sums.forward(x.unsqueeze(1), y[names.clamp_min(0)], SQUARES, 2.0).squeeze(1)
     exact = torch.where(names < 0, float("inf"), exact).nan_to_num(float("inf"), float("inf"))
     names, by_name = names.sort(1)
