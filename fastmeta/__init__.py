@@ -5,6 +5,7 @@ from fastmeta.algorithms.anil import ANIL
 from fastmeta.algorithms.imaml import IMAML
 from fastmeta.algorithms.maml import MAML
 from fastmeta.algorithms.metasgd import MetaSGD
+from fastmeta.algorithms.protonet import ProtoNet
 from fastmeta.algorithms.reptile import Reptile
 from fastmeta.batch import TaskBatch
 from fastmeta.engine import optimizers as rules
@@ -47,6 +48,7 @@ __all__ = [
     "Patched",
     "PerformanceWarning",
     "Prefix",
+    "ProtoNet",
     "Reptile",
     "Spec",
     "TaskBatch",

@@ -77,7 +77,7 @@ def run_episode(loop: InnerLoop, packed: Tensor, batch: TaskBatch, plan: MemoryP
     if some:
         loss = (results.losses if every else results.losses[good]).mean()
     else:
-        loss = _zero([packed, *loop.rates.parameters(), *loop.patched.shared_parameters()])
+        loss = zero_loss([packed, *loop.rates.parameters(), *loop.patched.shared_parameters()])
     logits = results.logits if results.logits.numel() else None
     scores = None
     if logits is not None and loop.loss_fn is classification:
@@ -116,7 +116,7 @@ def _without(
     return frozen._replace(losses=_nan_where(~good, frozen.losses)), good
 
 
-def _zero(meta: list[Tensor]) -> Tensor:
+def zero_loss(meta: list[Tensor]) -> Tensor:
     """0, with a gradient of zeros to every tensor, whatever it holds."""
     everywhere = torch.ones((), dtype=torch.bool, device=meta[0].device)
     return torch.stack([t.masked_fill(everywhere, 0.0).sum().to(meta[0]) for t in meta]).sum()
