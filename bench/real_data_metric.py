@@ -255,7 +255,7 @@ def main() -> None:
     parser.add_argument("--splits", nargs="+", type=int, default=[1, 2, 3, 4, 5])
     parser.add_argument("--methods", nargs="+", default=["none", "protonet"])
     parser.add_argument("--part", choices=["test", "valid"], default="test")
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--tasks", type=int, default=8)
     parser.add_argument("--temperature", type=float, default=0.1)
     parser.add_argument("--outer-lr", type=float, default=5e-5)

@@ -4,8 +4,11 @@ from fastmeta import data, models, ops, optim, training
 from fastmeta.algorithms.anil import ANIL
 from fastmeta.algorithms.imaml import IMAML
 from fastmeta.algorithms.maml import MAML
+from fastmeta.algorithms.matchingnet import MatchingNet
 from fastmeta.algorithms.metasgd import MetaSGD
+from fastmeta.algorithms.protomaml import ProtoMAML
 from fastmeta.algorithms.protonet import ProtoNet
+from fastmeta.algorithms.relationnet import RelationNet
 from fastmeta.algorithms.reptile import Reptile
 from fastmeta.batch import TaskBatch
 from fastmeta.engine import optimizers as rules
@@ -39,6 +42,7 @@ __all__ = [
     "Head",
     "LearnedRate",
     "LoRA",
+    "MatchingNet",
     "MetaOutput",
     "MetaSGD",
     "Norm",
@@ -48,7 +52,9 @@ __all__ = [
     "Patched",
     "PerformanceWarning",
     "Prefix",
+    "ProtoMAML",
     "ProtoNet",
+    "RelationNet",
     "Reptile",
     "Spec",
     "TaskBatch",

@@ -48,9 +48,7 @@ class Comparison(nn.Module):
         if metric not in METRICS:
             raise ValueError(f"metric must be one of {', '.join(METRICS)}, got {metric!r}")
         if precision not in PRECISIONS:
-            raise ValueError(
-                f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}"
-            )
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
         if (p is not None) != (metric == "minkowski"):
             need = "takes no p" if p is not None else "needs p"
             raise ValueError(f"metric {metric!r} {need}, got p={p!r}")
@@ -58,10 +56,10 @@ class Comparison(nn.Module):
         self.constant: float | None = None
         like = {"device": device, "dtype": dtype}
         if temperature == "learned":
-            start = math.log(_positive("initial_temperature", initial_temperature))
+            start = math.log(positive("initial_temperature", initial_temperature))
             self.log_temperature = nn.Parameter(torch.full((), start, **like))
         else:
-            self.constant = _positive("temperature", temperature)
+            self.constant = positive("temperature", temperature)
         if metric == "mahalanobis":
             if precision == "diagonal":
                 one = math.log(math.expm1(1.0))  # softplus of it is 1
@@ -102,7 +100,8 @@ class Comparison(nn.Module):
         return ", ".join([*parts, f"temperature={shown}"])
 
 
-def _positive(name: str, value: object) -> float:
+def positive(name: str, value: object) -> float:
+    """The value as a positive finite float, or a ValueError that names it."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not value > 0 or not math.isfinite(value):
         allowed = " or 'learned'" if name == "temperature" else ""

@@ -35,6 +35,8 @@ class Embedding(nn.Module):
         projection: Outputs of a new linear layer without bias, a module ``[..., D] -> [..., E]``,
             or None.
         normalize: Whether features are divided by their length.
+        by_length: Whether, on a CPU, rows of similar length may run together without the padding
+            of longer ones.
 
     Raises:
         TypeError: `model` is no module.
@@ -48,6 +50,7 @@ class Embedding(nn.Module):
         pooling: str = "mean",
         projection: int | nn.Module | None = None,
         normalize: bool = False,
+        by_length: bool = True,
     ) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
@@ -58,6 +61,7 @@ class Embedding(nn.Module):
             raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
         self.pooling = pooling
         self.normalize = normalize
+        self.by_length = by_length
         self.patched = model if isinstance(model, Patched) else None
         whole = model.model if isinstance(model, Patched) else model
         lead, source = _encoder(whole)
@@ -87,9 +91,7 @@ class Embedding(nn.Module):
                 f"projection must be a number of outputs of at least 1, a module or None, "
                 f"got {projection!r}"
             )
-        return nn.Linear(
-            self.inputs, projection, bias=False, device=self.device, dtype=self.dtype
-        )
+        return nn.Linear(self.inputs, projection, bias=False, device=self.device, dtype=self.dtype)
 
     @property
     def inputs(self) -> int:
@@ -122,6 +124,14 @@ class Embedding(nn.Module):
         own = self.source.named_parameters()
         return {self.lead + n: p for n, p in own if p.requires_grad}
 
+    def names(self) -> dict[int, str]:
+        """Identity of a parameter -> its name: the model's own, or below ``metric.projection``."""
+        found = {id(p): self.lead + n for n, p in self.source.named_parameters()}
+        if self.projection is not None:
+            own = self.projection.named_parameters()
+            found |= {id(p): f"metric.projection.{n}" for n, p in own}
+        return found
+
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Features ``[T, N, D]``, float64 for a float64 model, else float32.
 
@@ -135,18 +145,21 @@ class Embedding(nn.Module):
         if flat:
             given = {k: v.unsqueeze(0) for k, v in given.items()}
         tasks, rows = next(iter(given.values())).shape[:2]
-        pooled = self._pooled({k: v.flatten(0, 1) for k, v in given.items()})
-        features = pooled.to(torch.promote_types(pooled.dtype, torch.float32))
-        if self.projection is not None:
-            features = self.projection(features.to(self.dtype))
-        if self.normalize:
-            features = F.normalize(features, dim=-1)
+        features = self.rows({k: v.flatten(0, 1) for k, v in given.items()})
         features = features.unflatten(0, (tasks, rows))
         return features[0] if flat else features
 
+    def rows(self, flat: Mapping[str, Tensor]) -> Tensor:
+        """Features ``[B, D]`` of inputs ``[B, ...]``."""
+        pooled = self._pooled(dict(flat))
+        features = pooled.to(torch.promote_types(pooled.dtype, torch.float32))
+        if self.projection is not None:
+            features = self.projection(features.to(self.dtype))
+        return F.normalize(features, dim=-1) if self.normalize else features
+
     def _pooled(self, flat: dict[str, Tensor]) -> Tensor:
         """``[B, ...]`` inputs to ``[B, D]``; short texts do not wait for long ones' padding."""
-        groups = _by_length(flat)
+        groups = _by_length(flat) if self.by_length else None
         if groups is None:
             return self._pool(self._states(flat), flat.get("attention_mask"))
         found = []

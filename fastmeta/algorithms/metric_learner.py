@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from fastmeta.algorithms.embedding import Embedding
-from fastmeta.batch import IGNORE_INDEX, TaskBatch, check_set, check_ways
+from fastmeta.algorithms.learner import copy_parameters
+from fastmeta.batch import TaskBatch, check_set, check_ways
 from fastmeta.engine.allocator import reuse_large_buffers
-from fastmeta.engine.checks import check_labels
+from fastmeta.engine.checks import check_labels, check_support_of_queries
 from fastmeta.engine.episode import MetaOutput, with_ways, zero_loss
 from fastmeta.engine.losses import WAYS, accuracy, classification
 from fastmeta.patching import ParamLayout, Patched, TaskParams
@@ -105,23 +106,7 @@ class MetricLearner(nn.Module):
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, **_: Any):  # type: ignore[override]
         """Copy meta-parameters in place, into the user's model where they are its own."""
-        own = dict(self.named_parameters())
-        missing, extra = own.keys() - state_dict.keys(), state_dict.keys() - own.keys()
-        if strict and (missing or extra):
-            raise ValueError(
-                "the state is of another model or learner: "
-                f"missing {sorted(missing)[:4]}, unexpected {sorted(extra)[:4]}"
-            )
-        shared = own.keys() & state_dict.keys()
-        for name in shared:
-            if own[name].shape != state_dict[name].shape:
-                raise ValueError(
-                    f"expected shape {list(own[name].shape)} for {name!r}, "
-                    f"got {list(state_dict[name].shape)}"
-                )
-        with torch.no_grad():
-            for name in shared:
-                own[name].copy_(state_dict[name])
+        copy_parameters(dict(self.named_parameters()), state_dict, strict)
 
     def _apply(self, fn: Any, recurse: bool = True) -> MetricLearner:
         raise RuntimeError(
@@ -259,15 +244,7 @@ class MetricLearner(nn.Module):
         classes = self._check_support(batch.support, batch.ways)
         self._check_device(query, "query")
         check_labels(query, "query", "num_labels", 2, None)
-        labels = query["labels"]
-        support = batch.support["labels"].unsqueeze(1)
-        wrong = (labels != IGNORE_INDEX) & ~(labels.unsqueeze(2) == support).any(2)
-        if bool(wrong.any()):
-            task = int(wrong.any(1).nonzero()[0])
-            raise ValueError(
-                f"task {task} has a query row of class {int(labels[wrong][0])}, but no support "
-                "row of it"
-            )
+        check_support_of_queries(batch.support["labels"], query["labels"])
         return classes
 
     def _check_support(self, support: Mapping[str, Tensor], ways: Tensor | None) -> int:
@@ -286,11 +263,6 @@ class MetricLearner(nn.Module):
 
     def extra_repr(self) -> str:
         return f"pooling={self.embedding.pooling!r}, normalize={self.embedding.normalize}"
-
-
-def count_rows(labels: Tensor, classes: int) -> Tensor:
-    """Rows of each class, int64 ``[T, C]``."""
-    return (labels.unsqueeze(2) == torch.arange(classes, device=labels.device)).sum(1)
 
 
 def _detached(found: Judged) -> tuple[Any, ...]:

@@ -95,9 +95,10 @@ class ProtoNet(MetricLearner):
             num_classes=classes,
             **self.comparison.arguments(),
         )
-        logits = logits.detach()
-        if self.comparison.metric == "cosine":  # the operator leaves out what all classes share
-            logits = logits - 1 / torch.as_tensor(temperature).detach()
         with torch.no_grad():
             state = self.fit(support, labels, classes)
-        return Judged(losses, logits, scores, state)
+            if bool((batch.query["labels"] < 0).any()):
+                logits = self.compare(state, query)  # of rows that the operator passes over, too
+            elif self.comparison.metric == "cosine":  # it leaves out what all classes share
+                logits = logits - 1 / temperature
+        return Judged(losses, logits.detach(), scores, state)

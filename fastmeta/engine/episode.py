@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastmeta.batch import TaskBatch
 from fastmeta.engine.chunks import TaskResults, run_chunks
-from fastmeta.engine.head import adapt_head, head_may_serve
+from fastmeta.engine.head import adapt_head, head_may_serve, with_prototypes
 from fastmeta.engine.implicit import implicit
 from fastmeta.engine.inner import (
     InnerLoop,
@@ -77,7 +77,7 @@ def run_episode(loop: InnerLoop, packed: Tensor, batch: TaskBatch, plan: MemoryP
     if some:
         loss = (results.losses if every else results.losses[good]).mean()
     else:
-        loss = zero_loss([packed, *loop.rates.parameters(), *loop.patched.shared_parameters()])
+        loss = zero_loss([packed, *loop.added_parameters(), *loop.patched.shared_parameters()])
     logits = results.logits if results.logits.numel() else None
     scores = None
     if logits is not None and loop.loss_fn is classification:
@@ -185,7 +185,7 @@ def adapt_tasks(
         for part, mine in zip(parts, rows, strict=True):
             texts = {k: v[part] for k, v in inputs.items()}
             support = _support(loop, mine, texts, None if tasks is None else tasks[part])
-            found.append(recompute(loop, mine, support, shared))
+            found.append(recompute(loop, with_prototypes(loop, mine, support), support, shared))
         return joined(found)
     support = _support(loop, packed, inputs, tasks)
     if loop.implicit and differentiated:
@@ -194,7 +194,7 @@ def adapt_tasks(
         return replace(
             trajectory, params=implicit(loop, packed, trajectory.params, support, shared)
         )
-    return unroll(loop, packed, support)
+    return unroll(loop, with_prototypes(loop, packed, support), support)
 
 
 def _support(

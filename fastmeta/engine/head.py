@@ -13,7 +13,7 @@ from fastmeta.engine.inner import InnerLoop, Support, Trajectory, model_inputs
 from fastmeta.engine.losses import WAYS, classification
 from fastmeta.engine.optimizers import SGD, Momentum
 from fastmeta.patching import TaskParams
-from fastmeta.patching.head import head_features, linear_head
+from fastmeta.patching.head import head_features, linear_head, read_by
 
 
 def head_may_serve(loop: InnerLoop) -> bool:
@@ -42,6 +42,8 @@ def adapt_head(loop: InnerLoop, start: TaskParams, support: Support) -> Trajecto
     if features is None or features.dtype not in (torch.float32, torch.float64):
         return None
     views = start.views
+    if loop.head is not None:
+        views = loop.head.put(views, features, support.inputs["labels"])
     bias = head.slots.get("bias")
     weight, new_bias, losses, active = ops.head_inner_loop(
         features,
@@ -60,6 +62,20 @@ def adapt_head(loop: InnerLoop, start: TaskParams, support: Support) -> Trajecto
         found[bias] = new_bias
     packed = start.layout.pack([found[slot] for slot in range(len(start.layout))])
     return Trajectory(packed, active, list(losses.unbind(1)))
+
+
+def with_prototypes(loop: InnerLoop, packed: Tensor, support: Support) -> Tensor:
+    """Initial fast weights ``[T, P]`` whose head is that of each task's prototypes, if it is to be.
+
+    The prototypes are those of what the head reads at the initial values; differentiable.
+    """
+    if loop.head is None:
+        return packed
+    start = TaskParams(loop.patched.layout, packed)
+    inputs = model_inputs(support.inputs)
+    features = read_by(loop.patched, loop.head.name, start, inputs, support.prefix)
+    views = loop.head.put(start.views, features, support.inputs["labels"])
+    return start.layout.pack(views)
 
 
 def _rule(loop: InnerLoop) -> dict[str, float] | None:

@@ -171,7 +171,7 @@ def take(episodes: Loader, count: int, device: torch.device) -> Iterator[TaskBat
 
 
 def device_of(learner: nn.Module) -> torch.device:
-    own = getattr(learner, "device", None)  # a learner with nothing to learn still has one
+    own = getattr(learner, "device", None)  # of a learner whose model is frozen, too
     return next(iter(learner.parameters())).device if own is None else own
 
 
