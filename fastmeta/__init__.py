@@ -2,6 +2,7 @@
 
 from fastmeta import data, models, ops, optim, training
 from fastmeta.algorithms.anil import ANIL
+from fastmeta.algorithms.candidates import Candidate
 from fastmeta.algorithms.imaml import IMAML
 from fastmeta.algorithms.maml import MAML
 from fastmeta.algorithms.matchingnet import MatchingNet
@@ -10,6 +11,7 @@ from fastmeta.algorithms.protomaml import ProtoMAML
 from fastmeta.algorithms.protonet import ProtoNet
 from fastmeta.algorithms.relationnet import RelationNet
 from fastmeta.algorithms.reptile import Reptile
+from fastmeta.algorithms.selection import Selection, select_models
 from fastmeta.batch import TaskBatch
 from fastmeta.engine import optimizers as rules
 from fastmeta.engine.adaptation import Adapted, adapt
@@ -39,6 +41,7 @@ __all__ = [
     "MAML",
     "Adapted",
     "Bias",
+    "Candidate",
     "Head",
     "LearnedRate",
     "LoRA",
@@ -56,6 +59,7 @@ __all__ = [
     "ProtoNet",
     "RelationNet",
     "Reptile",
+    "Selection",
     "Spec",
     "TaskBatch",
     "TaskParams",
@@ -66,5 +70,6 @@ __all__ = [
     "optim",
     "patch",
     "rules",
+    "select_models",
     "training",
 ]
