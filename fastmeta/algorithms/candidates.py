@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -51,8 +52,8 @@ class Candidate:
         check_steps(self.steps)
         check_clip_norm(self.clip_norm)
         resolve_rule(self.optimizer)
-        if not self.noise >= 0:
-            raise ValueError(f"noise must be at least 0, got {self.noise!r}")
+        if not 0 <= self.noise < math.inf:
+            raise ValueError(f"noise must be a finite number of at least 0, got {self.noise!r}")
 
     @classmethod
     def grid(cls, **values: Any) -> list[Candidate]:
