@@ -58,7 +58,7 @@ class LastStates(nn.Module):
         lengths = attention_mask.sum(1)
         out = []
         order = lengths.argsort()
-        for rows in order.tensor_split(4):
+        for rows in order.tensor_split(min(4, len(order))):
             length = int(lengths[rows[-1]])
             x, mask = states[rows, :length], attention_mask[rows, :length]
             additive = (1 - mask.to(x.dtype))[:, None, None, :] * -1e9
@@ -73,11 +73,17 @@ class LastStates(nn.Module):
 
 def build(method: str, model: nn.Module, args: argparse.Namespace):
     """The learner of one method, on features of unit length."""
-    common = {"normalize": True}
+    unit = {"normalize": True}
+    learned = {"temperature": "learned", "initial_temperature": args.temperature}
     if method == "protonet":
-        return fm.ProtoNet(
-            model, temperature="learned", initial_temperature=args.temperature, **common
-        )
+        return fm.ProtoNet(model, **unit, **learned)
+    if method == "matchingnet":
+        return fm.MatchingNet(model, **unit, **learned)
+    if method == "relationnet":
+        return fm.RelationNet(model, **unit)
+    if method == "protomaml":
+        inner = {"lr": args.inner_lr, "steps": args.inner_steps, "memory": "unroll"}
+        return fm.ProtoMAML(model, ways=WAYS, **unit, **learned, **inner)
     raise ValueError(f"unknown method {method!r}")
 
 
@@ -86,6 +92,13 @@ def judge_of(learner) -> Callable[[Features], Tensor]:
 
     def judge(features: Features) -> Tensor:
         support, query = features
+        if isinstance(learner, fm.ProtoMAML):
+            head = learner.head.values(support, labels_of(support), WAYS)
+            weight, bias = fm.ops.head_inner_loop(
+                support, labels_of(support), *head, learner.rates.constant, learner.steps
+            )
+            logits = query @ weight.mT + bias.unsqueeze(1)
+            return (logits.argmax(-1) == labels_of(query)).float().mean(1)
         state = learner.fit(support, labels_of(support), WAYS)
         predicted = learner.compare(state, query).argmax(-1)
         return (predicted == labels_of(query)).float().mean(1)
@@ -104,6 +117,49 @@ def nearest_mean(features: Features) -> Tensor:
 def nearest_unit_mean(features: Features) -> Tensor:
     """The same on features of unit length."""
     return nearest_mean(tuple(F.normalize(f, dim=-1) for f in features))
+
+
+class FeatureHead(nn.Module):
+    """A linear classifier of stored features, starting at zero."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.classifier = nn.Linear(width, WAYS)
+        nn.init.zeros_(self.classifier.weight)
+        nn.init.zeros_(self.classifier.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(x)
+
+
+def select(texts: Texts, features: Tensor, episodes: int) -> dict[str, dict[str, dict]]:
+    """How `fm.select_models` fares: linear heads of 9 candidates on features of norm 10."""
+    features = 10 * F.normalize(features, dim=-1)
+    patched = fm.patch(FeatureHead(features.shape[1]), fm.Params("classifier"))
+    grid = fm.Candidate.grid(lr=[0.001, 0.01, 0.1], steps=20, seed=[0, 1, 2], noise=0.1)
+    found: dict[str, dict] = {}
+    for shots in SHOTS:
+        scores: dict[str, list[Tensor]] = {}
+        rows = texts.episodes(episodes, shots, EVALUATION_SEED)
+        for s, q in zip(rows[0].split(50), rows[1].split(50), strict=True):
+            support = {"x": features[s], "labels": labels_of(features[s])}
+            query, labels = {"x": features[q]}, labels_of(features[q])
+            for criterion in ("medoid", "farthest") + (("validation",) if shots > 1 else ()):
+                out = fm.select_models(patched, support, grid, query=query, criterion=criterion)
+                right = (out.predictions == labels).float().mean(1)
+                scores.setdefault(criterion, []).append(right)
+            each = (out.probabilities.argmax(-1) == labels.unsqueeze(1)).float().mean(2)
+            scores.setdefault("a random candidate", []).append(each.mean(1))
+            scores.setdefault("best candidate of all tasks", []).append(each)
+            ensemble = (out.ensemble.argmax(-1) == labels).float().mean(1)
+            scores.setdefault("ensemble", []).append(ensemble)
+        every = torch.cat(scores.pop("best candidate of all tasks"))
+        scores["best candidate of all tasks"] = [every[:, every.mean(0).argmax()]]
+        for name, parts in scores.items():
+            mean, half = interval(torch.cat(parts))
+            at = found.setdefault(name, {})
+            at[f"{shots}-shot"] = {"accuracy": mean, "interval95": half}
+    return found
 
 
 def labels_of(features: Tensor) -> Tensor:
@@ -212,6 +268,9 @@ def one_run(method: str, encoder, train_texts: Texts, judged: Texts, args) -> di
             "raw": evaluate(nearest_mean, judged, features, args.episodes),
             "unit length": evaluate(nearest_unit_mean, judged, features, args.episodes),
         }
+    if method == "select":
+        features = judged.embed(fm.ProtoNet(model).embed)
+        return {"select": select(judged, features, args.episodes)}
     learner = build(method, model, args)
     start = time.perf_counter()
     history = train(learner, train_texts, args)
@@ -219,7 +278,9 @@ def one_run(method: str, encoder, train_texts: Texts, judged: Texts, args) -> di
     learner.eval()
     start = time.perf_counter()
     with torch.no_grad():
-        features = judged.embed(learner.embed)
+        maml = isinstance(learner, fm.ProtoMAML)
+        embed = learner.patched.model.embedding if maml else learner.embed
+        features = judged.embed(embed)
         found: dict = evaluate(judge_of(learner), judged, features, args.episodes)
     found["train_seconds"] = round(seconds, 1)
     found["eval_seconds"] = round(time.perf_counter() - start, 1)
@@ -258,6 +319,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--tasks", type=int, default=8)
     parser.add_argument("--temperature", type=float, default=0.1)
+    parser.add_argument("--inner-lr", type=float, default=0.5, help="of protomaml")
+    parser.add_argument("--inner-steps", type=int, default=5, help="of protomaml")
     parser.add_argument("--outer-lr", type=float, default=5e-5)
     parser.add_argument("--added-lr", type=float, default=1e-3)
     parser.add_argument("--episodes", type=int, default=600)
@@ -298,17 +361,22 @@ def table(records: list[dict]) -> str:
         if r["method"] == "none":
             for name in ("raw", "unit length"):
                 rows.setdefault((r["dataset"], f"no training, {name}"), []).append(r[name])
+        elif r["method"] == "select":
+            for name, scores in r["select"].items():
+                rows.setdefault((r["dataset"], f"select: {name}"), []).append(scores)
         else:
             rows.setdefault((r["dataset"], r["method"]), []).append(r)
     for (dataset, method), found in sorted(rows.items()):
         cells = []
         for shots in SHOTS:
+            if f"{shots}-shot" not in found[0]:
+                continue
             scores = [f[f"{shots}-shot"]["accuracy"] for f in found]
             halves = [f[f"{shots}-shot"]["interval95"] for f in found]
             # of the mean of independent means
             half = math.sqrt(sum(h * h for h in halves)) / len(halves)
             cells.append(f"{shots}-shot {sum(scores) / len(scores):.2f} +- {half:.2f}")
-        lines.append(f"{dataset:6} {method:28} {len(found)} splits  {'  '.join(cells)}")
+        lines.append(f"{dataset:6} {method:36} {len(found)} splits  {'  '.join(cells)}")
     return "\n".join(lines)
 
 

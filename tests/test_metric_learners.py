@@ -225,6 +225,12 @@ def test_relationnet(model, parts, loss: str, ragged: bool) -> None:
     metric.assert_same(learner, tasks_of(ragged), features, metric.relationnet, loss_fn)
 
 
+def test_relationnet_reads_unit_features_at_order_one(model) -> None:
+    learner = fm.RelationNet(model, hidden=7, normalize=True)
+    features = metric.features_of(model.bert, normalize=True)
+    metric.assert_same(learner, RAGGED, lambda s: 4 * features(s), metric.relationnet)
+
+
 # -- what all share ------------------------------------------------------------------------------
 
 

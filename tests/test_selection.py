@@ -253,6 +253,23 @@ def test_a_linear_head_reads_the_encoder_once() -> None:
     assert max(rows) <= 3 * max(s["labels"].shape[1] for s in (batch.support, batch.query))
 
 
+def test_a_plain_module_of_features() -> None:
+    """Any module whose output is logits, on stored features."""
+    net = torch.nn.Linear(4, 3).double()
+    g = torch.Generator().manual_seed(0)
+    sets = [
+        {
+            "x": torch.randn(2, 6, 4, generator=g).double(),
+            "labels": torch.arange(6).expand(2, 6) % 3,
+        }
+        for _ in range(2)
+    ]
+    found = fm.select_models(
+        fm.patch(net, fm.Params("*")), sets[0], fm.Candidate.grid(lr=[0.1, 1.0]), query=sets[1]
+    )
+    assert found.predictions.shape == (2, 6) and found.scores.shape == (2, 2)
+
+
 # -- arguments -----------------------------------------------------------------------------------
 
 

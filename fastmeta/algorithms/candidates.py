@@ -178,12 +178,11 @@ class Run:
                 continue
             packed = torch.cat([params[i].packed for i in group])
             every = {k: _repeated(v, len(group)) for k, v in inputs.items()}
-            pieces = [
-                model(
-                    TaskParams(model.layout, packed[s]), **{k: v[s] for k, v in every.items()}
-                ).logits
-                for s in split(slice(0, len(packed)), self.task_chunk)
-            ]
+            pieces = []
+            for some in split(slice(0, len(packed)), self.task_chunk):
+                fast = TaskParams(model.layout, packed[some])
+                out = model(fast, **{k: v[some] for k, v in every.items()})
+                pieces.append(getattr(out, "logits", out))
             for i, own in zip(group, torch.cat(pieces).split(tasks), strict=True):
                 found[i] = own
         widths = {t.shape[-1] for t in found}

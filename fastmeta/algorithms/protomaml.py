@@ -189,7 +189,8 @@ class ProtoMAML(GradientLearner):
         self, params: TaskParams, *, ways: Tensor | None = None, **inputs: Tensor
     ) -> Tensor:
         """Logits ``[T, Q, C]`` of query inputs ``[T, Q, ...]``; ``-inf`` beyond a task's `ways`."""
-        return mask_ways(self.patched(params, **inputs).logits, ways)
+        out = self.patched(params, **inputs)
+        return mask_ways(getattr(out, "logits", out), ways)
 
 
 def _are_classes(batch: TaskBatch) -> bool:

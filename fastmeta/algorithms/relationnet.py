@@ -22,7 +22,8 @@ class RelationNet(MetricLearner):
     """Relation networks: the comparison of a query with a class is itself learned.
 
     ``logits = r(parts of f(x) and mean_c)`` with r a network of one hidden layer; the parts are
-    ``f(x)``, ``mean_c``, ``|f(x) - mean_c|`` and ``f(x) * mean_c``.
+    ``f(x)``, ``mean_c``, ``|f(x) - mean_c|`` and ``f(x) * mean_c``. Features of unit length
+    (``normalize=True``) are read times ``sqrt(D)``.
 
     Args:
         model: The model that embeds, a transformers model or one from `fm.patch`.
@@ -75,7 +76,9 @@ class RelationNet(MetricLearner):
         return {"prototypes": means, "counts": counts.to(means.dtype)}
 
     def compare(self, state: Mapping[str, Tensor], features: Tensor) -> Tensor:
-        x, mean = features.unsqueeze(2), state["prototypes"].unsqueeze(1)
+        # entries of order one, also where features have unit length
+        scale = features.shape[-1] ** 0.5 if self.embedding.normalize else 1.0
+        x, mean = scale * features.unsqueeze(2), scale * state["prototypes"].unsqueeze(1)
         shape = torch.broadcast_shapes(x.shape, mean.shape)
         of = {
             "query": lambda: x.expand(shape),
