@@ -136,7 +136,7 @@ def select(texts: Texts, features: Tensor, episodes: int) -> dict[str, dict[str,
     """How `fm.select_models` fares: linear heads of 9 candidates on features of norm 10."""
     features = 10 * F.normalize(features, dim=-1)
     patched = fm.patch(FeatureHead(features.shape[1]), fm.Params("classifier"))
-    grid = fm.Candidate.grid(lr=[0.001, 0.01, 0.1], steps=20, seed=[0, 1, 2], noise=0.1)
+    grid = fm.Candidate.grid(lr=[0.003, 0.03, 0.3], steps=20, seed=[0, 1, 2], noise=0.03)
     found: dict[str, dict] = {}
     for shots in SHOTS:
         scores: dict[str, list[Tensor]] = {}
