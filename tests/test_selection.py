@@ -259,7 +259,7 @@ def test_a_plain_module_of_features() -> None:
     g = torch.Generator().manual_seed(0)
     sets = [
         {
-            "x": torch.randn(2, 6, 4, generator=g).double(),
+            "input": torch.randn(2, 6, 4, generator=g).double(),
             "labels": torch.arange(6).expand(2, 6) % 3,
         }
         for _ in range(2)
