@@ -17,7 +17,7 @@ from fastmeta.engine.losses import WAYS, classification, mask_ways
 from fastmeta.patching import Patched, TaskParams
 
 CRITERIA = ("validation", "medoid", "farthest")
-_TINY = 1e-12
+_ROUNDING = 32  # units in the last place
 
 
 @dataclass
@@ -46,10 +46,10 @@ class Selection:
     diverged: Tensor
     params: TaskParams | None
     all_params: list[TaskParams]
-    logits: Tensor | None
-    predictions: Tensor | None
-    probabilities: Tensor | None
-    ensemble: Tensor | None
+    logits: Tensor | None = None
+    predictions: Tensor | None = None
+    probabilities: Tensor | None = None
+    ensemble: Tensor | None = None
     validation_losses: Tensor | None = None
 
 
@@ -114,11 +114,90 @@ def select_models(
         >>> found = fm.select_models(patched, support, grid, query=query)
         >>> found.chosen, found.predictions, found.ensemble.argmax(-1)
     """
+    candidates = list(candidates) if isinstance(candidates, Sequence) else [candidates]
+    metric = _check(patched, candidates, criterion, compare, metric, p)
+    tasks = check_set("support", support)
+    extra: dict[str, Tensor] = {}
+    if ways is not None:
+        check_ways(ways, tasks)
+        extra = {WAYS: ways}
+    models = [c.patched or patched for c in candidates]
+    one_layout = all(m.layout.shapes == patched.layout.shapes for m in models)
+    if compare == "parameters" and not one_layout:
+        raise ValueError(
+            "parameters can be compared between candidates of one specification; "
+            "compare 'probabilities' instead"
+        )
+    training, held_out = support, None
+    for model in {id(m): m for m in models}.values():
+        check_sets(model, classification, {"support": {**support, **extra}})
+        if query is not None and model.device != next(iter(query.values())).device:
+            raise ValueError(f"the model is on {model.device}, but the query set is not")
+    if criterion == "validation":
+        training, held_out = _held_out(support, validation)
+        check_sets(patched, classification, {"validation": {**held_out, **extra}})
+
+    run = Run(models, candidates, ways, task_chunk)
+    params, diverged = run.adapt(training)
+    losses = right = None
+    if held_out is not None:
+        judged = [run.judge(own, held_out) for own in run.logits(params, held_out).unbind(1)]
+        losses, right = (torch.stack(t, 1) for t in zip(*judged, strict=True))
+        bad = diverged | ~losses.isfinite()
+        if training is not support:
+            params, diverged = run.adapt(support)
+        diverged = diverged | bad
+
+    # Predictions to hand out, and rows to compare on.
+    rows = support if query is None else query
+    logits, counted = run.logits(params, rows), _counted(rows)
+    own = mask_ways_of(logits, ways, 0.0)
+    finite = torch.where(counted[:, None, :, None], own, 0.0).isfinite()
+    diverged = diverged | ~finite.flatten(2).all(2)
+    probabilities = mask_ways_of(logits, ways, float("-inf")).softmax(-1)
+    packed = torch.stack([q.packed for q in params], 1) if one_layout else None
+    if compare == "parameters":
+        distances = candidate_distances(packed, metric, p)
+    else:
+        features = {"logits": own, "probabilities": probabilities}.get(compare)
+        if features is None:
+            classes = probabilities.nan_to_num().argmax(-1)
+            features = F.one_hot(classes, logits.shape[-1]).to(logits.dtype)
+        distances = candidate_distances(features, metric, p, counted)
+    pair = diverged.unsqueeze(1) | diverged.unsqueeze(2)
+    distances = distances.masked_fill(pair, float("nan"))
+    scores = right
+    if scores is None:  # the mean distance to the others
+        others = (~pair).sum(2) - 1
+        scores = torch.where(pair, 0.0, distances).sum(2) / others.clamp_min(1)
+    index = _choose(criterion, scores, losses, diverged)
+
+    at, nobody = torch.arange(tasks, device=index.device), diverged.all(1)
+    found = Selection(
+        chosen=index.masked_fill(nobody, -1),
+        scores=scores.masked_fill(diverged, float("nan")),
+        distances=distances,
+        diverged=diverged,
+        params=None if packed is None else TaskParams(patched.layout, packed[at, index]),
+        all_params=params,
+        validation_losses=losses,
+    )
+    if query is not None:
+        weight = (~diverged).to(probabilities.dtype)[:, :, None, None]
+        kept = torch.where(weight != 0, probabilities, 0.0)
+        found.logits = logits[at, index]
+        found.predictions = mask_ways(found.logits, ways).nan_to_num(nan=0.0).argmax(-1)
+        found.probabilities = probabilities
+        found.ensemble = kept.sum(1) / weight.sum(1).clamp_min(1)
+    return found
+
+
+def _check(patched, candidates, criterion, compare, metric, p) -> str:
+    """Raise one sentence for wrong settings; the metric's name otherwise."""
     if not isinstance(patched, Patched):
         raise TypeError(
             f"expected a patched model (fm.patch(model, spec)), got {type(patched).__name__}"
         )
-    candidates = list(candidates)
     for candidate in candidates or [None]:
         if not isinstance(candidate, Candidate):
             raise TypeError(f"expected fm.Candidate objects, at least one, got {candidate!r}")
@@ -126,100 +205,21 @@ def select_models(
         raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}, got {criterion!r}")
     if compare not in COMPARISONS:
         raise ValueError(f"compare must be one of {', '.join(COMPARISONS)}, got {compare!r}")
-    metric = check_metric(compare, metric, p)
-    tasks = check_set("support", support)
-    extra: dict[str, Tensor] = {}
-    if ways is not None:
-        check_ways(ways, tasks)
-        extra = {WAYS: ways}
-    models = [c.patched or patched for c in candidates]
-    if compare == "parameters" and any(m.layout.shapes != patched.layout.shapes for m in models):
-        raise ValueError(
-            "parameters can be compared between candidates of one specification; "
-            "compare 'probabilities' instead"
-        )
-    for model in {id(m): m for m in models}.values():
-        check_sets(model, classification, {"support": {**support, **extra}})
-        if query is not None and model.device != next(iter(query.values())).device:
-            raise ValueError(f"the model is on {model.device}, but the query set is not")
-    run = Run(models, candidates, ways, task_chunk)
+    return check_metric(compare, metric, p)
 
-    validated = None
-    if criterion == "validation":
-        training, held_out = _held_out(support, validation)
-        check_sets(patched, classification, {"validation": {**held_out, **extra}})
-        params, diverged = run.adapt(training)
-        logits = run.logits(params, held_out)
-        judged = [run.judge(lg, held_out) for lg in logits.unbind(1)]
-        validated = [torch.stack(t, 1) for t in zip(*judged, strict=True)]
-        bad = diverged | ~validated[0].isfinite()
-        if training is not support:
-            params, diverged = run.adapt(support)
-        diverged = diverged | bad
-    else:
-        params, diverged = run.adapt(support)
 
-    # Predictions to hand out, and rows to compare on.
-    rows = support if query is None else query
-    logits = run.logits(params, rows)
-    counted = _counted(rows)
-    finite = torch.where(counted[:, None, :, None], mask_ways_of(logits, ways, 0.0), 0.0)
-    diverged = diverged | ~finite.isfinite().flatten(2).all(2)
-    probabilities = mask_ways_of(logits, ways, float("-inf")).softmax(-1)
-    if compare == "parameters":
-        found = candidate_distances(torch.stack([q.packed for q in params], 1), metric, p)
+def _choose(criterion: str, scores: Tensor, losses: Tensor | None, diverged: Tensor) -> Tensor:
+    """The candidate of each task, int64 ``[T]``; of equal ones the first."""
+    if losses is not None:  # most right answers; of equal ones the smaller loss
+        best = scores.masked_fill(diverged, -1).amax(1, keepdim=True)
+        order = losses.masked_fill((scores != best) | diverged, float("inf"))
     else:
-        features = {"logits": lambda: mask_ways_of(logits, ways, 0.0)}
-        features["probabilities"] = lambda: probabilities
-        features["predictions"] = lambda: F.one_hot(
-            probabilities.nan_to_num().argmax(-1), logits.shape[-1]
-        ).to(logits.dtype)
-        found = candidate_distances(features[compare](), metric, p, counted)
-    pair = diverged.unsqueeze(1) | diverged.unsqueeze(2)
-    distances = found.masked_fill(pair, float("nan"))
-
-    if validated is not None:
-        losses, scores = validated
-        # most right answers; of equal ones the smaller loss; of equal ones the first
-        best = (scores == scores.masked_fill(diverged, -1).amax(1, keepdim=True)) & ~diverged
-        order = losses.masked_fill(~best, float("inf"))
-    else:
-        others = (~pair).sum(2) - 1
-        scores = torch.where(pair, 0.0, distances).sum(2) / others.clamp_min(1)
-        # the sums of equal candidates may differ by rounding
         order = scores if criterion == "medoid" else -scores
         order = order.masked_fill(diverged, float("inf"))
-    least = order.amin(1, keepdim=True)
-    slack = _TINY * order.abs().masked_fill(order.isinf(), 0).amax(1, keepdim=True)
-    first = (order <= least + slack).to(torch.int64).argmax(1)
-    nobody = diverged.all(1)
-    index = torch.where(nobody, 0, first)
-    at = torch.arange(tasks, device=index.device)
-
-    one = all(m.layout.shapes == patched.layout.shapes for m in models)
-    chosen_params = None
-    if one:
-        chosen_params = TaskParams(
-            patched.layout, torch.stack([q.packed for q in params], 1)[at, index]
-        )
-    weight = (~diverged).to(probabilities.dtype)[:, :, None, None]
-    kept = torch.where(weight != 0, probabilities, 0.0)
-    chosen_logits = logits[at, index]
-    return Selection(
-        chosen=index.masked_fill(nobody, -1),
-        scores=scores.masked_fill(diverged, float("nan")),
-        distances=distances,
-        diverged=diverged,
-        params=chosen_params,
-        all_params=params,
-        logits=None if query is None else chosen_logits,
-        predictions=None
-        if query is None
-        else mask_ways(chosen_logits, ways).nan_to_num(nan=0.0).argmax(-1),
-        probabilities=None if query is None else probabilities,
-        ensemble=None if query is None else kept.sum(1) / weight.sum(1).clamp_min(1),
-        validation_losses=None if validated is None else validated[0],
-    )
+    # sums of the same distances in another order differ by rounding
+    size = order.abs().masked_fill(order.isinf(), 0).amax(1, keepdim=True)
+    slack = _ROUNDING * torch.finfo(order.dtype).eps * size
+    return (order <= order.amin(1, keepdim=True) + slack).to(torch.int64).argmax(1)
 
 
 def mask_ways_of(logits: Tensor, ways: Tensor | None, value: float) -> Tensor:
