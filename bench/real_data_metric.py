@@ -150,11 +150,11 @@ def select(texts: Texts, features: Tensor, episodes: int) -> dict[str, dict[str,
                 scores.setdefault(criterion, []).append(right)
             each = (out.probabilities.argmax(-1) == labels.unsqueeze(1)).float().mean(2)
             scores.setdefault("a random candidate", []).append(each.mean(1))
-            scores.setdefault("best candidate of all tasks", []).append(each)
+            scores.setdefault("best single candidate in hindsight", []).append(each)
             ensemble = (out.ensemble.argmax(-1) == labels).float().mean(1)
             scores.setdefault("ensemble", []).append(ensemble)
-        every = torch.cat(scores.pop("best candidate of all tasks"))
-        scores["best candidate of all tasks"] = [every[:, every.mean(0).argmax()]]
+        every = torch.cat(scores.pop("best single candidate in hindsight"))
+        scores["best single candidate in hindsight"] = [every[:, every.mean(0).argmax()]]
         for name, parts in scores.items():
             mean, half = interval(torch.cat(parts))
             at = found.setdefault(name, {})
