@@ -2,10 +2,16 @@
 
 from fastmeta import data, models, ops, optim, training
 from fastmeta.algorithms.anil import ANIL
+from fastmeta.algorithms.candidates import Candidate
 from fastmeta.algorithms.imaml import IMAML
 from fastmeta.algorithms.maml import MAML
+from fastmeta.algorithms.matchingnet import MatchingNet
 from fastmeta.algorithms.metasgd import MetaSGD
+from fastmeta.algorithms.protomaml import ProtoMAML
+from fastmeta.algorithms.protonet import ProtoNet
+from fastmeta.algorithms.relationnet import RelationNet
 from fastmeta.algorithms.reptile import Reptile
+from fastmeta.algorithms.selection import Selection, select_models
 from fastmeta.batch import TaskBatch
 from fastmeta.engine import optimizers as rules
 from fastmeta.engine.adaptation import Adapted, adapt
@@ -35,9 +41,11 @@ __all__ = [
     "MAML",
     "Adapted",
     "Bias",
+    "Candidate",
     "Head",
     "LearnedRate",
     "LoRA",
+    "MatchingNet",
     "MetaOutput",
     "MetaSGD",
     "Norm",
@@ -47,7 +55,11 @@ __all__ = [
     "Patched",
     "PerformanceWarning",
     "Prefix",
+    "ProtoMAML",
+    "ProtoNet",
+    "RelationNet",
     "Reptile",
+    "Selection",
     "Spec",
     "TaskBatch",
     "TaskParams",
@@ -58,5 +70,6 @@ __all__ = [
     "optim",
     "patch",
     "rules",
+    "select_models",
     "training",
 ]

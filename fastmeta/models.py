@@ -58,12 +58,7 @@ class SentenceClassifier(nn.Module):
             num_labels, scale: As for the class; a saved head keeps its own scale.
             **settings: Passed to `AutoModel.from_pretrained`.
         """
-        settings.setdefault("add_pooling_layer", False)
-        try:
-            encoder = AutoModel.from_pretrained(path, **settings)
-        except TypeError:  # not every encoder has a pooler to leave out
-            settings.pop("add_pooling_layer")
-            encoder = AutoModel.from_pretrained(path, **settings)
+        encoder = load_encoder(path, **settings)
         model = cls(encoder, num_labels, scale)
         head = Path(path, _HEAD_FILE)
         if head.is_file():
@@ -112,3 +107,13 @@ class SentenceClassifier(nn.Module):
         """Logits ``[B, C]`` as ``output.logits``."""
         features = self.embed(input_ids, attention_mask, **inputs)
         return SequenceClassifierOutput(logits=self.classifier(features))
+
+
+def load_encoder(path: str | Path, **settings: Any) -> nn.Module:
+    """`transformers.AutoModel` without a pooler, where it has one to leave out."""
+    settings.setdefault("add_pooling_layer", False)
+    try:
+        return AutoModel.from_pretrained(path, **settings)
+    except TypeError:
+        settings.pop("add_pooling_layer")
+        return AutoModel.from_pretrained(path, **settings)

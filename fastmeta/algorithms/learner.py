@@ -105,6 +105,10 @@ class GradientLearner(nn.Module):
 
     # -- meta-parameters ---------------------------------------------------------------------
 
+    @property
+    def device(self) -> torch.device:
+        return self.patched.device
+
     def named_parameters(  # type: ignore[override]
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
@@ -214,3 +218,25 @@ class GradientLearner(nn.Module):
 
     def extra_repr(self) -> str:
         return f"steps={self.steps}, order={self.order}, memory={self.memory!r}"
+
+
+def copy_parameters(
+    own: Mapping[str, Tensor], state_dict: Mapping[str, Tensor], strict: bool
+) -> None:
+    """Copy a learner's state into its meta-parameters, in place; nothing is changed on an error."""
+    missing, extra = own.keys() - state_dict.keys(), state_dict.keys() - own.keys()
+    if strict and (missing or extra):
+        raise ValueError(
+            "the state is of another model or learner: "
+            f"missing {sorted(missing)[:4]}, unexpected {sorted(extra)[:4]}"
+        )
+    names = own.keys() & state_dict.keys()
+    for name in names:
+        if own[name].shape != state_dict[name].shape:
+            raise ValueError(
+                f"expected shape {list(own[name].shape)} for {name!r}, "
+                f"got {list(state_dict[name].shape)}"
+            )
+    with torch.no_grad():
+        for name in names:
+            own[name].copy_(state_dict[name])

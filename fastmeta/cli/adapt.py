@@ -13,11 +13,12 @@ from torch import Tensor
 import fastmeta as fm
 from fastmeta.cli import checkpointed
 from fastmeta.cli.build import Parts
+from fastmeta.cli.config import METRIC
 from fastmeta.cli.errors import UserError
 from fastmeta.data import DataError, LabelledTexts
 from fastmeta.data.readers import read_lines
 from fastmeta.training.evaluation import evaluating
-from fastmeta.training.export import check_new, export_task
+from fastmeta.training.export import check_new, export_state, export_task
 from fastmeta.training.files import check_writable, whole_file
 
 SUMMARY = "Adapt a checkpoint to one task from labelled JSONL; write its weights, predict."
@@ -58,16 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     texts = _read_texts(arguments.predict, config.text_key, config.label_key, labels)
     params = adapt(parts, support)
     if arguments.folder:
-        trained = config.model.startswith("builtin") or bool(parts.patched.shared_parameters())
-        kind = export_task(
-            parts.patched,
-            params,
-            arguments.folder,
-            labels=labels,
-            base=None if trained else config.model,
-            tokenizer=parts.tokenizer,
-            details={k: getattr(config, k) for k in ("ways", "pooling", "pooling_scale")},
-        )
+        kind = _export(parts, params, arguments.folder, labels)
         print(
             f"{arguments.folder}: adapted weights of {len(labels)} classes ({kind})",
             file=sys.stderr,
@@ -77,10 +69,31 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _export(parts: Parts, params: fm.TaskParams, folder: str, labels: list[str]) -> str:
+    config = parts.config
+    details = {k: getattr(config, k) for k in ("method", "ways", "pooling", "pooling_scale")}
+    own = {id(p) for p in parts.model.parameters()}
+    if parts.patched is None or config.method in METRIC:
+        learned = any(id(p) in own for p in parts.learner.parameters())
+        added = {n: t for n, t in parts.learner.state_dict().items() if n.startswith("metric.")}
+        write, what = export_state, (parts.model, params, added)
+    else:
+        learned = bool(parts.patched.shared_parameters())
+        write, what = export_task, (parts.patched, params)
+    return write(
+        *what,
+        folder,
+        labels=labels,
+        base=None if learned or config.model.startswith("builtin") else config.model,
+        tokenizer=parts.tokenizer,
+        details=details,
+    )
+
+
 def adapt(parts: Parts, support: LabelledTexts) -> fm.TaskParams:
-    """Fast weights of one task, ``[1, P]``, by the learner's own inner loop."""
-    inputs = _inputs(parts, support.texts, parts.patched.device)
-    labels = torch.from_numpy(support.labels).to(parts.patched.device)
+    """What the learner makes of one task's support set: fast weights or prototypes."""
+    inputs = _inputs(parts, support.texts, parts.device)
+    labels = torch.from_numpy(support.labels).to(parts.device)
     examples = {k: v.unsqueeze(0) for k, v in inputs.items()} | {"labels": labels.unsqueeze(0)}
     ways = torch.tensor([len(support.classes)], device=labels.device)
     with evaluating(parts.learner):
@@ -95,12 +108,14 @@ def predict(
 ) -> list[dict]:
     """The rows of `texts` with ``predicted`` and ``probability``."""
     rows = []
-    with evaluating(parts.patched):
+    metric = parts.patched is None or parts.config.method in METRIC
+    run = parts.learner.predict if metric else lambda p, **x: parts.patched(p, **x).logits
+    with evaluating(parts.learner):
         for begin in range(0, len(texts), _ROWS):
             chunk = texts[begin : begin + _ROWS]
-            inputs = _inputs(parts, [row["text"] for row in chunk], parts.patched.device)
-            out = parts.patched(params, **{k: v.unsqueeze(0) for k, v in inputs.items()})
-            probabilities = out.logits[0, :, : len(labels)].float().softmax(-1)
+            inputs = _inputs(parts, [row["text"] for row in chunk], parts.device)
+            logits = run(params, **{k: v.unsqueeze(0) for k, v in inputs.items()})
+            probabilities = logits[0, :, : len(labels)].float().softmax(-1)
             for row, p in zip(chunk, probabilities, strict=True):
                 best = int(p.argmax())
                 rows.append(

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import fastmeta as fm
-from fastmeta.cli.config import Config
+from fastmeta.cli.config import METRIC, Config
 from fastmeta.cli.errors import UserError, as_user_errors
 from fastmeta.cli.specs import options, parse_spec
 from fastmeta.data import Episodes, LabelledTexts
@@ -33,8 +33,12 @@ class Parts:
     config: Config
     model: nn.Module
     tokenizer: Any
-    patched: fm.Patched
+    patched: fm.Patched | None
     learner: nn.Module
+
+    @property
+    def device(self) -> torch.device:
+        return self.learner.device
 
 
 def build_parts(config: Config) -> Parts:
@@ -42,14 +46,14 @@ def build_parts(config: Config) -> Parts:
     if config.threads:
         torch.set_num_threads(config.threads)
     device = _device(config.device)
-    spec = parse_spec(config.spec)
+    spec = None if config.spec is None else parse_spec(config.spec)
     model, tokenizer = load_model(config)
     model.to(device=device, dtype=_DTYPES[config.dtype])
     model.requires_grad_(config.train == "all")
     model.train(config.dropout)
     with as_user_errors():
-        patched = fm.patch(model, spec, seed=config.seed)
-        learner = _learner(config, patched)
+        patched = None if spec is None else fm.patch(model, spec, seed=config.seed)
+        learner = _learner(config, model if patched is None else patched)
     return Parts(config, model, tokenizer, patched, learner)
 
 
@@ -82,7 +86,7 @@ def _builtin_model(config: Config) -> tuple[nn.Module, Any]:
     with as_user_errors("model: "):
         sizes = {names[k][0]: names[k][1](v) for k, v in given.items()}
         model, tokenizer = fm.data.tiny_bert(config.ways, seed=config.seed, **sizes)
-        if config.pooling == "mean":
+        if config.pooling == "mean" and config.spec is not None:
             from fastmeta.models import SentenceClassifier
 
             return SentenceClassifier(model.bert, config.ways, config.pooling_scale), tokenizer
@@ -100,10 +104,14 @@ def _pretrained(config: Config) -> tuple[nn.Module, Any]:
     source = str(path) if path.is_dir() else name
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        if config.pooling == "mean":
+        if config.spec is None or config.method in METRIC:  # features, no head
+            from fastmeta.models import load_encoder
+
+            model: nn.Module = load_encoder(source, dtype=dtype)
+        elif config.pooling == "mean":
             from fastmeta.models import SentenceClassifier
 
-            model: nn.Module = SentenceClassifier.from_pretrained(
+            model = SentenceClassifier.from_pretrained(
                 source, config.ways, config.pooling_scale, dtype=dtype
             )
         else:
@@ -134,7 +142,10 @@ def _seeded(seed: int) -> Iterator[None]:
 # -- learner -------------------------------------------------------------------------------------
 
 
-def _learner(config: Config, patched: fm.Patched) -> nn.Module:
+def _learner(config: Config, model: fm.Patched | nn.Module) -> nn.Module:
+    """The learner, on a patched model, or where there is no spec on the model itself."""
+    if config.method in METRIC:
+        return _metric_learner(config, model)
     lr: float | fm.LearnedRate = config.inner_lr
     if config.learn_lr is not None:
         axes = () if config.learn_lr == "global" else tuple(config.learn_lr.split("+"))
@@ -153,9 +164,42 @@ def _learner(config: Config, patched: fm.Patched) -> nn.Module:
     }
     if config.method == "imaml":
         settings |= {"lam": config.lam, "cg_steps": config.cg_steps}
+    if config.method == "protomaml":
+        settings |= _temperature(config)
+        if not isinstance(model, fm.Patched):
+            settings |= {"ways": config.ways} | _features(config)
     methods = {"maml": fm.MAML, "fomaml": fm.MAML, "anil": fm.ANIL, "reptile": fm.Reptile}
-    methods |= {"metasgd": fm.MetaSGD, "imaml": fm.IMAML}
-    return methods[config.method](patched, **settings)
+    methods |= {"metasgd": fm.MetaSGD, "imaml": fm.IMAML, "protomaml": fm.ProtoMAML}
+    return methods[config.method](model, **settings)
+
+
+def _metric_learner(config: Config, model: fm.Patched | nn.Module) -> nn.Module:
+    settings = _features(config)
+    if config.method == "relationnet":
+        return fm.RelationNet(
+            model, hidden=config.relation_hidden, loss=config.relation_loss, **settings
+        )
+    settings |= _temperature(config) | {
+        "metric": config.metric,
+        "p": config.metric_p,
+        "precision": config.precision,
+    }
+    if config.method == "protonet":
+        return fm.ProtoNet(model, **settings)
+    return fm.MatchingNet(
+        model, full_context=config.full_context, fce_steps=config.fce_steps, **settings
+    )
+
+
+def _features(config: Config) -> dict[str, Any]:
+    settings = {k: getattr(config, k) for k in ("normalize", "projection", "seed")}
+    return settings | {"pooling": config.pooling or "mean"}
+
+
+def _temperature(config: Config) -> dict[str, Any]:
+    if config.learn_temperature:
+        return {"temperature": "learned", "initial_temperature": config.temperature}
+    return {"temperature": config.temperature}
 
 
 # -- data ----------------------------------------------------------------------------------------
@@ -256,8 +300,16 @@ def build_trainer(config: Config, parts: Parts, *, progress: bool = True) -> Tra
 def _outer(config: Config, learner: nn.Module) -> torch.optim.Optimizer:
     rates, values = [], []
     for name, parameter in learner.named_parameters():
-        (rates if name.startswith("inner_lr.") else values).append(parameter)
-    groups: list[dict[str, Any]] = [{"params": values, "weight_decay": config.weight_decay}]
+        added = name.startswith(("inner_lr.", "metric."))
+        (rates if added else values).append(parameter)
+    if not rates and not values:
+        raise UserError(
+            f"nothing would learn: with train={config.train} and no spec, {config.method} has no "
+            "parameters of its own; use train=all, or a spec"
+        )
+    groups: list[dict[str, Any]] = []
+    if values:
+        groups.append({"params": values, "weight_decay": config.weight_decay})
     if rates:
         lr = config.rates_lr or config.outer_lr
         groups.append({"params": rates, "lr": lr, "weight_decay": 0.0})

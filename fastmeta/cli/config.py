@@ -11,9 +11,15 @@ from typing import Any, get_args, get_type_hints
 
 import yaml
 
+from fastmeta.algorithms.comparison import PRECISIONS
+from fastmeta.algorithms.embedding import POOLINGS
+from fastmeta.algorithms.relationnet import LOSSES
 from fastmeta.cli.errors import UserError, near
+from fastmeta.ops.pairwise import METRICS
 
-METHODS = ("maml", "fomaml", "anil", "reptile", "metasgd", "imaml")
+GRADIENT = ("maml", "fomaml", "anil", "reptile", "metasgd", "imaml")
+METRIC = ("protonet", "matchingnet", "relationnet")
+METHODS = (*GRADIENT, *METRIC, "protomaml")
 
 
 def _key(
@@ -33,14 +39,15 @@ class Config:
     pooling: str | None = _key(
         None,
         "null: the model's own classification head; mean: mean-pooled token states under a "
-        "linear head, for sentence encoders",
-        choices=("mean",),
+        "linear head, for sentence encoders; metric methods and protomaml: the features, also cls "
+        "or last, default mean",
+        choices=POOLINGS,
     )
     pooling_scale: float = _key(30.0, "norm of the pooled features (with pooling: mean)", above=0)
     train: str | None = _key(
         None,
-        "what the outer loop trains: adapted (the rest is frozen) or all; default: all for anil, "
-        "else adapted",
+        "what the outer loop trains: adapted (the rest is frozen) or all; default: all for anil "
+        "and for methods without a spec, else adapted",
         choices=("adapted", "all"),
     )
     dropout: bool = _key(False, "whether the model's own dropout is on while training")
@@ -62,7 +69,8 @@ class Config:
         None,
         "what a task may change: all, head, bias, norm, prefix:length=16, params:GLOB+GLOB, "
         "lora:r=8,alpha=16,targets=query+value, joined by ' + ' (or a YAML list); default: head "
-        "for anil, else all",
+        "for anil, none for protomaml (a new head on the pooled features adapts) and for metric "
+        "methods (where it says what learns), else all",
     )
     inner_steps: int = _key(5, "inner steps K", least=1)
     inner_lr: float = _key(0.05, "inner learning rate, or its initial value", above=0)
@@ -85,12 +93,28 @@ class Config:
     truncate: int | None = _key(None, "differentiate the last this many inner steps", least=0)
     lam: float = _key(1.0, "imaml: strength of the pull to the initial values", above=0)
     cg_steps: int = _key(5, "imaml: iterations of conjugate gradients", least=1)
+    # metric methods, and protomaml without a spec
+    metric: str | None = _key(
+        None, "distance; default: cosine for matchingnet, else sqeuclidean", choices=METRICS
+    )
+    metric_p: float | None = _key(None, "order of minkowski", above=0)
+    precision: str = _key("diagonal", "form of mahalanobis' learned precision", choices=PRECISIONS)
+    temperature: float = _key(1.0, "of the logits, or its initial value", above=0)
+    learn_temperature: bool = _key(False, "whether the outer loop learns the temperature")
+    normalize: bool = _key(False, "whether features are divided by their length")
+    projection: int | None = _key(None, "outputs of a linear layer on the features", least=1)
+    full_context: bool = _key(False, "matchingnet: features depend on the whole support set")
+    fce_steps: int = _key(5, "matchingnet: steps of the query's LSTM over the support set", least=1)
+    relation_hidden: int = _key(128, "relationnet: width of its hidden layer", least=1)
+    relation_loss: str = _key("cross_entropy", "relationnet: loss", choices=LOSSES)
     # outer loop
     steps: int = _key(1000, "outer steps", least=1)
     outer: str = _key("adamw", "outer optimizer", choices=("adamw", "adam", "sgd"))
     outer_lr: float = _key(1e-3, "outer learning rate", above=0)
-    rates_lr: float | None = _key(None, "outer rate of learned inner rates", above=0)
-    weight_decay: float = _key(0.0, "outer weight decay, not on learned inner rates", least=0)
+    rates_lr: float | None = _key(
+        None, "outer rate of learned inner rates and of what a metric method adds", above=0
+    )
+    weight_decay: float = _key(0.0, "outer weight decay, not on those", least=0)
     momentum: float = _key(0.0, "momentum of outer sgd", least=0)
     outer_clip: float | None = _key(None, "bound on the norm of the meta-gradient", above=0)
     schedule: str = _key(
@@ -116,13 +140,20 @@ class Config:
         """The configuration with every default that depends on the method filled in."""
         anil = self.method == "anil"
         first = self.method in ("fomaml", "reptile")
+        pooled = self.method in METRIC or self.method == "protomaml"
         if first and self.order == 2:
             raise UserError(f"{self.method} is first-order: expected order 1, got 2")
+        if self.pooling not in (None, "mean") and not pooled:
+            raise UserError(
+                f"pooling: expected null or mean for {self.method}, got {self.pooling!r}"
+            )
+        spec = self.spec or ("head" if anil else None if pooled else "all")
         return replace(
             self,
-            train=self.train or ("all" if anil else "adapted"),
-            spec=self.spec or ("head" if anil else "all"),
+            train=self.train or ("all" if anil or spec is None else "adapted"),
+            spec=spec,
             order=self.order or (1 if first else 2),
+            metric=self.metric or ("cosine" if self.method == "matchingnet" else "sqeuclidean"),
         )
 
     def to_dict(self) -> dict[str, Any]:

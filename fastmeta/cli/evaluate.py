@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from fastmeta.cli import checkpointed
 from fastmeta.cli.build import Parts, build_episodes
+from fastmeta.cli.config import GRADIENT, METRIC
 from fastmeta.data.benchmarks import PARTS
 from fastmeta.training import (
     Evaluation,
@@ -48,8 +49,9 @@ def run(arguments: argparse.Namespace) -> int:
     seed = arguments.episode_seed
     episodes = build_episodes(config, parts.tokenizer, arguments.part, seed=seed)
     start = time.perf_counter()
+    steps = "" if config.method in METRIC else f", {config.inner_steps} inner steps"
     results = {
-        f"{config.method}, {config.inner_steps} inner steps": adapted(
+        f"{config.method}{steps}": adapted(
             parts, episodes, arguments.episodes, quiet=arguments.quiet
         )
     }
@@ -83,7 +85,9 @@ def adapted(parts: Parts, episodes, count: int, *, quiet: bool = False) -> Evalu
 
 def baselines(parts: Parts, episodes, count: int) -> dict[str, Evaluation]:
     """What the same weights do without adaptation."""
-    rows = {"the same, not adapted": evaluate_unadapted(parts.patched, episodes, count)}
+    rows = {}
+    if parts.patched is not None and parts.config.method in GRADIENT:
+        rows["the same, not adapted"] = evaluate_unadapted(parts.patched, episodes, count)
     means = nearest_class_mean(parts.model, episodes, count)
     if means is not None:
         rows["nearest class mean of its features"] = means

@@ -95,7 +95,8 @@ def _resumed_config(run: str, tables: list[dict]) -> Config:
         out = str(folder.parent.parent)  # one checkpoint was named: its run goes on
     config = configs.make_config(saved, given, {"out": str(out)})
     for key, value in config.to_dict().items():
-        if key not in configs.FREE and saved.get(key) != value:
+        # A key that the run did not know yet had its default's meaning.
+        if key not in configs.FREE and saved.get(key, value) != value:
             raise CheckpointError(
                 f"{folder} is of a run with {key}={saved.get(key)!r}, got {value!r}: only "
                 f"{', '.join(sorted(configs.FREE))} may change"

@@ -105,3 +105,14 @@ def check_labels(
         )
     task = int((~valid.any(1)).nonzero()[0])
     raise ValueError(f"the {which} set of task {task} is empty: all its labels are -100")
+
+
+def check_support_of_queries(support: Tensor, query: Tensor) -> None:
+    """Raise unless every query row's class has support rows in its task; labels ``[T, N]``."""
+    known = (query.unsqueeze(2) == support.unsqueeze(1)).any(2)
+    wrong = (query != IGNORE_INDEX) & ~known
+    if bool(wrong.any()):
+        task = int(wrong.any(1).nonzero()[0])
+        raise ValueError(
+            f"task {task} has a query row of class {int(query[wrong][0])}, but no support row of it"
+        )

@@ -49,7 +49,7 @@ def run_chunks(loop: InnerLoop, run: Run, packed: Tensor, plan: MemoryPlan) -> T
     if len(pieces) == 1:
         return run(pieces[0], packed, plan.mode)
     if torch.is_grad_enabled():
-        weights = [*loop.rates.parameters(), *loop.patched.shared_parameters()]
+        weights = [*loop.added_parameters(), *loop.patched.shared_parameters()]
         results = [
             TaskResults(*_Chunk.apply(loop, run, plan, s, weights, packed[s], *weights))
             for s in pieces

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastmeta.batch import TaskBatch
 from fastmeta.engine.chunks import TaskResults, run_chunks
-from fastmeta.engine.head import adapt_head, head_may_serve
+from fastmeta.engine.head import adapt_head, head_may_serve, with_prototypes
 from fastmeta.engine.implicit import implicit
 from fastmeta.engine.inner import (
     InnerLoop,
@@ -35,7 +35,7 @@ class MetaOutput:
             left out; where all diverged it is 0, with a gradient of zeros.
         task_losses: Query losses ``[T]``, differentiable; NaN for diverged tasks.
         logits: Query logits ``[T, Q, ...]``, or None where the model has none.
-        params: Adapted fast weights.
+        params: Adapted fast weights; of a metric learner what support sets became (prototypes).
         diverged: bool ``[T]``; tasks whose loss or gradient became NaN or Inf. They keep the fast
             weights from before that step; `loss` and its gradient are what they would be without
             them.
@@ -77,7 +77,7 @@ def run_episode(loop: InnerLoop, packed: Tensor, batch: TaskBatch, plan: MemoryP
     if some:
         loss = (results.losses if every else results.losses[good]).mean()
     else:
-        loss = _zero([packed, *loop.rates.parameters(), *loop.patched.shared_parameters()])
+        loss = zero_loss([packed, *loop.added_parameters(), *loop.patched.shared_parameters()])
     logits = results.logits if results.logits.numel() else None
     scores = None
     if logits is not None and loop.loss_fn is classification:
@@ -116,7 +116,7 @@ def _without(
     return frozen._replace(losses=_nan_where(~good, frozen.losses)), good
 
 
-def _zero(meta: list[Tensor]) -> Tensor:
+def zero_loss(meta: list[Tensor]) -> Tensor:
     """0, with a gradient of zeros to every tensor, whatever it holds."""
     everywhere = torch.ones((), dtype=torch.bool, device=meta[0].device)
     return torch.stack([t.masked_fill(everywhere, 0.0).sum().to(meta[0]) for t in meta]).sum()
@@ -185,7 +185,7 @@ def adapt_tasks(
         for part, mine in zip(parts, rows, strict=True):
             texts = {k: v[part] for k, v in inputs.items()}
             support = _support(loop, mine, texts, None if tasks is None else tasks[part])
-            found.append(recompute(loop, mine, support, shared))
+            found.append(recompute(loop, with_prototypes(loop, mine, support), support, shared))
         return joined(found)
     support = _support(loop, packed, inputs, tasks)
     if loop.implicit and differentiated:
@@ -194,7 +194,7 @@ def adapt_tasks(
         return replace(
             trajectory, params=implicit(loop, packed, trajectory.params, support, shared)
         )
-    return unroll(loop, packed, support)
+    return unroll(loop, with_prototypes(loop, packed, support), support)
 
 
 def _support(

@@ -5,6 +5,9 @@ The same numbers as the general loop, which serves wherever this one does not ap
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,8 +15,9 @@ from fastmeta import ops
 from fastmeta.engine.inner import InnerLoop, Support, Trajectory, model_inputs
 from fastmeta.engine.losses import WAYS, classification
 from fastmeta.engine.optimizers import SGD, Momentum
-from fastmeta.patching import TaskParams
-from fastmeta.patching.head import head_features, linear_head
+from fastmeta.patching import Patched, TaskParams
+from fastmeta.patching.head import head_features, linear_head, read_by
+from fastmeta.patching.prefix import PrefixCache
 
 
 def head_may_serve(loop: InnerLoop) -> bool:
@@ -31,26 +35,53 @@ def adapt_head(loop: InnerLoop, start: TaskParams, support: Support) -> Trajecto
         start: Initial fast weights of T tasks.
         support: The support set, with the stored outputs of the modules before the head.
     """
-    options, head = _rule(loop), linear_head(loop.patched)
-    if support.prefix is None or _autocast(start.packed):
+    features = frozen_features(loop.patched, start, model_inputs(support.inputs), support.prefix)
+    if features is None:
         return None
-    state = torch.get_rng_state() if loop.patched.training else None
-    inputs = model_inputs(support.inputs)
-    features = head_features(loop.patched, head, start, inputs, support.prefix)
+    inputs = support.inputs
+    return head_steps(loop, start, features, inputs["labels"], inputs.get(WAYS), support.tasks)
+
+
+def frozen_features(
+    patched: Patched,
+    params: TaskParams,
+    inputs: Mapping[str, Any],
+    prefix: PrefixCache | None,
+) -> Tensor | None:
+    """What the one adapted linear head reads, ``[T, N, D]``, or None where it may change."""
+    head = linear_head(patched)
+    if head is None or prefix is None or _autocast(params.packed):
+        return None
+    state = torch.get_rng_state() if patched.training else None
+    features = head_features(patched, head, params, inputs, prefix)
     if state is not None and not torch.equal(state, torch.get_rng_state()):
         return None  # dropout: every step has features of its own
     if features is None or features.dtype not in (torch.float32, torch.float64):
         return None
-    views = start.views
+    return features
+
+
+def head_steps(
+    loop: InnerLoop,
+    start: TaskParams,
+    features: Tensor,
+    labels: Tensor,
+    ways: Tensor | None,
+    tasks: Tensor | None,
+) -> Trajectory:
+    """All K steps of T heads on features ``[T, N, D]``; see :func:`head_may_serve`."""
+    options, head, views = _rule(loop), linear_head(loop.patched), start.views
+    if loop.head is not None:
+        views = loop.head.put(views, features, labels)
     bias = head.slots.get("bias")
     weight, new_bias, losses, active = ops.head_inner_loop(
         features,
-        support.inputs["labels"],
+        labels,
         views[head.slots["weight"]],
         None if bias is None else views[bias],
-        _rates(loop, support.tasks),
+        _rates(loop, tasks),
         loop.steps,
-        ways=support.inputs.get(WAYS),
+        ways=ways,
         truncate=min(loop.second_order, loop.steps),
         check_finite=True,
         **options,
@@ -60,6 +91,20 @@ def adapt_head(loop: InnerLoop, start: TaskParams, support: Support) -> Trajecto
         found[bias] = new_bias
     packed = start.layout.pack([found[slot] for slot in range(len(start.layout))])
     return Trajectory(packed, active, list(losses.unbind(1)))
+
+
+def with_prototypes(loop: InnerLoop, packed: Tensor, support: Support) -> Tensor:
+    """Initial fast weights ``[T, P]`` whose head is that of each task's prototypes, if it is to be.
+
+    The prototypes are those of what the head reads at the initial values; differentiable.
+    """
+    if loop.head is None:
+        return packed
+    start = TaskParams(loop.patched.layout, packed)
+    inputs = model_inputs(support.inputs)
+    features = read_by(loop.patched, loop.head.name, start, inputs, support.prefix)
+    views = loop.head.put(start.views, features, support.inputs["labels"])
+    return start.layout.pack(views)
 
 
 def _rule(loop: InnerLoop) -> dict[str, float] | None:

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastmeta.engine.losses import WAYS, LossFn
 from fastmeta.engine.optimizers import State, UpdateRule
+from fastmeta.engine.prototype_head import PrototypeHead
 from fastmeta.engine.rates import Rates
 from fastmeta.patching import Patched, TaskParams
 from fastmeta.patching.prefix import PrefixCache
@@ -30,6 +31,7 @@ class InnerLoop:
         clip_norm: Per-task bound on the gradient's norm, or None.
         proximal: Weight of ``1/2 |phi - theta|^2`` added to the inner loss (iMAML), or 0.
         implicit: Iterations of conjugate gradients of an implicit meta-gradient, or 0.
+        head: Starts the head from each task's prototypes (ProtoMAML), or None.
     """
 
     patched: Patched
@@ -41,6 +43,12 @@ class InnerLoop:
     clip_norm: float | None = None
     proximal: float = 0.0
     implicit: int = 0
+    head: PrototypeHead | None = None
+
+    def added_parameters(self) -> list[Tensor]:
+        """Meta-parameters that are not the model's: learned rates, a learned temperature."""
+        head = [] if self.head is None else list(self.head.parameters())
+        return [*self.rates.parameters(), *head]
 
     def create_graph(self, step: int) -> bool:
         """Whether this step's gradient is differentiated."""

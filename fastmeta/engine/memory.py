@@ -161,7 +161,7 @@ def _measure(loop: InnerLoop, batch: TaskBatch, mode: str, tasks: int, steps: in
     devices = [patched.device] if patched.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), PeakMemory() as meter:
         packed = patched.init(tasks).packed
-        meta = [*patched.shared_parameters(), *loop.rates.parameters()]
+        meta = [*patched.shared_parameters(), *loop.added_parameters()]
         out = run_episode(small, packed, batch[:tasks], MemoryPlan(mode))
         torch.autograd.grad(out.loss, [packed, *meta], allow_unused=True)
     return meter.peak

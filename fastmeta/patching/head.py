@@ -12,6 +12,7 @@ from fastmeta.patching.context import Call, running
 from fastmeta.patching.layout import TaskParams
 from fastmeta.patching.prefix import PrefixCache
 from fastmeta.patching.rules import Adapted
+from fastmeta.patching.spec import Head
 
 if TYPE_CHECKING:
     from fastmeta.patching.patched import Patched
@@ -42,6 +43,50 @@ def linear_head(patched: Patched) -> Adapted | None:
         return None
     own = {n for n, p in module._parameters.items() if p is not None}
     return adapted if set(adapted.slots) == own else None
+
+
+def classifying_head(patched: Patched) -> Adapted | None:
+    """The adapted `nn.Linear` with an adapted bias that comes last in the model's head."""
+    try:
+        head = {request.name.rpartition(".")[0] for request in Head().resolve(patched.model)}
+    except ValueError:  # a model without a head
+        return None
+    found = None
+    for name, module in patched.model.named_modules():
+        if name in head and name in patched.slots.owners:
+            adapted = patched.slots.owners[name]
+            linear = type(module).forward is nn.Linear.forward
+            found = adapted if linear and {"weight", "bias"} <= adapted.slots.keys() else None
+    return found
+
+
+def read_by(
+    patched: Patched,
+    name: str,
+    params: TaskParams,
+    inputs: Mapping[str, Any],
+    prefix: PrefixCache | None,
+) -> Tensor:
+    """The rows ``[T, N, D]`` from which the head `name` gives the model's logits.
+
+    Raises:
+        ValueError: The logits are anything but what it gives on one row per example.
+    """
+    flat, tasks, rows = patched._flatten(params, inputs)
+    plan = patched.plan(inputs)
+    tap = Tap()
+    replay = None if prefix is None else prefix.replay()
+    with running(Call(params.views, tasks, rows, prefix=replay, tap=tap)):
+        out = plan.run(flat)
+    logits = getattr(out, "logits", out)
+    for called, x, y, version in tap.calls:
+        plain = y is logits and y._version == version
+        if called == name and plain and x.dim() == 2 and x.shape[0] == tasks * rows:
+            return x.unflatten(0, (tasks, rows))
+    raise ValueError(
+        f"the logits must be what {name!r} gives on one row per example, and "
+        f"{type(patched.model).__name__}'s are not"
+    )
 
 
 def head_features(

@@ -106,8 +106,9 @@ def fingerprint(learner: nn.Module) -> dict[str, Any]:
 
     Frozen weights are not stored in checkpoints; a few entries of each are hashed.
     """
-    patched = getattr(learner, "patched", None)
-    model = getattr(patched, "model", learner)
+    embedding = getattr(learner, "embedding", None)  # of a metric learner
+    patched = getattr(learner if embedding is None else embedding, "patched", None)
+    model = getattr(patched, "model", learner if embedding is None else embedding.source)
     learned = {id(p) for p in learner.parameters()}
     sha = hashlib.sha256()
     for name, parameter in model.named_parameters():

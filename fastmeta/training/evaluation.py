@@ -171,7 +171,8 @@ def take(episodes: Loader, count: int, device: torch.device) -> Iterator[TaskBat
 
 
 def device_of(learner: nn.Module) -> torch.device:
-    return next(iter(learner.parameters())).device
+    own = getattr(learner, "device", None)  # of a learner whose model is frozen, too
+    return next(iter(learner.parameters())).device if own is None else own
 
 
 @contextmanager

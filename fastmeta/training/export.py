@@ -84,6 +84,56 @@ def export_task(
     return about["format"]
 
 
+def export_state(
+    model: nn.Module,
+    params: TaskParams,
+    added: Mapping[str, Tensor],
+    folder: str | Path,
+    *,
+    labels: Sequence[str] = (),
+    base: str | None = None,
+    tokenizer: Any = None,
+    details: Mapping[str, Any] | None = None,
+    task: int = 0,
+) -> str:
+    """Write what one task's support set became to a new folder, whole or not at all.
+
+    ``adapted.safetensors`` holds a metric learner's tensors (for example ``prototypes``) and, under
+    their names, the parameters that it adds to the model.
+
+    Args:
+        model: The user's model, written to ``folder/base`` unless `base` names it.
+        params: What T support sets became, from ``learner.adapt`` or ``out.params``.
+        added: Further tensors by name.
+        folder, labels, base, tokenizer, details, task: As for `export_task`.
+
+    Returns:
+        ``"safetensors"``.
+
+    Raises:
+        FileExistsError: `folder` holds something.
+    """
+    folder = check_new(folder)
+    tensors = {**params.task(task), **added}
+    tensors = {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}
+    about = {
+        "format": "safetensors",
+        "base_model": str(folder.resolve() / "base") if base is None else base,
+        "model_class": type(model).__name__,
+        "labels": list(labels),
+        **(details or {}),
+    }
+    with whole_folder(folder) as temporary:
+        if base is None:
+            with quiet_transformers():
+                model.save_pretrained(temporary / "base")
+            if tokenizer is not None:
+                tokenizer.save_pretrained(temporary / "base")
+        save_file(tensors, temporary / WEIGHTS)
+        _write_json(temporary / ABOUT, about)
+    return "safetensors"
+
+
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """No bar for loading and saving, and no report of a head that is new, as it must be."""
