@@ -228,7 +228,10 @@ def finite_rate(op: str, rate: Tensor, active: Tensor | None) -> None:
     sums = rate.detach().sum(1)
     if active is not None and rate.shape[0] > 1:
         sums = sums[active]
-    if not bool(torch.isfinite(sums).all()):
+    if bool(torch.isfinite(sums).all()):
+        return
+    rows = rate if active is None or rate.shape[0] == 1 else rate[active]
+    if not bool(torch.isfinite(rows).all()):  # finite rates may have an infinite sum
         raise ValueError(f"{op}: lr must be finite, got a tensor with NaN or Inf")
 
 

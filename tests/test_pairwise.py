@@ -1,4 +1,4 @@
-"""Distances: digits where they are easily lost, torch's own semantics, points without derivative."""
+"""Distances: digits that are easily lost, torch's own semantics, points with no derivative."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-// 64 bytes of numbers, in as many registers as the instruction set needs. What is computed in a lane
-// does not depend on their width, so every CPU gives the same bits.
+// 64 bytes of numbers, in as many registers as the instruction set needs. What is computed in a
+// lane does not depend on their width, so every CPU gives the same bits.
 #pragma once
 
 #include <cmath>
@@ -72,21 +72,21 @@ struct Lanes {
 };
 
 // name(arguments): `expression` of register i.
-#define FM_LANES(name, arguments, expression)                      \
-  template <typename A, int B>                                     \
-  FM_HD Lanes<A, B> name arguments {                               \
-    using L = Lanes<A, B>;                                         \
-    using Vector [[maybe_unused]] = typename L::Vector;            \
-    using Bits [[maybe_unused]] = typename L::Bits;                \
-    L out;                                                         \
-    for (int i = 0; i < L::kParts; ++i) out.v[i] = (expression);   \
-    return out;                                                    \
+#define FM_LANES(name, arguments, expression)                    \
+  template <typename A, int B>                                   \
+  FM_HD Lanes<A, B> name arguments {                             \
+    using L = Lanes<A, B>;                                       \
+    using Vector [[maybe_unused]] = typename L::Vector;          \
+    using Bits [[maybe_unused]] = typename L::Bits;              \
+    L out;                                                       \
+    for (int i = 0; i < L::kParts; ++i) out.v[i] = (expression); \
+    return out;                                                  \
   }
 FM_LANES(operator+, (const Lanes<A, B>& a, const Lanes<A, B>& b), a.v[i] + b.v[i])
 FM_LANES(operator-, (const Lanes<A, B>& a, const Lanes<A, B>& b), a.v[i] - b.v[i])
 FM_LANES(operator*, (const Lanes<A, B>& a, const Lanes<A, B>& b), a.v[i] * b.v[i])
 FM_LANES(operator-, (const Lanes<A, B>& a), -a.v[i])
-FM_LANES(operator*, (A a, const Lanes<A, B>& b), a * b.v[i])
+FM_LANES(operator*, (A a, const Lanes<A, B>& b), a* b.v[i])
 FM_LANES(absolute, (const Lanes<A, B>& a), Vector(Bits(a.v[i]) & ~L::kSign))
 // a times the sign of z, which is 0 at 0.
 FM_LANES(times_sign, (const Lanes<A, B>& a, const Lanes<A, B>& z),

@@ -5,7 +5,8 @@
 namespace fastmeta {
 namespace {
 
-// values and indices [n, k], rising, take in alpha sums + offset [n, m] of columns named from `first`.
+// values and indices [n, k], rising, take in alpha sums + offset [n, m] of columns named from
+// `first`.
 void select(Tensor values, Tensor indices, Tensor sums, std::optional<Tensor> offset, double alpha,
             int64_t first) {
   const int64_t n = values.size(0), k = values.size(1), m = sums.size(1);

@@ -1,5 +1,6 @@
-// All pairs of rows of x and y on the CPU: sums over their coordinates, which lie in vector lanes, the
-// gradient of those, and its derivative. One functor per kind of sum, the same names as in Triton.
+// All pairs of rows of x and y on the CPU: sums over their coordinates, which lie in vector lanes,
+// the gradient of those, and its derivative. One functor per kind of sum, the same names as in
+// Triton.
 #pragma once
 
 #include "cpu/lanes.h"
@@ -14,7 +15,9 @@ enum class Kind : int64_t { kSquares, kAbsolute, kPower, kMaximum, kProduct };
 //   gradient(w, s, x, y, dx, dy)        dx += w f_x, dy += w f_y
 //   along(sum, s, x, y, a, b)           sum + f_x a + f_y b
 //   second(w, x, y, a, b, dx, dy)       dx += w (f_xx a + f_xy b), dy += w (f_xy a + f_yy b)
-#define FM_F template <typename L> FM_HD
+#define FM_F            \
+  template <typename L> \
+  FM_HD
 
 struct Squares {
   FM_F L add(const L& sum, const L& x, const L& y) const {
@@ -192,7 +195,7 @@ constexpr int64_t kNear = 16384;  // bytes of y that stay in the first cache whi
 // sums [n, m] of rows [begin, end) of x with all m of y.
 template <typename L, typename A, typename F>
 FM_HD void sums_of_pairs(const F& f, const Rows<const A>& x, const Rows<const A>& y, int64_t begin,
-                     int64_t end, int64_t m, int64_t width, const Rows<A>& sums) {
+                         int64_t end, int64_t m, int64_t width, const Rows<A>& sums) {
   constexpr int J = kAcross<L>;
   const int64_t block = J * most(1, kNear / (J * most(1, width) * int64_t(sizeof(A))));
   for (int64_t from = 0; from < m; from += block) {
@@ -208,8 +211,8 @@ FM_HD void sums_of_pairs(const F& f, const Rows<const A>& x, const Rows<const A>
 // out [n, m] = sum over coordinates of f_x a + f_y b.
 template <typename L, typename A, typename F>
 FM_HD void along_pairs(const F& f, const Rows<const A>& x, const Rows<const A>& y,
-                      const Rows<const A>& a, const Rows<const A>& b, const Rows<const A>& s,
-                      int64_t begin, int64_t end, int64_t m, int64_t width, const Rows<A>& out) {
+                       const Rows<const A>& a, const Rows<const A>& b, const Rows<const A>& s,
+                       int64_t begin, int64_t end, int64_t m, int64_t width, const Rows<A>& out) {
   for (int64_t i = begin; i < end; ++i) {
     for (int64_t j = 0; j < m; ++j) {
       const L sum_of_pair = L::all(s.data ? s[i][j] : A(0));
@@ -244,8 +247,8 @@ constexpr int64_t kStripRows = 128, kStripCells = 160;
 
 // One row of x with J rows of y from cell `from` of the buffers: its weights stay in registers.
 template <typename L, int J, bool kSingle, bool kWhole, bool kCotangents, typename A, typename Term>
-FM_HD void strip_row(const Strip<A>& g, int64_t given, int64_t i, int64_t j, int64_t cell, bool fresh,
-                     const L* y, const L* b, L* dy, A* dx_row, const Term& term) {
+FM_HD void strip_row(const Strip<A>& g, int64_t given, int64_t i, int64_t j, int64_t cell,
+                     bool fresh, const L* y, const L* b, L* dy, A* dx_row, const Term& term) {
   const int64_t lanes = kSingle ? 1 : given;
   L w[J], s[J];
   for (int c = 0; c < J; ++c) {
@@ -275,8 +278,8 @@ FM_HD void strip_row_of(int64_t rows, const Rest&... rest) {
   strip_row<L, J, kSingle, kWhole, kCotangents>(rest...);
 }
 
-// term(w, s, x, y, a, b, dx, dy) for every pair; Term::kScale multiplies the weights. `memory` holds
-// 4 kStripCells lanes.
+// term(w, s, x, y, a, b, dx, dy) for every pair; Term::kScale multiplies the weights. `memory`
+// holds 4 kStripCells lanes.
 template <typename L, bool kSingle, bool kWhole, bool kCotangents, typename A, typename Term>
 FM_HD void strip_pass(const Strip<A>& g, int64_t given, L* memory, const Term& term) {
   constexpr int J = L::kParts == 4 ? 1 : 4;
@@ -307,8 +310,8 @@ FM_HD void strip_pass(const Strip<A>& g, int64_t given, L* memory, const Term& t
       if (g.skip != nullptr && g.skip[i]) continue;
       if (from > 0 && g.dx.data) std::memcpy(dx, g.dx[i] + g.k, g.count * sizeof(A));
       for (int64_t j = from; j < to; j += J) {
-        strip_row_of<L, J, kSingle, kWhole, kCotangents>(to - j, g, lanes, i, j, (j - from) * lanes, j == 0,
-                                                y, b, dy, dx, term);
+        strip_row_of<L, J, kSingle, kWhole, kCotangents>(to - j, g, lanes, i, j, (j - from) * lanes,
+                                                         j == 0, y, b, dy, dx, term);
       }
       if (g.dx.data) std::memcpy(g.dx[i] + g.k, dx, g.count * sizeof(A));
     }

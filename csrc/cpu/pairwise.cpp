@@ -50,8 +50,8 @@ Tensor shared_weights(const Tensor& w, const Tensor& x, const Tensor& y, const O
       const Rows<A> ties = rows_of<A>(out, c.task);
       const Rows<const A> given = rows_of<const A>(w, c.task), none;
       along_pairs<Lanes<A, bytes()>>(Ties{}, rows_of<const A>(x, c.task),
-                                    rows_of<const A>(y, c.task), none, none,
-                                    rows_of<const A>(s, c.task), c.begin, c.end, M, D, ties);
+                                     rows_of<const A>(y, c.task), none, none,
+                                     rows_of<const A>(s, c.task), c.begin, c.end, M, D, ties);
       for (int64_t i = c.begin; i < c.end; ++i) {
         for (int64_t j = 0; j < M; ++j) ties[i][j] = given[i][j] / ties[i][j];
       }
@@ -79,9 +79,9 @@ struct StripTerm {
 
 // The gradient (no a and b), or the part of its derivative that goes to x and y.
 template <bool kSecond>
-void strips(const Optional& a, const Optional& b, const Tensor& w, const Tensor& x,
-            const Tensor& y, const Optional& s, Kind kind, double p, const bool* skip,
-            const Tensor& dx, const Tensor& dy) {
+void strips(const Optional& a, const Optional& b, const Tensor& w, const Tensor& x, const Tensor& y,
+            const Optional& s, Kind kind, double p, const bool* skip, const Tensor& dx,
+            const Tensor& dy) {
   const int64_t B = x.size(0), N = x.size(1), M = y.size(1), D = x.size(2);
   with_dtype(x, [&](auto zero) {
     using A = decltype(zero);
@@ -89,31 +89,31 @@ void strips(const Optional& a, const Optional& b, const Tensor& w, const Tensor&
     const Tensor weights = kSecond ? w : shared_weights<A>(w, x, y, s, kind);
     const int64_t columns = strip_columns<A>(M), whole = D / kCount * kCount;
     const int64_t count = ceil_div(whole, columns), all = count + (D > whole);
-    for_units<A>(kind, p, B * all, N * M * columns, [&](auto f, auto zeros, int64_t unit)
-                                                        FM_INLINE_LAMBDA {
-      using L = decltype(zeros);
-      using F = decltype(f);
-      const int64_t t = unit / all, strip = unit % all;
-      Strip<A> g;
-      g.w = rows_of<const A>(weights, t), g.s = rows_of<const A>(s, t);
-      g.x = rows_of<const A>(x, t), g.y = rows_of<const A>(y, t);
-      g.a = rows_of<const A>(a, t), g.b = rows_of<const A>(b, t);
-      if (dx.numel() > 0) g.dx = rows_of<A>(dx, t);
-      if (dy.numel() > 0) g.dy = rows_of<A>(dy, t);
-      g.skip = skip == nullptr ? nullptr : skip + t * N;
-      g.n = N, g.m = M;
-      g.k = strip == count ? whole : strip * columns;
-      g.count = strip == count ? D - whole : least(columns, whole - g.k);
-      alignas(64) L memory[4 * kStripCells];
-      const StripTerm<F, kSecond> term{f};
-      if (strip == count) {
-        strip_pass<L, true, false, kSecond>(g, 1, memory, term);
-      } else if (g.count == kCount) {
-        strip_pass<L, true, true, kSecond>(g, 1, memory, term);
-      } else {
-        strip_pass<L, false, true, kSecond>(g, g.count / kCount, memory, term);
-      }
-    });
+    for_units<A>(kind, p, B * all, N * M * columns,
+                 [&](auto f, auto zeros, int64_t unit) FM_INLINE_LAMBDA {
+                   using L = decltype(zeros);
+                   using F = decltype(f);
+                   const int64_t t = unit / all, strip = unit % all;
+                   Strip<A> g;
+                   g.w = rows_of<const A>(weights, t), g.s = rows_of<const A>(s, t);
+                   g.x = rows_of<const A>(x, t), g.y = rows_of<const A>(y, t);
+                   g.a = rows_of<const A>(a, t), g.b = rows_of<const A>(b, t);
+                   if (dx.numel() > 0) g.dx = rows_of<A>(dx, t);
+                   if (dy.numel() > 0) g.dy = rows_of<A>(dy, t);
+                   g.skip = skip == nullptr ? nullptr : skip + t * N;
+                   g.n = N, g.m = M;
+                   g.k = strip == count ? whole : strip * columns;
+                   g.count = strip == count ? D - whole : least(columns, whole - g.k);
+                   alignas(64) L memory[4 * kStripCells];
+                   const StripTerm<F, kSecond> term{f};
+                   if (strip == count) {
+                     strip_pass<L, true, false, kSecond>(g, 1, memory, term);
+                   } else if (g.count == kCount) {
+                     strip_pass<L, true, true, kSecond>(g, 1, memory, term);
+                   } else {
+                     strip_pass<L, false, true, kSecond>(g, g.count / kCount, memory, term);
+                   }
+                 });
   });
 }
 
@@ -125,11 +125,13 @@ Tensor pair_sums(Tensor x, Tensor y, int64_t kind, double p) {
   with_dtype(x, [&](auto zero) {
     using A = decltype(zero);
     const int64_t units = B * ceil_div(N, kChunkRows), work = least(N, kChunkRows) * M * D;
-    for_units<A>(Kind(kind), p, units, work, [&](auto f, auto lanes, int64_t unit) FM_INLINE_LAMBDA {
-      const Chunk c(unit, N);
-      sums_of_pairs<decltype(lanes)>(f, rows_of<const A>(x, c.task), rows_of<const A>(y, c.task),
-                                 c.begin, c.end, M, D, rows_of<A>(out, c.task));
-    });
+    for_units<A>(Kind(kind), p, units, work,
+                 [&](auto f, auto lanes, int64_t unit) FM_INLINE_LAMBDA {
+                   const Chunk c(unit, N);
+                   sums_of_pairs<decltype(lanes)>(f, rows_of<const A>(x, c.task),
+                                                  rows_of<const A>(y, c.task), c.begin, c.end, M, D,
+                                                  rows_of<A>(out, c.task));
+                 });
   });
   return out;
 }
@@ -164,14 +166,16 @@ std::tuple<Tensor, Tensor, Tensor> double_backward(Optional a, Optional b, Tenso
   with_dtype(x, [&](auto zero) {
     using A = decltype(zero);
     const int64_t units = B * ceil_div(N, kChunkRows), work = least(N, kChunkRows) * M * D;
-    for_units<A>(Kind(kind), p, units, work, [&](auto f, auto lanes, int64_t unit) FM_INLINE_LAMBDA {
-      const Chunk c(unit, N);
-      along_pairs<decltype(lanes)>(f, rows_of<const A>(x, c.task), rows_of<const A>(y, c.task),
-                                  rows_of<const A>(a, c.task), rows_of<const A>(b, c.task),
-                                  rows_of<const A>(s, c.task), c.begin, c.end, M, D,
-                                  rows_of<A>(dw, c.task));
-    });
-    if (Kind(kind) == Kind::kMaximum && D > 0) {  // dw so far is that of all coordinates that attain it
+    for_units<A>(
+        Kind(kind), p, units, work, [&](auto f, auto lanes, int64_t unit) FM_INLINE_LAMBDA {
+          const Chunk c(unit, N);
+          along_pairs<decltype(lanes)>(f, rows_of<const A>(x, c.task), rows_of<const A>(y, c.task),
+                                       rows_of<const A>(a, c.task), rows_of<const A>(b, c.task),
+                                       rows_of<const A>(s, c.task), c.begin, c.end, M, D,
+                                       rows_of<A>(dw, c.task));
+        });
+    if (Kind(kind) == Kind::kMaximum &&
+        D > 0) {  // dw so far is that of all coordinates that attain it
       const Tensor ones = empty_rows({B, N, M}, x.scalar_type(), x);
       A* one = static_cast<A*>(ones.mutable_data_ptr());
       std::fill_n(one, B * N * M, A(1));

@@ -227,8 +227,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor v_loss, Tensor logits, Tensor
                             : empty_rows({0}, dtype, query);
   };
   const Tensor d_query = wanted(0, Q), d_prototypes = wanted(1, C);
-  const Tensor d_scale =
-      needs & 4 ? empty_rows({T}, dtype, query) : empty_rows({0}, dtype, query);
+  const Tensor d_scale = needs & 4 ? empty_rows({T}, dtype, query) : empty_rows({0}, dtype, query);
   with_dtype(query, [&](auto zero) {
     using A = decltype(zero);
     const Tensor weights = empty_rows({T, Q, C}, dtype, query);

@@ -1,8 +1,8 @@
 """Sums over the coordinates of pairs as raw operators, and the Functions that differentiate them.
 
-Shapes: ``x [B, N, D]``, ``y [B, M, D]``, sums and their cotangents ``w [B, N, M]``, cotangents of the
-gradients ``a [B, N, D]`` and ``b [B, M, D]``; float32 or float64 throughout. Kernels serve the sums,
-their gradient and its derivative; what comes after differentiates the reference. Squares and
+Shapes: ``x [B, N, D]``, ``y [B, M, D]``, sums and their cotangents ``w [B, N, M]``, cotangents of
+the gradients ``a [B, N, D]`` and ``b [B, M, D]``; float32 or float64 throughout. Kernels serve the
+sums, their gradient and its derivative; what comes after differentiates the reference. Squares and
 products of many pairs are matrix products instead, differentiable to any order.
 """
 
@@ -258,7 +258,7 @@ def weighted_by_products(
 def centred(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Both relative to the mean of y, so that no digits are lost to a common offset.
 
-    No derivative passes through the mean: whatever is computed of the results does not depend on it.
+    No derivative passes through the mean: what is computed of the results does not depend on it.
     """
     centre = y.detach().mean(1, keepdim=True)
     centre = torch.where(centre.isfinite(), centre, 0)  # one NaN must not reach the other rows

@@ -32,8 +32,8 @@ def _select_reference(values, indices, sums, offset, alpha, first):
     indices.copy_(names.gather(1, best))
 
 
-# keeps in values, indices [n, k] the smallest of themselves and of alpha sums + offset [n, m], whose
-# columns are named first, first + 1, ...; rising, earlier ones first among equals, NaN never
+# keeps in values, indices [n, k] the smallest of themselves and of alpha sums + offset [n, m],
+# whose columns are named first, first + 1, ...; rising, earlier ones first among equals, NaN never
 _SELECT = define(
     "nearest_select_(Tensor(a!) values, Tensor(b!) indices, Tensor sums, Tensor? offset, "
     "float alpha, int first) -> ()",
@@ -62,9 +62,9 @@ def nearest(
         p, precision: As for `pairwise_distance`.
 
     Returns:
-        ``(values [..., N, k], indices int64 [..., N, k])``, in rising order; of equally near rows the
-        one with the lower index comes first. Candidates come from matrix products, are compared by
-        their distances evaluated as differences, and accepted where rounding cannot have hidden
+        ``(values [..., N, k], indices int64 [..., N, k])``, in rising order; of equally near rows
+        the one with the lower index comes first. Candidates come from matrix products, are compared
+        by their distances evaluated as differences, and accepted where rounding cannot have hidden
         another; else the row is searched again with differences. A NaN distance is farther than
         any other.
 

@@ -65,8 +65,8 @@ def pairwise_distance(
 
     Note:
         Differentiable in reverse mode to any order in x, y and precision, also under
-        ``torch.func.grad`` and ``vmap``; forward mode raises. Where a metric has no derivative (x = y
-        for all but squares and ``dot``) it is 0, to all orders; ``chebyshev`` divides its gradient
+        ``torch.func.grad`` and ``vmap``; forward mode raises. Where a metric has no derivative (x =
+        y for all but squares and ``dot``) it is 0, to all orders; ``chebyshev`` divides its gradient
         evenly among the coordinates that attain the maximum. Squares are evaluated as a matrix
         product of centred rows, and as differences where that would lose digits, so points far from
         the origin and nearly equal ones keep theirs. Two runs give equal bits.
@@ -140,7 +140,7 @@ def as_sums(
     """Points and the kind of sum from which a metric follows: ``(x, y, kind, p, root)``.
 
     The distance is ``sums ** (1 / root)``; its negative for products, half of it for ``cosine``,
-    where it is that of the directions: ``1 - u v = |u - v|^2 / 2`` keeps the digits of small angles.
+    where it is that of directions: ``1 - u v = |u - v|^2 / 2`` keeps the digits of small angles.
     """
     if metric == "dot":
         return x, y, PRODUCT, 0.0, 1.0
@@ -165,7 +165,7 @@ def as_sums(
 
 
 def rooted(sums: Tensor, root: float) -> Tensor:
-    """``sums ** (1 / root)``, with derivatives 0 at 0; writes over sums where nothing needs them."""
+    """``sums ** (1 / root)``, derivatives 0 at 0; writes over sums where nothing needs them."""
     if root == 1:
         return sums
     if sums.requires_grad or torch._C._are_functorch_transforms_active():
@@ -174,7 +174,7 @@ def rooted(sums: Tensor, root: float) -> Tensor:
 
 
 def _without_direction(x: Tensor, y: Tensor) -> Tensor:
-    """What half of a unit vector's squared distance to a zero row lacks to a cosine distance of 1."""
+    """What half of a unit vector's squared distance to a row of zeros lacks to a distance of 1."""
     x_zero, y_zero = ((t.detach() == 0).all(-1).to(t.dtype) for t in (x, y))
     return 0.5 * (x_zero.unsqueeze(2) + y_zero.unsqueeze(1))
 

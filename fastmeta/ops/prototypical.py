@@ -81,8 +81,8 @@ def prototypical_loss(
 
     Args:
         query: ``[T, Q, D]``, float32, float64, bfloat16 or float16 (computed in float32).
-        query_labels: int64 ``[T, Q]``; -100 for rows that do not count, of which nothing, not even a
-            NaN, reaches a result. So tasks may be ragged in rows and classes.
+        query_labels: int64 ``[T, Q]``; -100 for rows that do not count, of which nothing, not even
+            a NaN, reaches a result. So tasks may be ragged in rows and classes.
         support: ``[T, N, D]`` in the dtype of query; or, without support_labels, the prototypes
             themselves, ``[T, C, D]``.
         support_labels: int64 ``[T, N]``, any number of rows per class; -100 for rows that do not
@@ -106,8 +106,8 @@ def prototypical_loss(
 
     Note:
         Differentiable in reverse mode to any order in query, support, temperature and precision,
-        also under ``torch.func.grad`` and ``vmap``; forward mode raises. With few classes nothing of
-        size N x M x D is there, with many nothing of size Q x C either; second derivatives hold one
+        also under ``torch.func.grad`` and ``vmap``; forward mode raises. With few classes nothing
+        of size N x M x D is there, with many nothing of size Q x C either; second derivatives hold one
         chunk of Q x C at a time. Two runs give equal bits.
 
     Source: Snell et al. 2017, https://arxiv.org/abs/1703.05175

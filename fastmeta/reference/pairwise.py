@@ -1,9 +1,9 @@
 """Pairwise distances in plain torch, differentiable to any order by autograd itself.
 
-Shapes: ``x [B, N, D]``, ``y [B, M, D]``, results ``[B, N, M]``. Every metric is a function of one sum
-(or maximum) over coordinates, of a *kind* that kernels share. Derivatives where a metric has none:
-those of ``|z|``, ``|z|^p`` and of the root of a sum are 0 at 0, to all orders; a maximum divides its
-gradient evenly among the coordinates that attain it.
+Shapes: ``x [B, N, D]``, ``y [B, M, D]``, results ``[B, N, M]``. Every metric is a function of one
+sum (or maximum) over coordinates, of a *kind* that kernels share. Derivatives where a metric has
+none: those of ``|z|``, ``|z|^p`` and of the root of a sum are 0 at 0, to all orders; a maximum
+divides its gradient evenly among the coordinates that attain it.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def pairwise_distance(
 
 
 def class_sums(x: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """Sums of the rows of each class, ``[T, C, D]``; nothing of rows labelled outside reaches one."""
+    """Sums of the rows of each class, ``[T, C, D]``; of rows labelled outside nothing arrives."""
     valid = (labels >= 0) & (labels < classes)
     rows = torch.where(valid.unsqueeze(-1), x, 0)
     onehot = labels.unsqueeze(1) == torch.arange(classes, device=x.device).view(1, -1, 1)

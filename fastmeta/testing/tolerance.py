@@ -13,7 +13,7 @@ def assert_within_budget(
 
     The budget is four times (two bits) the sum of two measured errors: that of the reference in low
     precision, and the largest change of the exact result when every input moves by one rounding;
-    and one rounding of the largest result, which an error of the reference can miss by chance. So an
+    and one rounding of the largest result, which the reference can miss by chance. So an
     implementation may order its operations differently, but not lose a digit.
 
     Args:
