@@ -2,9 +2,10 @@
 
 Shapes: query ``[T, Q, D]``, labels int64 ``[T, Q]``, prototypes ``[T, C, D]``, present bool
 ``[T, C]`` or None, scale ``[T]`` (one over the temperature). Few classes are one kernel forward and
-one backward, which keep logits ``[T, Q, C]``. Many classes are worked off in chunks of rows that fit in
-a cache; where a gradient is wanted each chunk leaves its part of it behind, so that nothing of size
-``Q x C`` is ever there. Second derivatives are those of the loss written with `pairwise_sums`.
+one backward, which keep logits ``[T, Q, C]``. Many classes are worked off in chunks of rows that
+fit in a cache; where a gradient is wanted each chunk leaves its part of it behind, so that nothing
+of size ``Q x C`` is ever there. Second derivatives are those of the loss
+written with `pairwise_sums`.
 """
 
 from __future__ import annotations

@@ -66,10 +66,10 @@ def pairwise_distance(
     Note:
         Differentiable in reverse mode to any order in x, y and precision, also under
         ``torch.func.grad`` and ``vmap``; forward mode raises. Where a metric has no derivative (x =
-        y for all but squares and ``dot``) it is 0, to all orders; ``chebyshev`` divides its gradient
-        evenly among the coordinates that attain the maximum. Squares are evaluated as a matrix
-        product of centred rows, and as differences where that would lose digits, so points far from
-        the origin and nearly equal ones keep theirs. Two runs give equal bits.
+        y for all but squares and ``dot``) it is 0, to all orders; ``chebyshev`` divides its
+        gradient evenly among the coordinates that attain the maximum. Squares are evaluated as a
+        matrix product of centred rows, and as differences where that would lose digits, so points
+        far from the origin and nearly equal ones keep theirs. Two runs give equal bits.
     """
     x, y, batch, dtype = as_pairs("pairwise_distance", x, y)
     metric, p = check_metric("pairwise_distance", metric, p, precision)

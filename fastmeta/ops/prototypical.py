@@ -107,8 +107,8 @@ def prototypical_loss(
     Note:
         Differentiable in reverse mode to any order in query, support, temperature and precision,
         also under ``torch.func.grad`` and ``vmap``; forward mode raises. With few classes nothing
-        of size N x M x D is there, with many nothing of size Q x C either; second derivatives hold one
-        chunk of Q x C at a time. Two runs give equal bits.
+        of size N x M x D is there, with many nothing of size Q x C either; second derivatives hold
+        one chunk of Q x C at a time. Two runs give equal bits.
 
     Source: Snell et al. 2017, https://arxiv.org/abs/1703.05175
     """
