@@ -7,7 +7,7 @@ of size N x M x D is ever in memory. Each program owns its results, so that two 
 
 Layout of a tile of three axes: Triton spreads the last axis over the lanes of a warp, then the second
 over lanes and warps that are left, and keeps the first in the registers of each thread. A thread thus
-uses each value it has fetched several times; the sizes below make that a block of about 32 x 4 pairs.
+uses each value it has fetched several times; the sizes below make that a block of about 64 pairs.
 """
 
 from __future__ import annotations
@@ -42,9 +42,8 @@ PROGRAMS, TERMS = 528, 256
 
 @triton.jit
 def sign(z):
-    """-1, 0 or 1; NaN stays."""
-    one = tl.where(z < 0, -1.0, 1.0).to(z.dtype)
-    return tl.where(z * 0 == 0, tl.where(z == 0, 0, one), tl.where(z == z, one, z))
+    """-1, 0 or 1; 0 of NaN, as torch has it."""
+    return tl.where(z > 0, 1.0, tl.where(z < 0, -1.0, 0.0)).to(z.dtype)
 
 
 @triton.jit
@@ -333,13 +332,14 @@ def squares_kernel(
 def pair_tile(n: int, m: int, d: int, wide: bool) -> dict[str, int]:
     """Tile of pairs: ``n`` along the first axis. Few rows lie in the registers of every thread, with
     a block of 8 x 8 pairs each and 32 coordinates side by side, so that the many rows are read in
-    whole cache lines, once. Else 32 x 64 pairs use what they read 43 times and take 128 sums per
-    thread of 4 warps, as a matrix product would. Half of that in float64, which fills two registers.
+    whole cache lines, once. Else 16 x 64 pairs are a block of 16 x 4 sums per thread of 4 warps: 20
+    values fetched serve 64 pairs, at 128 registers or less, so that four programs share a
+    multiprocessor; 32 x 64 take all 255. Half of it in float64, which fills two registers.
     """
     if n <= 16:
         bn = power_of_2(n, 16)
         return {"BN": bn, "BM": 256 // max(bn, 4) // (1 + wide), "BD": power_of_2(d, 32)}
-    return {"BN": 32 // (1 + wide), "BM": 64 // (1 + wide), "BD": power_of_2(d, 8)}
+    return {"BN": 16, "BM": 64 // (1 + wide), "BD": power_of_2(d, 8)}
 
 
 def pair_programs(b: int, n: int, m: int, tile: dict[str, int]) -> int:
@@ -407,12 +407,12 @@ def owned_tile(r: int, d: int, wide: bool) -> dict[str, int]:
     """Tile of others x rows x coordinates in which the sum over others stays within a thread.
 
     A lane is a coordinate, so that rows are read in whole cache lines, and a weight fetched serves
-    two coordinates where there are enough; then 8 others x 8 rows are about as many weights as
-    registers allow. Few coordinates leave lanes to rows.
+    two coordinates where there are enough; 4 others x 8 rows at a time are as many weights as fit in
+    registers (8 x 8 spill). Few coordinates leave lanes to rows.
     """
     bd = power_of_2(d, 128 if wide else 256)
     br = power_of_2(r, 8 if bd >= 128 else min(1024 // bd, 64))
-    return {"BO": 8, "BR": br, "BD": bd}
+    return {"BO": 4, "BR": br, "BD": bd}
 
 
 def write_owned(

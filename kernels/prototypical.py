@@ -255,7 +255,7 @@ def rows_kernel(
     pull = tl.zeros((1,), ACC)
     for start in range(0, C, BC):
         classes = start + tl.arange(0, BC)
-        there = valid & is_present(present, task, classes, C, MASKED)
+        there = is_present(present, task, classes, C, MASKED) & (classes < read)
         s_at = at + classes.to(tl.int64) * s_c
         s = tl.load(s_at, mask=there, other=0).to(ACC)
         distance = distance_of(s, KIND, ROOT)
@@ -266,6 +266,10 @@ def rows_kernel(
             to_sums = tl.where(there, -rate * g * slope_of_distance(distance, KIND, ROOT), 0)
             tl.store(s_at, to_sums, mask=classes < C)
     tl.store(d_scale + row, tl.sum(pull, 0))
+
+
+def bytes_of(present: Tensor | None) -> Tensor | None:
+    return None if present is None else present.contiguous().view(torch.uint8)
 
 
 def prototypical(query, labels, prototypes, present, scale, kind: int, p: float, root: float):
@@ -289,7 +293,7 @@ def prototypical(query, labels, prototypes, present, scale, kind: int, p: float,
         partial = query.new_empty(tasks, tiles, 3, dtype=wide)
     launch(
         loss_kernel, tasks * tiles,
-        query, labels, prototypes, present, scale, loss, right, logits, partial, rows, classes, d,
+        query, labels, prototypes, bytes_of(present), scale, loss, right, logits, partial, rows, classes, d,
         tiles, *query.stride()[:2], *prototypes.stride()[:2],
         KIND=kind, P=float(p), ROOT=float(root), MASKED=present is not None,
         ACC=acc, BQ=bq, BC=bc, BD=power_of_2(d, 32), num_warps=4,
@@ -321,7 +325,7 @@ def prototypical_backward(
     d_scale = empty_like(scale) if direct else scale.new_empty(tasks, tiles, dtype=wide)
     launch(
         gradient_kernel, tasks * tiles,
-        v_loss, logits, labels, present, scale, weights, d_scale, rows, classes, tiles,
+        v_loss, logits, labels, bytes_of(present), scale, weights, d_scale, rows, classes, tiles,
         KIND=kind, ROOT=float(root), MASKED=present is not None, ACC=acc, BQ=bq, BC=bc, num_warps=4,
     )  # fmt: skip
     if not direct:
@@ -345,7 +349,7 @@ def prototypical_rows_(
     # A row is many classes; 1024 at a time are 8 for each thread of 4 warps, two loads of 16 bytes.
     launch(
         rows_kernel, tasks * rows,
-        sums, labels.contiguous(), present, scale.contiguous(), loss, right, d_scale,
+        sums, labels.contiguous(), bytes_of(present), scale.contiguous(), loss, right, d_scale,
         tasks * rows, rows, classes, *sums.stride(),
         KIND=kind, ROOT=float(root), MASKED=present is not None, GRADIENT=gradient,
         ACC=accumulator(sums), BC=power_of_2(classes, 1024), num_warps=4,

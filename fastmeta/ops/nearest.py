@@ -134,7 +134,7 @@ def _certified(x: Tensor, y: Tensor, k: int) -> Tensor:
     exact = _pairwise._Sums.forward(x.unsqueeze(1), y[names.clamp_min(0)], SQUARES, 2.0).squeeze(1)
     exact = torch.where(names < 0, float("inf"), exact).nan_to_num(float("inf"), float("inf"))
     names, by_name = names.sort(1)
-    exact, by_value = exact.gather(1, by_name).sort(1, stable=True)
+    exact, by_value = exact.gather(1, by_name).sort(dim=1, stable=True)
     found = names.gather(1, by_value)[:, :k]
     if kept == rows and bool((found >= 0).all()):
         return found
