@@ -14,10 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent
 pytest.importorskip("triton", reason="triton is not installed")
 
 
-@pytest.mark.parametrize("file", ["test_pairwise_kernels.py", "test_prototypical_kernels.py"])
-def test_interpreted_kernels_agree_with_the_references(file: str):
+def test_interpreted_kernels_agree_with_the_references():
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    tests = ROOT / "tests" / "triton_interpreter" / file
+    tests = ROOT / "tests" / "triton_interpreter"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", str(tests), "-q", "-p", "no:cacheprovider"],
         cwd=ROOT,
