@@ -71,8 +71,9 @@ def class_sums(x: Tensor, labels: Tensor, classes: int) -> Tensor:
         return out.zero_()
     # One coordinate per lane, and as many classes as keep a block of 8 rows in registers.
     bd = power_of_2(d, 128)
-    tile = {"BN": 8, "BC": power_of_2(classes, max(1024 // bd, 8)), "BD": bd}
     acc = accumulator(x)
+    most = max(1024 // bd, 8) // (1 + (acc == tl.float64))
+    tile = {"BN": 8, "BC": power_of_2(classes, most), "BD": bd}
     programs = tasks * ceil_div(classes, tile["BC"]) * ceil_div(d, bd)
     parts = max(min(ceil_div(PROGRAMS, programs), rows // TERMS), 1)
     part = ceil_div(ceil_div(rows, parts), 8) * 8

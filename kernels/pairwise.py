@@ -329,17 +329,26 @@ def squares_kernel(
     tl.store(at, square, mask=inside)
 
 
-def pair_tile(n: int, m: int, d: int, wide: bool) -> dict[str, int]:
+def pair_tile(n: int, m: int, d: int, wide: bool, heavy: bool = False) -> dict[str, int]:
     """Tile of pairs: ``n`` along the first axis. Few rows lie in the registers of every thread, with
     a block of 8 x 8 pairs each and 32 coordinates side by side, so that the many rows are read in
     whole cache lines, once. Else 16 x 64 pairs are a block of 16 x 4 sums per thread of 4 warps: 20
     values fetched serve 64 pairs, at 128 registers or less, so that four programs share a
-    multiprocessor; 32 x 64 take all 255. Half of it in float64, which fills two registers.
+    multiprocessor; 32 x 64 take all 255. Half of it in float64, which fills two registers, and half
+    again for ``heavy`` terms with two more operands or counts.
     """
     if n <= 16:
         bn = power_of_2(n, 16)
-        return {"BN": bn, "BM": 256 // max(bn, 4) // (1 + wide), "BD": power_of_2(d, 32)}
-    return {"BN": 16, "BM": 64 // (1 + wide), "BD": power_of_2(d, 8)}
+        return {
+            "BN": bn,
+            "BM": 256 // max(bn, 4) // (1 + wide) // (1 + heavy),
+            "BD": power_of_2(d, 32),
+        }
+    return {
+        "BN": 16 // (1 + (wide and heavy)),
+        "BM": 64 // (1 + (wide or heavy)),
+        "BD": power_of_2(d, 8),
+    }
 
 
 def pair_programs(b: int, n: int, m: int, tile: dict[str, int]) -> int:
@@ -394,7 +403,7 @@ def shares(w: Tensor, x: Tensor, y: Tensor, sums: Tensor, skip: bool) -> Tensor:
     out = torch.empty_like(w)
     (b, n, d), m = x.shape, y.shape[1]
     acc = accumulator(x)
-    tile = pair_tile(n, m, d, True)  # its counts are registers besides
+    tile = pair_tile(n, m, d, acc == tl.float64, True)
     launch(
         shares_kernel, pair_programs(b, n, m, tile),
         w, x, y, sums, out, n, m, d, *x.stride()[:2], *y.stride()[:2],
@@ -403,15 +412,17 @@ def shares(w: Tensor, x: Tensor, y: Tensor, sums: Tensor, skip: bool) -> Tensor:
     return out
 
 
-def owned_tile(r: int, d: int, wide: bool) -> dict[str, int]:
+def owned_tile(r: int, d: int, wide: bool, heavy: bool) -> dict[str, int]:
     """Tile of others x rows x coordinates in which the sum over others stays within a thread.
 
     A lane is a coordinate, so that rows are read in whole cache lines, and a weight fetched serves
     two coordinates where there are enough; 4 others x 8 rows at a time are as many weights as fit in
-    registers (8 x 8 spill). Few coordinates leave lanes to rows.
+    registers (8 x 8 spill). Few coordinates leave lanes to rows. ``heavy`` terms, of powers, maxima
+    or second derivatives, hold more values each: half as many rows, a quarter in float64.
     """
     bd = power_of_2(d, 128 if wide else 256)
-    br = power_of_2(r, 8 if bd >= 128 else min(1024 // bd, 64))
+    most = 8 if bd >= 128 else min(1024 // bd, 64)
+    br = power_of_2(r, most // (1 + heavy * (1 + 2 * wide)))
     return {"BO": 4, "BR": br, "BD": bd}
 
 
@@ -425,7 +436,8 @@ def write_owned(
         out.zero_()
         return
     acc = accumulator(r)
-    tile = owned_tile(rows, d, acc == tl.float64)
+    heavy = second or kind in (reference.POWER, reference.MAXIMUM)
+    tile = owned_tile(rows, d, acc == tl.float64, heavy)
     programs = b * ceil_div(rows, tile["BR"]) * ceil_div(d, tile["BD"])
     parts = max(min(ceil_div(PROGRAMS, programs), others // TERMS), 1)
     part = ceil_div(ceil_div(others, parts), tile["BO"]) * tile["BO"]
@@ -463,7 +475,7 @@ def pairwise_sums_double_backward(
     if needs & 4 and dw.numel():
         (batch, n, d), m = x.shape, y.shape[1]
         acc = accumulator(x)
-        tile = pair_tile(n, m, d, True)  # two more operands, or counts, are registers besides
+        tile = pair_tile(n, m, d, acc == tl.float64, True)
         if (a is None and b is None) or d == 0:
             dw.zero_()
         else:

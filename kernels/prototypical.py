@@ -318,7 +318,7 @@ def prototypical_backward(
     logits = logits.contiguous()
     weights = torch.empty_like(logits)
     bc = power_of_2(classes, 128)
-    bq = power_of_2(rows, 1024 // bc)  # 8 logits per thread
+    bq = power_of_2(rows, 1024 // (1 + (acc == tl.float64)) // bc)  # 8 logits per thread, or 4
     tiles = ceil_div(rows, bq)
     wide = torch.float64 if acc == tl.float64 else torch.float32
     direct = tiles == 1 and scale.dtype == wide

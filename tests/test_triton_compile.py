@@ -182,7 +182,10 @@ def check(launches: list[Launch], architecture: int, tmp_path: Path) -> None:
         print(
             f"{what}: {registers} registers, {binary.metadata.shared} bytes shared, {stack} stack"
         )
-        if local or stack:
+        # general powers, and exponentials of doubles, keep a few registers on the stack
+        doubles = launch.constants.get("ACC") == triton.language.float64
+        powers = launch.constants.get("KIND") == POWER
+        if local or stack > (64 if doubles else 16 * powers):
             spilled.append(f"{what}: {registers} registers, {stack} bytes of stack")
         assert_vectors(launch, binary, what)
     assert launches and not spilled, "\n".join(spilled)
