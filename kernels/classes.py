@@ -15,8 +15,8 @@ def class_sums_kernel(
     x, labels, out, N, C, D, out_part, part,
     ACC: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Sums of some classes and coordinates over ``part`` rows of one task; rows of other classes are
-    not read."""
+    """Sums of some classes and coordinates over ``part`` rows of one task; rows of other classes
+    are not read."""
     along_d = tl.cdiv(D, BD)
     tiles = tl.cdiv(C, BC) * along_d
     parts = tl.cdiv(N, part)

@@ -1,13 +1,15 @@
 """Triton kernels of the pairwise sums, ``fastmeta.ops._pairwise``.
 
-Shapes: ``x [B, N, D]`` and ``y [B, M, D]`` with any batch and row strides and dense rows, sums and
-their cotangents ``w [B, N, M]``, cotangents of the gradients ``a [B, N, D]`` and ``b [B, M, D]``. Every
-pair is evaluated as ``x - y``, in tiles of rows x rows x coordinates that live in registers; nothing
-of size N x M x D is ever in memory. Each program owns its results, so that two runs give equal bits.
+Shapes: ``x [B, N, D]`` and ``y [B, M, D]`` with any batch and row strides and dense rows; sums and
+their cotangents ``w [B, N, M]``; cotangents of the gradients ``a [B, N, D]`` and ``b [B, M, D]``.
+Every pair is evaluated as ``x - y``, in tiles of rows x rows x coordinates that live in registers;
+nothing of size N x M x D is ever in memory. Each program owns its results, so that two runs give
+equal bits.
 
-Layout of a tile of three axes: Triton spreads the last axis over the lanes of a warp, then the second
-over lanes and warps that are left, and keeps the first in the registers of each thread. A thread thus
-uses each value it has fetched several times; the sizes below make that a block of about 64 pairs.
+Layout of a tile of three axes: Triton spreads the last axis over the lanes of a warp, then the
+second over lanes and warps that are left, and keeps the first in the registers of each thread. A
+thread thus uses each value it has fetched several times; the sizes below make that a block of about
+64 pairs.
 """
 
 from __future__ import annotations
@@ -302,40 +304,15 @@ def owned_kernel(
     tl.store(out_at, acc, mask=inside)
 
 
-@triton.jit(do_not_specialize=["N", "M"])
-def squares_kernel(
-    dots, x, y, xx, yy, N, M, D, d_b, d_n, d_m, x_b, x_n, y_b, y_n, xx_b, xx_n, yy_b, yy_n,
-    ACC: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    """``|x|^2 + |y|^2 - 2 x y`` over the dots; a tile in which some would cancel has those again as
-    differences."""
-    batch, rows, columns = tile_of(N, M, BN, BM)
-    rows_64, columns_64 = rows.to(tl.int64), columns.to(tl.int64)
-    in_rows, in_columns = rows < N, columns < M
-    at = dots + batch * d_b + rows_64[:, None] * d_n + columns_64[None, :] * d_m
-    inside = in_rows[:, None] & in_columns[None, :]
-    dot = tl.load(at, mask=inside, other=0)
-    x_square = tl.load(xx + batch * xx_b + rows_64 * xx_n, mask=in_rows, other=0)
-    y_square = tl.load(yy + batch * yy_b + columns_64 * yy_n, mask=in_columns, other=0)
-    both = x_square[:, None] + y_square[None, :]
-    square = both - 2 * dot
-    # NaN compares false; where a sum of squares overflows the difference may not
-    good = (square >= both * 0.03125) & (square < float("inf"))
-    again = inside & ~good
-    if tl.max(tl.max(again.to(tl.int32), 1), 0) > 0:
-        x_at = rows_at(x, batch, rows, N, x_b, x_n)
-        y_at = rows_at(y, batch, columns, M, y_b, y_n)
-        square = tl.where(again, sums_of(x_at, y_at, D, SQUARES, 2.0, ACC, BN, BM, BD), square)
-    tl.store(at, square, mask=inside)
-
-
 def pair_tile(n: int, m: int, d: int, wide: bool, heavy: bool = False) -> dict[str, int]:
-    """Tile of pairs: ``n`` along the first axis. Few rows lie in the registers of every thread, with
-    a block of 8 x 8 pairs each and 32 coordinates side by side, so that the many rows are read in
-    whole cache lines, once. Else 16 x 64 pairs are a block of 16 x 4 sums per thread of 4 warps: 20
-    values fetched serve 64 pairs, at 128 registers or less, so that four programs share a
-    multiprocessor; 32 x 64 take all 255. Half of it in float64, which fills two registers, and half
-    again for ``heavy`` terms with two more operands or counts.
+    """Tile of pairs: ``n`` along the first axis.
+
+    Few rows lie in the registers of every thread, with a block of 8 x 8 pairs each and 32
+    coordinates side by side, so that the many rows are read in whole cache lines, once. Else 16 x
+    64 pairs are a block of 16 x 4 sums per thread of 4 warps: 20 values fetched serve 64 pairs, at
+    128 registers or less, so that four programs share a multiprocessor; 32 x 64 take all 255. Half
+    of it in float64, which fills two registers, and half again for ``heavy`` terms with two more
+    operands or counts.
     """
     if n <= 16:
         bn = power_of_2(n, 16)
@@ -416,9 +393,9 @@ def owned_tile(r: int, d: int, wide: bool, heavy: bool) -> dict[str, int]:
     """Tile of others x rows x coordinates in which the sum over others stays within a thread.
 
     A lane is a coordinate, so that rows are read in whole cache lines, and a weight fetched serves
-    two coordinates where there are enough; 4 others x 8 rows at a time are as many weights as fit in
-    registers (8 x 8 spill). Few coordinates leave lanes to rows. ``heavy`` terms, of powers, maxima
-    or second derivatives, hold more values each: half as many rows, a quarter in float64.
+    two coordinates where there are enough; 4 others x 8 rows at a time are as many weights as fit
+    in registers (8 x 8 spill). Few coordinates leave lanes to rows. ``heavy`` terms, of powers,
+    maxima or second derivatives, hold more values each: half as many rows, a quarter in float64.
     """
     bd = power_of_2(d, 128 if wide else 256)
     most = 8 if bd >= 128 else min(1024 // bd, 64)
@@ -429,8 +406,8 @@ def owned_tile(r: int, d: int, wide: bool, heavy: bool) -> dict[str, int]:
 def write_owned(
     out, w, r, o, sums, cr, co, kind: int, p: float, *, second: bool = False, skip: bool = False
 ) -> None:
-    """The gradient ``out`` of rows ``r``, as `owned_kernel` has it; w is ``[B, R, Q]``, any strides,
-    and sums lie as w does."""
+    """The gradient ``out`` of rows ``r``, as `owned_kernel` has it; w is ``[B, R, Q]`` with any
+    strides, and sums lie as w does."""
     (b, rows, d), others = r.shape, o.shape[1]
     if out.numel() == 0 or others == 0:
         out.zero_()
@@ -468,7 +445,7 @@ def pairwise_sums_double_backward(
     p: float,
     needs: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Derivatives of ``(a dx + b dy).sum()`` to w, x and y, those of the bits 1 (x), 2 (y), 4 (w)."""
+    """Derivatives of ``(a dx + b dy).sum()`` to w, x and y, by the bits 4, 1 and 2."""
     a, b = (None if t is None else t.contiguous() for t in (a, b))
     w = w.contiguous()
     dw, dx, dy = empty_like(w, needs & 4), empty_like(x, needs & 1), empty_like(y, needs & 2)
@@ -501,17 +478,3 @@ def pairwise_sums_double_backward(
         else:
             write_owned(out, *given, kind, p, second=True)
     return dw, dx, dy
-
-
-def pairwise_squares_(dots: Tensor, x: Tensor, y: Tensor, xx: Tensor, yy: Tensor) -> None:
-    """Squared distances over the dots of rows, exact where those would cancel."""
-    b, n, m = dots.shape
-    acc = accumulator(x)
-    # A tile of whole cache lines, small because one pair that cancels evaluates all of it again.
-    bn = power_of_2(n, 16 // (1 + (acc == tl.float64)))
-    tile = {"BN": bn, "BM": power_of_2(m, 64), "BD": power_of_2(x.shape[2], 8)}
-    launch(
-        squares_kernel, pair_programs(b, n, m, tile),
-        dots, x, y, xx, yy, n, m, x.shape[2], *dots.stride(), *x.stride()[:2], *y.stride()[:2],
-        *xx.stride(), *yy.stride(), ACC=acc, num_warps=4, **tile,
-    )  # fmt: skip

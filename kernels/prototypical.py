@@ -1,8 +1,9 @@
 """Triton kernels of the prototypical loss, ``fastmeta.ops._prototypical``.
 
-Shapes: query ``[T, Q, D]`` and prototypes ``[T, C, D]`` with any batch and row strides and dense rows,
-labels int64 ``[T, Q]``, present bool ``[T, C]`` or None, scale ``[T]``, logits ``[T, Q, C]``. A row
-labelled outside ``[0, C)`` is not read. Classes come in tiles of up to 32 through a running softmax.
+Shapes: query ``[T, Q, D]`` and prototypes ``[T, C, D]`` with any batch and row strides and dense
+rows, labels int64 ``[T, Q]``, present bool ``[T, C]`` or None, scale ``[T]``, logits ``[T, Q, C]``.
+A row labelled outside ``[0, C)`` is not read. Classes come in tiles of up to 32, through a running
+softmax.
 """
 
 from __future__ import annotations
@@ -226,8 +227,8 @@ def rows_kernel(
     KIND: tl.constexpr, ROOT: tl.constexpr, MASKED: tl.constexpr, GRADIENT: tl.constexpr,
     ACC: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """One row of sums: loss, right answer and derivative to the scale; the second time the row comes
-    from the cache, for the gradient over the sums."""
+    """One row of sums: loss, right answer and derivative to the scale; the second time the row
+    comes from the cache, for the gradient over the sums."""
     row = tl.program_id(0).to(tl.int64)
     task = row // N
     label = tl.load(labels + row)
@@ -293,8 +294,8 @@ def prototypical(query, labels, prototypes, present, scale, kind: int, p: float,
         partial = query.new_empty(tasks, tiles, 3, dtype=wide)
     launch(
         loss_kernel, tasks * tiles,
-        query, labels, prototypes, bytes_of(present), scale, loss, right, logits, partial, rows, classes, d,
-        tiles, *query.stride()[:2], *prototypes.stride()[:2],
+        query, labels, prototypes, bytes_of(present), scale, loss, right, logits, partial, rows,
+        classes, d, tiles, *query.stride()[:2], *prototypes.stride()[:2],
         KIND=kind, P=float(p), ROOT=float(root), MASKED=present is not None,
         ACC=acc, BQ=bq, BC=bc, BD=power_of_2(d, 32), num_warps=4,
     )  # fmt: skip
@@ -307,7 +308,7 @@ def prototypical_backward(
     v_loss, logits, query, labels, prototypes, present, scale, kind: int, p: float, root: float,
     needs: int,
 ):  # fmt: skip
-    """Gradients of ``(v_loss * loss).sum()`` to query, prototypes and scale, by the bits 1, 2, 4."""
+    """Gradients of ``(v_loss * loss).sum()`` to query, prototypes and scale: bits 1, 2, 4."""
     tasks, rows, classes = logits.shape
     if logits.numel() == 0:
         return tuple(

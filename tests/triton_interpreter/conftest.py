@@ -1,7 +1,7 @@
 """The Triton kernels, interpreted on the CPU, as implementation ``"triton"``.
 
-Triton decides when it is imported whether kernels are interpreted, so these tests run in a process of
-their own: `test_triton_interpreter.py` starts it with TRITON_INTERPRET=1.
+Triton decides when it is imported whether kernels are interpreted, so these tests run in a process
+of their own: `test_triton_interpreter.py` starts it with TRITON_INTERPRET=1.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Interpreted Triton kernels of pairwise sums, class sums and nearest rows against the references."""
+"""Interpreted Triton kernels of pairwise and class sums and nearest rows against the references."""
 
 from __future__ import annotations
 
