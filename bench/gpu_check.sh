@@ -4,9 +4,9 @@
 #   bench/gpu_check.sh OUT_DIR
 #
 # Builds the extensions with CUDA in place, runs the GPU tests, runs the benchmarks, and leaves
-# JSON, logs and a table in OUT_DIR. Needs a CUDA build of torch with its requirements, nvcc, ninja,
-# pybind11, transformers, pytest and, for the Triton kernels, triton. Every part runs whatever the others did; the exit status is 0
-# only if all went well. PYTHON names the interpreter.
+# JSON, logs and a table in OUT_DIR. Needs a CUDA build of torch with its requirements (triton among
+# them), nvcc, ninja, pybind11, transformers and pytest. Every part runs whatever the others did; the
+# exit status is 0 only if all went well. PYTHON names the interpreter.
 set -uo pipefail
 out=$(mkdir -p "${1:?usage: bench/gpu_check.sh OUT_DIR}" && cd "$1" && pwd)
 cd "$(dirname "$0")/.."

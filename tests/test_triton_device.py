@@ -1,4 +1,4 @@
-"""The Triton kernels on a GPU: against the references there, on the current stream, in CUDA graphs."""
+"""The Triton kernels on a GPU: against the references there, and in CUDA graphs."""
 
 from __future__ import annotations
 

@@ -187,11 +187,11 @@ def test_class_sums_and_gather():
     assert kernel("class_gather")(torch.zeros(2, 0, 3), empty[1]).tolist() == [[[0.0] * 3] * 3] * 2
 
 
-@pytest.mark.parametrize("k", [1, 3, 64])
+@pytest.mark.parametrize("k", [1, 5, 64])
 @pytest.mark.parametrize("alpha", [1.0, -2.0])
 def test_nearest_select(k: int, alpha: float):
     """Two tiles after one another, with ties, infinities and NaN."""
-    rows, columns = 3, 600 if k < 5 else 70
+    rows, columns = 3, 520 if k == 1 else 70
     values = torch.full((rows, k), float("inf"), dtype=torch.float64)
     indices = torch.full((rows, k), -1)
     expected = values.clone(), indices.clone()
