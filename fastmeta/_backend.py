@@ -12,7 +12,8 @@ from contextlib import contextmanager
 
 import torch
 
-from fastmeta._library import EXTENSIONS, OPS, Op
+from fastmeta import _library
+from fastmeta._library import OPS, Op
 
 IMPLS = ("auto", "reference", "cpp", "cuda", "triton")
 
@@ -101,7 +102,7 @@ def kernel(op: Op, device: str) -> Callable:
 
 def why_absent(name: str) -> str:
     """The reason an implementation is missing, for messages and ``fastmeta.info``."""
-    for extension in EXTENSIONS:
+    for extension in _library.parts():
         if extension.impl == name and extension.state != "loaded":
             return f"{extension.module}: {extension.state}, {extension.detail}"
     return "none is registered"

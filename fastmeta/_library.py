@@ -44,7 +44,7 @@ class Extension:
     module: str
     impl: str
     device: str
-    state: str  # "loaded", "not built" or "failed"
+    state: str  # "loaded", "not built", "not loaded" or "failed"
     detail: str  # path, or the reason
 
 
@@ -70,6 +70,7 @@ EXTENSIONS = (
     _load("_C", "cpp", "cpu", "a C++ compiler and --no-build-isolation"),
     _load("_C_cuda", "cuda", "cuda", "nvcc and a CUDA build of torch"),
 )
+TRITON: Extension | None = None  # the kernels of fastmeta._triton, once the operators are declared
 OPS: dict[str, Op] = {}
 
 
@@ -109,6 +110,11 @@ def register_kernel(name: str, impl: str, device: str, kernel: Callable, *, winn
         _DEF.impl(name, kernel, torch._C._dispatch_key_for_device(device))
         kernel = op.overload
     op.kernels[impl] = (device, kernel)
+
+
+def parts() -> tuple[Extension, ...]:
+    """Everything that holds kernels: the compiled libraries and, if declared, those in Triton."""
+    return EXTENSIONS if TRITON is None else (*EXTENSIONS, TRITON)
 
 
 def dispatched(name: str, device: str) -> bool:

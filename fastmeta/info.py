@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastmeta import _backend, _library, _sampler
+from fastmeta import _backend, _library, _sampler, _triton
 from fastmeta import ops as _ops  # noqa: F401  (importing it declares the operators)
 
 DEVICES = ("cpu", "cuda")
@@ -50,11 +50,15 @@ def serving() -> list[Serving]:
 
 def _served(op: _library.Op, device: str) -> tuple[str, str]:
     if device == "cuda" and not torch.cuda.is_available():
-        return "-", "this torch sees no CUDA device"
+        missing = ""
+        if op.name in _triton.OPERATORS and importlib.util.find_spec("triton") is None:
+            missing = "; triton is not installed"
+        return "-", f"this torch sees no CUDA device{missing}"
     for name, (on, call) in op.kernels.items():
         if on == device and call is op.overload:
             return name, "kernel registered for this device"
-    extension = next(e for e in _library.EXTENSIONS if e.device == device)
+    impl = "triton" if device == "cuda" and op.name in _triton.OPERATORS else None
+    extension = next(e for e in _library.parts() if e.device == device and impl in (None, e.impl))
     if extension.state == "loaded":
         return "reference", f"{extension.module} holds no kernel for it"
     return "reference", _backend.why_absent(extension.impl)
@@ -75,20 +79,20 @@ def report() -> str:
     else:
         lines.append(f"  {'cuda':<13}none (torch is built for CUDA {torch.version.cuda})")
     lines += ["", "compiled parts"]
-    for e in _library.EXTENSIONS:
+    for e in _library.parts():
         lines.append(f"  {e.module:<18}{e.state}: {e.detail}")
     host = "loaded" if _sampler.host_available() else "not built: the Python sampler serves"
     lines.append(f"  {'fastmeta._host':<18}{host}")
     lines += ["", "operators"]
     for row in serving():
-        lines.append(f"  {row.op:<22}{row.device:<6}{row.impl:<11}{row.why}")
+        lines.append(f"  {row.op:<31}{row.device:<6}{row.impl:<11}{row.why}")
     return "\n".join(lines)
 
 
 def main() -> int:
     """Print the report; the exit status is 1 where a compiled part is broken."""
     print(report())
-    return int(any(e.state == "failed" for e in _library.EXTENSIONS))
+    return int(any(e.state == "failed" for e in _library.parts()))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The operators: argument checks and derivatives around the raw kernels of the dispatcher."""
 
+from fastmeta import _library, _triton
 from fastmeta._backend import use_impl
 from fastmeta.ops.head_inner_loop import head_inner_loop
 from fastmeta.ops.inner_update import (
@@ -20,6 +21,8 @@ from fastmeta.ops.inner_update import (
 from fastmeta.ops.nearest import nearest
 from fastmeta.ops.pairwise import cdist, pairwise_distance
 from fastmeta.ops.prototypical import class_means, prototypical_loss
+
+_library.TRITON = _triton.load()
 
 __all__ = [
     "adagrad_update",

@@ -1,0 +1,225 @@
+"""Every Triton kernel compiles for the supported architectures in the configurations it is launched
+with: without register spills, within shared memory, with vector loads. Needs no GPU.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastmeta import _triton
+from fastmeta.reference.pairwise import ABSOLUTE, MAXIMUM, POWER, PRODUCT, SQUARES
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+
+SHARED = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes; 8.6 and 8.9 run sm_80's kernels
+TYPES = {
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int64: "*i64",
+    torch.uint8: "*u8",
+}
+KINDS = {"squares": (SQUARES, 2.0), "absolute": (ABSOLUTE, 1.0), "power": (POWER, 2.7)}
+KINDS |= {"maximum": (MAXIMUM, 0.0), "product": (PRODUCT, 0.0)}
+SHAPES = {  # B, N, M, D
+    "many": (4, 256, 320, 512),
+    "few": (64, 75, 5, 640),
+    "odd": (3, 33, 20, 35),
+    "flat": (2, 100, 200, 3),
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What `launch` was asked to run."""
+
+    kernel: Any
+    args: tuple
+    num_warps: int
+    constants: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.kernel.__name__
+
+
+@pytest.fixture(scope="module")
+def launchers() -> dict[str, Callable]:
+    if triton.knobs.runtime.interpret:
+        pytest.skip("the kernels are interpreted in this process")
+    return dict(_triton.launchers())
+
+
+@pytest.fixture
+def recorded(launchers, monkeypatch) -> list[Launch]:
+    """Launches, recorded instead of run."""
+    calls: list[Launch] = []
+
+    def record(kernel, programs, *args, num_warps, **constants):
+        assert 0 <= programs < 2**31
+        if programs:
+            calls.append(Launch(kernel, args, num_warps, constants))
+
+    for module in {
+        launcher.__globals__["__name__"]: launcher for launcher in launchers.values()
+    }.values():
+        monkeypatch.setitem(module.__globals__, "launch", record)
+    return calls
+
+
+def call_pairs(launchers, kind: int, p: float, shape, dtype) -> None:
+    """All operators on pairs, on tensors without memory."""
+    b, n, m, d = shape
+    x, y = (
+        torch.empty(b, n, d, dtype=dtype, device="meta"),
+        torch.empty(b, m, d, dtype=dtype, device="meta"),
+    )
+    w = torch.empty(b, n, m, dtype=dtype, device="meta")
+    launchers["pairwise_sums"](x, y, kind, p)
+    if dtype in (torch.float16, torch.bfloat16):
+        return
+    sums = w if kind == MAXIMUM else None
+    launchers["pairwise_sums_backward"](w, x, y, sums, kind, p, 3)
+    needs = 4 if kind in (ABSOLUTE, MAXIMUM) else 7
+    for a, c in ((x, y), (x, None), (None, y)):
+        launchers["pairwise_sums_double_backward"](a, c, w, x, y, sums, kind, p, needs)
+
+
+def call_loss(launchers, kind: int, p: float, shape, dtype) -> None:
+    tasks, rows, classes, d = shape
+    wide = dtype if dtype == torch.float64 else torch.float32
+    query = torch.empty(tasks, rows, d, dtype=dtype, device="meta")
+    prototypes = torch.empty(tasks, classes, d, dtype=dtype, device="meta")
+    labels = torch.empty(tasks, rows, dtype=torch.int64, device="meta")
+    scale = torch.empty(tasks, dtype=wide, device="meta")
+    root = 2.0 if kind == SQUARES else p if kind == POWER else 1.0
+    for present in (None, torch.empty(tasks, classes, dtype=torch.bool, device="meta")):
+        given = (query, labels, prototypes, present, scale, kind, p, root)
+        _, _, logits = launchers["prototypical"](*given)
+        if dtype in (torch.float32, torch.float64):
+            launchers["prototypical_backward"](scale, logits, *given, 7)
+            launchers["prototypical_rows_"](logits, labels, present, scale, kind, root, True)
+
+
+def call_others(launchers, shape, dtype) -> None:
+    b, n, m, d = shape
+    x, y = (torch.empty(b, rows, d, dtype=dtype, device="meta") for rows in (n, m))
+    xx, yy = x[..., 0].contiguous(), y[..., 0].contiguous()
+    dots = torch.empty(b, n, m, dtype=dtype, device="meta")
+    launchers["pairwise_squares_"](dots, x, y, xx, yy)
+    labels = torch.empty(b, n, dtype=torch.int64, device="meta")
+    launchers["class_sums"](x, labels, m)
+    launchers["class_gather"](y, labels)
+    for k in (1, 10, 64):
+        values = torch.empty(n, k, dtype=dtype, device="meta")
+        indices = torch.empty(n, k, dtype=torch.int64, device="meta")
+        for offset in (None, yy[0]):
+            launchers["nearest_select_"](values, indices, dots[0], offset, -2.0, 0)
+
+
+def source_of(launch: Launch):
+    """The source as the just-in-time compiler would specialise it for these arguments."""
+    signature, constants, attributes = {}, {}, {}
+    given = dict(zip(launch.kernel.arg_names, launch.args, strict=False)) | launch.constants
+    for i, parameter in enumerate(launch.kernel.params):
+        value = given[parameter.name]
+        free = parameter.do_not_specialize
+        kind = "constexpr"
+        if isinstance(value, torch.Tensor):
+            kind = TYPES[value.dtype]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        elif not parameter.is_constexpr and value is not None and (free or value != 1):
+            kind = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if not free and value % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        if kind == "constexpr":
+            constants[(i,)] = value
+        signature[parameter.name] = kind
+    key = (launch.name, str(signature), str(constants), str(attributes), launch.num_warps)
+    return key, triton.compiler.ASTSource(
+        fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes
+    )
+
+
+def compiled(launches: list[Launch], architecture: int) -> Iterator[tuple[Launch, Any]]:
+    from triton.backends.compiler import GPUTarget
+
+    seen = set()
+    for launch in launches:
+        key, source = source_of(launch)
+        if key not in seen:
+            seen.add(key)
+            options = {"num_warps": launch.num_warps, "enable_fp_fusion": True}
+            target = GPUTarget("cuda", architecture, 32)
+            yield launch, triton.compile(source, target=target, options=options)
+
+
+def check(launches: list[Launch], architecture: int, tmp_path: Path) -> None:
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    spilled = []
+    for launch, binary in compiled(launches, architecture):
+        what = f"{launch.name} sm_{architecture} {launch.constants}"
+        assert binary.metadata.shared <= SHARED[architecture], what
+        cubin = tmp_path / "kernel.cubin"
+        cubin.write_bytes(binary.asm["cubin"])
+        usage = subprocess.run(
+            [str(cuobjdump), "--dump-resource-usage", str(cubin)],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        registers, local = (int(re.search(rf"{n}:(\d+)", usage)[1]) for n in ("REG", "LOCAL"))
+        stack = int(re.search(r"STACK:(\d+)", usage)[1])
+        print(
+            f"{what}: {registers} registers, {binary.metadata.shared} bytes shared, {stack} stack"
+        )
+        # general powers, and exponentials of doubles, keep a few registers on the stack
+        doubles = launch.constants.get("ACC") == triton.language.float64
+        powers = launch.constants.get("KIND") == POWER
+        if local or stack > (64 if doubles else 16 * powers):
+            spilled.append(f"{what}: {registers} registers, {stack} bytes of stack")
+        assert_vectors(launch, binary, what)
+    assert launches and not spilled, "\n".join(spilled)
+
+
+def assert_vectors(launch: Launch, binary, what: str) -> None:
+    """Rows of 640 or 512 contiguous, aligned numbers are loaded 8 or 16 bytes at a time."""
+    wide = any(
+        isinstance(a, torch.Tensor) and a.dim() == 3 and a.shape[2] >= 512 for a in launch.args
+    )
+    reads_rows = launch.name in ("sums_kernel", "loss_kernel", "class_gather_kernel")
+    if wide and reads_rows:
+        assert re.search(r"ld\.global[\w.:]*\.v[24]\.", binary.asm["ptx"]), what
+
+
+@pytest.mark.parametrize("name", ["squares", "maximum"])
+def test_compiles(name: str, launchers, recorded, tmp_path):
+    kind, p = KINDS[name]
+    call_pairs(launchers, kind, p, SHAPES["many"], torch.float32)
+    call_loss(launchers, kind, p, SHAPES["few"], torch.float32)
+    if name == "squares":
+        call_others(launchers, SHAPES["few"], torch.float32)
+    check(recorded[:12] if name == "maximum" else recorded, 90, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", SHARED)
+@pytest.mark.parametrize("dtype", [d for d in TYPES if d.is_floating_point], ids=str)
+@pytest.mark.parametrize("name", KINDS)
+def test_compiles_everything(name: str, dtype, architecture: int, launchers, recorded, tmp_path):
+    kind, p = KINDS[name]
+    for shape in SHAPES.values():
+        call_pairs(launchers, kind, p, shape, dtype)
+        call_loss(launchers, kind, p, shape, dtype)
+        if name == "squares" and dtype in (torch.float32, torch.float64):
+            call_others(launchers, shape, dtype)
+    check(recorded, architecture, tmp_path)
