@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastmeta import _backend
+from fastmeta._autograd import needs_autograd
 from fastmeta._library import define
 from fastmeta.ops import _pairwise
 from fastmeta.ops._pairwise import by_reference
@@ -15,6 +16,7 @@ from fastmeta.ops.pairwise import (
     check_metric,
     check_precision,
     distances,
+    rooted,
 )
 from fastmeta.reference import pairwise as reference
 from fastmeta.reference.pairwise import PRODUCT, SQUARES
@@ -86,8 +88,9 @@ def nearest(
     if by_reference(_SELECT, x.device) or x.shape[0] * x.shape[1] * rows <= TILE * TILE // 4:
         values, indices = reference.nearest(distances(x, y, metric, p, precision), k)
     else:
-        indices = _indices(x, y, k, metric, p, precision)
-        values = _distances_to(x, y, indices, metric, p, precision)
+        indices, values = _search(x, y, k, metric, p, precision)
+        if values is None or needs_autograd(x, y, precision):
+            values = _distances_to(x, y, indices, metric, p, precision)
     shape = (*batch, x.shape[1], k)
     return values.to(dtype).reshape(shape), indices.reshape(shape)
 
@@ -105,44 +108,56 @@ def _distances_to(x, y, indices, metric, p, precision) -> Tensor:
 
 
 @torch.no_grad()
-def _indices(x, y, k: int, metric: str, p: float | None, precision: Tensor | None) -> Tensor:
-    """The k nearest rows of y by name, int64 ``[B, N, k]``."""
-    x, y, kind, order, _ = as_sums(x, y, metric, p, precision)
-    found = torch.empty(*x.shape[:2], k, dtype=torch.int64, device=x.device)
-    for task in range(x.shape[0]):
-        points = (x[task], y[task])
-        if kind == SQUARES:
-            found[task] = _certified(*points, k)
-        else:
-            found[task] = _stream(*points, k, kind, order)[1]
-    return found
+def _search(
+    x: Tensor, y: Tensor, k: int, metric: str, p: float | None, precision: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The k nearest rows of y by name, int64 ``[B, N, k]``, and their distances if known."""
+    x, y, kind, order, root = as_sums(x, y, metric, p, precision)
+    if kind != SQUARES:
+        found = [_stream(a, b, k, kind, order)[1] for a, b in zip(x, y, strict=True)]
+        return torch.stack(found), None
+    pairs = [_certified(a, b, k) for a, b in zip(x, y, strict=True)]
+    indices, squares = (torch.stack(t) for t in zip(*pairs, strict=True))
+    return indices, None if metric == "cosine" else rooted(squares, root)
 
 
-def _certified(x: Tensor, y: Tensor, k: int) -> Tensor:
-    """Nearest rows of points ``[N, D]`` and ``[M, D]`` by squares.
+def _certified(x: Tensor, y: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Nearest rows of points ``[N, D]`` and ``[M, D]`` by squares, and those, ``[N, k]``.
 
     Some more candidates than asked for are kept. With ``error`` the most by which a matrix product
     may be off, every row that was not kept is farther than ``worst kept - error``: where the k-th
     distance, as differences give it, is below that, the choice is exact.
     """
     rows, width = y.shape
-    kept = min(k + 2 + k // 4, rows)
+    kept = min(k + 2 + k // 8, rows)
     cx, cy = (t[0] for t in _pairwise.centred(x[None], y[None]))
     xx, yy = cx.square().sum(1), cy.square().sum(1)
     approximate, names = _stream(cx, cy, kept, SQUARES, 2.0, yy)
-    exact = _pairwise._Sums.forward(x.unsqueeze(1), y[names.clamp_min(0)], SQUARES, 2.0).squeeze(1)
-    exact = torch.where(names < 0, float("inf"), exact).nan_to_num(float("inf"), float("inf"))
-    names, by_name = names.sort(1)
-    exact, by_value = exact.gather(1, by_name).sort(dim=1, stable=True)
-    found = names.gather(1, by_value)[:, :k]
+    names = names.sort(1).values
+    # what is not there has the name -1; NaN and inf are as far as nothing
+    exact = torch.where(names < 0, float("inf"), _squares_to(x, y, names.clamp_min(0)))
+    exact = exact.nan_to_num(float("inf"), float("inf"))
+    exact, by_value = exact.sort(dim=1, stable=True)
+    found, exact = names.gather(1, by_value)[:, :k], exact[:, :k]
     if kept == rows and bool((found >= 0).all()):
-        return found
+        return found, _squares_to(x, y, found)
     error = torch.finfo(x.dtype).eps * (8 + width**0.5) * (xx + yy.max())
-    doubtful = ~(exact[:, k - 1] < approximate[:, -1] + xx - error)
+    doubtful = ~(exact[:, -1] < approximate[:, -1] + xx - error)
     again = doubtful.nonzero().flatten()
     if len(again):
+        found, exact = found.contiguous(), exact.contiguous()
         found[again] = _stream(x[again], y, k, SQUARES, 2.0)[1]
-    return found
+        exact[again] = _squares_to(x[again], y, found[again])
+    return found, exact
+
+
+def _squares_to(x: Tensor, y: Tensor, names: Tensor) -> Tensor:
+    """Squared distances of each row to the rows of y it names, ``[N, k]``, as differences."""
+    found = [
+        _pairwise._Sums.forward(a.unsqueeze(1), y[n], SQUARES, 2.0).squeeze(1)
+        for a, n in zip(x.split(TILE), names.split(TILE), strict=True)  # a tile stays in cache
+    ]
+    return torch.cat(found)
 
 
 def _stream(
