@@ -21,7 +21,7 @@ METRICS = {  # kind, p, root
 }
 SHAPES = [  # T, Q, C, D
     (2, 7, 5, 35),
-    (1, 41, 40, 3),  # several tiles of rows and of classes
+    (1, 9, 34, 3),  # several tiles of rows and of classes
     (3, 1, 1, 1),
     (2, 0, 3, 4),
     (0, 2, 3, 4),
@@ -87,7 +87,7 @@ def test_loss_and_gradient(name: str, shape):
 @pytest.mark.parametrize("gradient", [False, True])
 def test_rows(name: str, gradient: bool):
     kind, _, root = METRICS[name]
-    for tasks, rows, classes in ((2, 3, 1100), (1, 4, 3), (2, 0, 5)):
+    for tasks, rows, classes in ((1, 3, 1100), (2, 2, 3), (2, 0, 5)):
         sums = torch.randn(tasks, rows, classes, dtype=torch.float64).square() / 4
         sums[..., -1] = sums[..., 0]
         sums[..., 1] = 0
