@@ -106,8 +106,8 @@ def prototypical(
     losses = torch.logsumexp(counted, -1) - counted.gather(2, target.unsqueeze(-1)).squeeze(-1)
     count = valid.sum(1).clamp_min(1)
     loss = torch.where(valid, losses, 0).sum(1) / count
-    right = ((logits.argmax(-1) == labels) & valid).sum(1) / count
-    return loss, right.to(loss.dtype), logits
+    right = ((logits.argmax(-1) == labels) & valid).sum(1).to(loss.dtype) / count
+    return loss, right, logits
 
 
 def nearest(distances: Tensor, k: int) -> tuple[Tensor, Tensor]:
