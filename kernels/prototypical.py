@@ -2,7 +2,7 @@
 
 Shapes: query ``[T, Q, D]`` and prototypes ``[T, C, D]`` with any batch and row strides and dense
 rows, labels int64 ``[T, Q]``, present bool ``[T, C]`` or None, scale ``[T]``, logits ``[T, Q, C]``.
-A row labelled outside ``[0, C)`` is not read. Classes come in tiles of up to 32, through a running
+A row labelled outside ``[0, C)`` has logits and nothing else. Classes come in tiles of up to 32, through a running
 softmax.
 """
 
@@ -120,7 +120,7 @@ def loss_kernel(
         acc = tl.zeros((BC, BQ, BD), ACC)  # few classes first: see kernels/pairwise.py
         for k in range(0, D, BD):
             ks = k + tl.arange(0, BD)
-            q_k = tl.load(q_at + ks[None, :], mask=valid[:, None] & (ks < D)[None, :], other=0)
+            q_k = tl.load(q_at + ks[None, :], mask=(rows < Q)[:, None] & (ks < D)[None, :], other=0)
             p_k = coordinates(p_at, k, D, ACC, BD)[:, None, :]
             acc = accumulate(acc, q_k.to(ACC)[None, :, :], p_k, KIND, P)
         distance = tl.trans(distance_of(finish(acc, KIND), KIND, ROOT))
