@@ -2,8 +2,8 @@
 
 Shapes: query ``[T, Q, D]`` and prototypes ``[T, C, D]`` with any batch and row strides and dense
 rows, labels int64 ``[T, Q]``, present bool ``[T, C]`` or None, scale ``[T]``, logits ``[T, Q, C]``.
-A row labelled outside ``[0, C)`` has logits and nothing else. Classes come in tiles of up to 32, through a running
-softmax.
+A row labelled outside ``[0, C)`` has logits and nothing else. Classes come in tiles of up
+to 32, through a running softmax.
 """
 
 from __future__ import annotations
