@@ -199,7 +199,7 @@ def in_range(
     )
     limits = [limit for limit in limits if limit[0] is not None]
     if isinstance(value, Tensor):
-        if not _readable(value):
+        if not readable(value):
             return
         low_high = [value.min().item(), value.max().item()] if value.numel() else []
         if value.numel() and bool(torch.isnan(value).any()):
@@ -214,7 +214,7 @@ def in_range(
             raise ValueError(f"{op}: {name} must be {expected}, got {x}")
 
 
-def _readable(value: Tensor) -> bool:
+def readable(value: Tensor) -> bool:
     """Whether looking at the values costs nothing and is possible."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
@@ -223,7 +223,7 @@ def _readable(value: Tensor) -> bool:
 
 def finite_rate(op: str, rate: Tensor, active: Tensor | None) -> None:
     """Require finite learning rates ``[1 or T, C]`` in active rows; one pass over them."""
-    if not _readable(rate):
+    if not readable(rate):
         return
     sums = rate.detach().sum(1)
     if active is not None and rate.shape[0] > 1:

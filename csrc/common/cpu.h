@@ -26,15 +26,20 @@ namespace fastmeta {
 
 constexpr int64_t kGrain = 32768;  // elements worth waking a thread for
 
-// Runs f(unit) for each unit, in parallel where there is work for more than one thread.
+// Runs f(first, last) over ranges of units, in parallel where there is work for more than one thread.
+template <typename F>
+void parallel_ranges(int64_t units, int64_t elements_per_unit, const F& f) {
+  const int64_t grain = most(1, kGrain / most(1, elements_per_unit));
+  if (units <= grain) return f(0, units);
+  torch::stable::parallel_for(0, units, grain, f);
+}
+
+// Runs f(unit) for each unit.
 template <typename F>
 void parallel_units(int64_t units, int64_t elements_per_unit, const F& f) {
-  const int64_t grain = most(1, kGrain / most(1, elements_per_unit));
-  const auto range = [&](int64_t begin, int64_t end) {
+  parallel_ranges(units, elements_per_unit, [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; ++unit) f(unit);
-  };
-  if (units <= grain) return range(0, units);
-  torch::stable::parallel_for(0, units, grain, range);
+  });
 }
 
 }  // namespace fastmeta

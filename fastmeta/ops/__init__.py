@@ -18,13 +18,16 @@ from fastmeta.ops.inner_update import (
     sgd_update,
     sgd_update_,
 )
+from fastmeta.ops.lora_linear import lora_linear
 from fastmeta.ops.nearest import nearest
 from fastmeta.ops.pairwise import cdist, pairwise_distance
 from fastmeta.ops.prototypical import class_means, prototypical_loss
+from fastmeta.ops.quantized_weight import QuantizedWeight
 
 _library.TRITON = _triton.load()
 
 __all__ = [
+    "QuantizedWeight",
     "adagrad_update",
     "adagrad_update_",
     "adam_update",
@@ -35,6 +38,7 @@ __all__ = [
     "class_means",
     "clip_scale",
     "head_inner_loop",
+    "lora_linear",
     "momentum_update",
     "momentum_update_",
     "nearest",

@@ -168,16 +168,16 @@ def _check_ways(ways: Tensor, tasks: int, classes: int, features: Tensor) -> Ten
         raise ValueError(
             f"{_OP}: ways must be int64 [{tasks}] on {features.device}, got {describe(ways)}"
         )
-    if _checks._readable(ways) and bool(((ways < 1) | (ways > classes)).any()):
+    if _checks.readable(ways) and bool(((ways < 1) | (ways > classes)).any()):
         raise ValueError(f"{_OP}: ways must be in 1..{classes}, got {ways.tolist()}")
     return ways
 
 
 def _check_labels(labels: Tensor, classes: int, ways: Tensor | None) -> None:
     """Where looking costs nothing: in range, or -100."""
-    if not _checks._readable(labels) or labels.numel() == 0:
+    if not _checks.readable(labels) or labels.numel() == 0:
         return
-    high = classes - 1 if ways is None or not _checks._readable(ways) else ways.unsqueeze(1) - 1
+    high = classes - 1 if ways is None or not _checks.readable(ways) else ways.unsqueeze(1) - 1
     wrong = (labels > high) | ((labels < 0) & (labels != IGNORED))
     if bool(wrong.any()):
         task, row = wrong.nonzero()[0].tolist()

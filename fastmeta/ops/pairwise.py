@@ -279,7 +279,7 @@ def check_precision(op: str, precision: Tensor, x: Tensor, batch: tuple[int, ...
     value = matrices.detach()
     tolerance = 16 * torch.finfo(value.dtype).eps * value.abs().amax((1, 2), keepdim=True)
     symmetric = ((value - value.mT).abs() <= tolerance).all()
-    if _checks._readable(value) and not bool(symmetric):
+    if _checks.readable(value) and not bool(symmetric):
         raise ValueError(
             f"{op}: precision must be symmetric, got {describe(precision)} that is not"
         )

@@ -171,7 +171,7 @@ def prototypical_logits(
         _check_range(op, "support_labels", support_labels, classes)
         prototypes, counts = _means(support, support_labels, classes)
         present = counts > 0
-        if _checks._readable(present) and bool(present.all()):
+        if _checks.readable(present) and bool(present.all()):
             present = None
     _check_range(op, "query_labels", query_labels, prototypes.shape[1])
     if present is not None:
@@ -221,7 +221,7 @@ def _num_classes(op: str, given: int | None, labels: Tensor) -> int:
 
 
 def _check_range(op: str, name: str, labels: Tensor, classes: int) -> None:
-    if not _checks._readable(labels) or labels.numel() == 0:
+    if not _checks.readable(labels) or labels.numel() == 0:
         return
     wrong = (labels >= classes) | ((labels < 0) & (labels != IGNORED))
     if bool(wrong.any()):
@@ -233,7 +233,7 @@ def _check_range(op: str, name: str, labels: Tensor, classes: int) -> None:
 
 
 def _check_present(op: str, labels: Tensor, present: Tensor) -> None:
-    if not (_checks._readable(labels) and _checks._readable(present)):
+    if not (_checks.readable(labels) and _checks.readable(present)):
         return
     wrong = (labels >= 0) & ~present.gather(1, labels.clamp_min(0))
     if bool(wrong.any()):

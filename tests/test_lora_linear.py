@@ -1,0 +1,270 @@
+"""The linear layer with low-rank terms: rows of each task, ranks, weights in few bits, errors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import gradcheck
+
+import fastmeta as fm
+from fastmeta.ops import QuantizedWeight, lora_linear, use_impl
+
+T, R, K, N, RANK = 3, 5, 8, 6, 4
+
+
+def layer(tasks=T, rows=R, width=K, outputs=N, rank=RANK, dtype=torch.float64):
+    """x, W, bias, A, B that require grad."""
+    shapes = ((tasks, rows, width), (outputs, width), (outputs,), (tasks, rank, width))
+    shapes = (*shapes, (tasks, outputs, rank))
+    return [torch.randn(s, dtype=dtype, requires_grad=True) for s in shapes]
+
+
+def merged(x, weight, bias, a, b, scale):
+    """Each task through its own weight ``W + scale B A``."""
+    own = [
+        F.linear(x_t, weight + s * b_t @ a_t, bias)
+        for x_t, a_t, b_t, s in zip(x, a, b, scale, strict=True)
+    ]
+    return torch.stack(own) if isinstance(x, torch.Tensor) else torch.cat(own)
+
+
+def derivatives(out, tensors):
+    """First gradients of a function of `out`, and the gradients of a function of those."""
+    first = torch.autograd.grad(out.sin().sum(), tensors, create_graph=True)
+    second = torch.autograd.grad(sum(f.square().sum() for f in first), tensors)
+    return [out, *first, *second]
+
+
+def test_is_the_merged_weight_of_each_task(cpu_impl):
+    tensors = layer()
+    scale = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+    got = derivatives(lora_linear(*tensors, scale), tensors)
+    for a, e in zip(got, derivatives(merged(*tensors, scale), tensors), strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12)
+
+
+def test_ragged_rows(cpu_impl):
+    x, *rest = layer(tasks=4, rows=9)
+    counts = [7, 0, 25, 4]
+    rows = x.detach().flatten(0, 1).requires_grad_()
+    offsets = torch.tensor([0, *counts]).cumsum(0)
+    tensors = [rows, *rest]
+    got = derivatives(lora_linear(*tensors, 0.5, offsets=offsets), tensors)
+    expected = derivatives(merged(rows.split(counts), *rest, [0.5] * 4), tensors)
+    for a, e in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12)
+
+
+def test_ranks_hide_what_lies_behind_them(cpu_impl):
+    """Mixed ranks are those of each task's own layer; not even NaN behind one is seen."""
+    x, weight, bias, a, b = layer()
+    ranks = torch.tensor([0, 2, 4])
+    with torch.no_grad():
+        for t, rank in enumerate(ranks):
+            a[t, rank:], b[t, :, rank:] = float("nan"), float("inf")
+    got = lora_linear(x, weight, bias, a, b, ranks=ranks)
+    given = torch.autograd.grad(got.square().sum(), (x, a, b))
+    for t, rank in enumerate(ranks.tolist()):
+        own = [u.detach()[t] for u in (x, a, b)]
+        own = [u.requires_grad_() for u in (own[0], own[1][:rank], own[2][:, :rank])]
+        y = F.linear(own[0], weight + own[2] @ own[1], bias)
+        torch.testing.assert_close(got[t], y)
+        d_x, d_a, d_b = torch.autograd.grad(y.square().sum(), own, materialize_grads=True)
+        torch.testing.assert_close(given[0][t], d_x)
+        torch.testing.assert_close(given[1][t, :rank], d_a)
+        torch.testing.assert_close(given[2][t, :, :rank], d_b)
+        assert bool((given[1][t, rank:] == 0).all()) and bool((given[2][t, :, rank:] == 0).all())
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_third_derivative(trained, cpu_impl):
+    x, weight, bias, a, b = layer(2, 2, 2, 2, 1)
+    weight.requires_grad_(trained)
+    tensors = (x, weight, bias, a, b) if trained else (x, bias, a, b)
+    offsets = torch.tensor([0, 3, 4])
+
+    def second(x, *more):
+        w, *rest = more if trained else (weight, *more)
+        out = lora_linear(x.flatten(0, 1), w, *rest, 0.7, offsets=offsets)
+        (g,) = torch.autograd.grad(out.pow(3).sum(), x, create_graph=True)
+        return torch.autograd.grad(g.pow(2).sum(), rest[1:], create_graph=True)
+
+    assert gradcheck(second, tensors)
+
+
+def test_the_gradient_of_a_frozen_weight_is_not_computed():
+    x, weight, bias, a, b = layer(dtype=torch.float32)
+    weight.requires_grad_(False)
+    shapes = []
+
+    class Shapes(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            results = out if isinstance(out, (tuple, list)) else [out]
+            shapes.extend(tuple(t.shape) for t in results if isinstance(t, torch.Tensor))
+            return out
+
+    with Shapes():
+        derivatives(lora_linear(x, weight, bias, a, b), (x, bias, a, b))
+    assert (N, K) not in shapes and (K, N) not in shapes
+
+
+@pytest.mark.parametrize(("bits", "group"), [(8, None), (8, 16), (4, 32), (4, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_quantised_weights(bits, group, dtype, cpu_impl):
+    """As the unpacked weight, in all orders; sizes of more than one block."""
+    x, weight, bias, a, b = layer(2, 70, 96, 80, dtype=dtype)
+    packed = QuantizedWeight.quantize(weight, bits, group)
+    assert packed.shape == weight.shape and packed.bits == bits
+    tensors = (x, bias, a, b)
+    unpacked = packed.dequantize(dtype)
+    got = derivatives(lora_linear(x, packed, bias, a, b, 0.5), tensors)
+    expected = derivatives(lora_linear(x, unpacked, bias, a, b, 0.5), tensors)
+    for g, e in zip(got, expected, strict=True):
+        tolerance = 64 * torch.finfo(dtype).eps
+        torch.testing.assert_close(g, e, rtol=tolerance, atol=tolerance * e.abs().max().item())
+
+
+def test_quantisation_rounds_to_the_nearest_step():
+    weight = torch.randn(6, 64)
+    weight[2] = 0
+    for bits, group in ((8, 64), (8, 16), (4, 16)):
+        packed = QuantizedWeight.quantize(weight, bits, group)
+        error = (packed.dequantize() - weight).abs().unflatten(1, (-1, group))
+        most = weight.abs().unflatten(1, (-1, group)).amax(2, keepdim=True)
+        assert bool((error <= 0.501 * most / (2 ** (bits - 1) - 1)).all())
+
+
+def test_no_copy_of_a_quantised_weight():
+    packed = QuantizedWeight.quantize(torch.randn(512, 1024), 4)
+    x, a, b = torch.randn(1, 4, 1024), torch.randn(1, 2, 1024), torch.randn(1, 512, 2)
+    sizes = []
+
+    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            results = out if isinstance(out, (tuple, list)) else [out]
+            sizes.extend(t.numel() for t in results if isinstance(t, torch.Tensor))
+            return out
+
+    with Sizes():
+        lora_linear(x, packed, None, a, b)
+    assert max(sizes) < 512 * 1024 / 16
+
+
+def test_a_task_does_not_depend_on_its_neighbours():
+    x, weight, bias, a, b = (t.detach() for t in layer(9, 80, 128, 128, 8, torch.float32))
+    weight, bias = weight / 11, bias
+    together = lora_linear(x, weight, bias, a, b)
+    for t in (0, 4, 8):
+        alone = lora_linear(x[t : t + 1], weight, bias, a[t : t + 1], b[t : t + 1])
+        assert torch.equal(alone[0], together[t])
+
+
+def test_threads_do_not_change_a_bit():
+    tensors = layer(3, 1500, 96, 64, 8, torch.float32)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            results.append(derivatives(lora_linear(*tensors, 0.5), tensors[2:]))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype):
+    tensors = layer(dtype=torch.float32)
+    with torch.autocast("cpu", dtype):
+        y = lora_linear(*tensors, 0.5)
+        assert y.dtype == dtype
+    grads = torch.autograd.grad(y.float().square().sum(), tensors)
+    expected = merged(*tensors, [0.5] * T)
+    rounding = 8 * torch.finfo(dtype).eps
+    torch.testing.assert_close(y.float(), expected, rtol=rounding, atol=10 * rounding)
+    for g, t in zip(grads, tensors, strict=True):
+        assert g.dtype == torch.float32 and g.shape == t.shape
+
+
+X, W, B0 = torch.zeros(T, R, K), torch.zeros(N, K), torch.zeros(N)
+A, B = torch.zeros(T, RANK, K), torch.zeros(T, N, RANK)
+ROWS = X.flatten(0, 1)
+
+
+def offsets(*starts):
+    return torch.tensor(starts)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: lora_linear(ROWS, W, B0, A, B),
+            r"x must be .* \[T, R, K\], got float32 \[15, 8\]",
+        ),
+        (lambda: lora_linear(X.long(), W, B0, A, B), "x must be a floating-point tensor"),
+        (lambda: lora_linear(X, W[:, 1:], B0, A, B), r"weight must be .* K = 8, got .*\[6, 7\]"),
+        (lambda: lora_linear(X, W.double(), B0, A, B), "weight must be float32"),
+        (lambda: lora_linear(X, W, B0[1:], A, B), r"bias must be None, \[6\] or float32 \[3, 6\]"),
+        (lambda: lora_linear(X, W, B0, A[:, :0], B[..., :0]), "A must have a rank r >= 1, got"),
+        (lambda: lora_linear(X, W, B0, A[..., 1:], B), "A must be float32"),
+        (lambda: lora_linear(X, W, B0, A[1:], B[1:]), r"A must be \[T, r, K\] with T = 3"),
+        (lambda: lora_linear(X, W, B0, A, B[..., 1:]), r"B must be float32 \[3, 6, 4\]"),
+        (lambda: lora_linear(X, W, B0, A, B.double()), "B must be float32 .* got float64"),
+        (lambda: lora_linear(X, W, B0, A, B, float("nan")), "scale must be a finite number"),
+        (lambda: lora_linear(X, W, B0, A, B, torch.ones(2)), r"scale must be .* \[T\] = \[3\]"),
+        (
+            lambda: lora_linear(X, W, B0, A, B, offsets=offsets(0, 5, 10, 15)),
+            r"x must be .* \[M, K\] with offsets",
+        ),
+        (
+            lambda: lora_linear(ROWS, W, B0, A, B, offsets=offsets(0, 5, 15)),
+            r"offsets must be int64 \[T \+ 1\] = \[4\]",
+        ),
+        (
+            lambda: lora_linear(ROWS, W, B0, A, B, offsets=offsets(0, 5, 10, 14)),
+            "offsets must rise from 0 to the number of rows M = 15",
+        ),
+        (
+            lambda: lora_linear(ROWS, W, B0, A, B, offsets=offsets(1, 5, 10, 15)),
+            "offsets must rise from 0",
+        ),
+        (
+            lambda: lora_linear(ROWS, W, B0, A, B, offsets=offsets(0, 11, 10, 15)),
+            "offsets must rise from 0",
+        ),
+        (
+            lambda: lora_linear(X, W, B0, A, B, ranks=offsets(1, 5, 2)),
+            r"ranks must be in 0..r = 4, got \[1, 5, 2\]",
+        ),
+        (lambda: lora_linear(X, W, B0, A, B, ranks=torch.ones(3)), r"ranks must be int64 \[T\]"),
+        (lambda: QuantizedWeight.quantize(W, 3), "bits must be 8 or 4, got 3"),
+        (
+            lambda: QuantizedWeight.quantize(W, 4),
+            "group_size must divide K = 8 and be even, got 64",
+        ),
+        (lambda: QuantizedWeight.quantize(W, 8, 3), "group_size must divide K = 8, got 3"),
+        (lambda: QuantizedWeight.quantize(B0), r"weight must be a floating-point tensor \[N, K\]"),
+        (
+            lambda: lora_linear(X, QuantizedWeight.quantize(W[:, :4]), B0, A, B),
+            r"weight must be .* K = 8, got 8-bit \[6, 4\] on cpu",
+        ),
+    ],
+)
+def test_errors(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_offsets_that_were_not_checked_are_refused_by_the_kernel():
+    with pytest.raises(RuntimeError, match="offsets must rise from 0"):
+        torch.ops.fastmeta.lora_linear(ROWS, W, None, None, A, B, offsets(0, 9, 8, 15), 1.0)
+
+
+def test_public_names():
+    assert fm.ops.lora_linear is lora_linear
+    with use_impl("reference"):
+        assert lora_linear(X, W, B0, A, B).shape == (T, R, N)
