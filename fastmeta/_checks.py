@@ -14,7 +14,8 @@ def describe(value: object) -> str:
     """A tensor as ``float32 [2, 3] on cpu``, anything else by its type."""
     if isinstance(value, Tensor):
         dtype = str(value.dtype).removeprefix("torch.")
-        return f"{dtype} {list(value.shape)} on {value.device}"
+        layout = "" if value.layout == torch.strided else f", {value.layout}"
+        return f"{dtype} {list(value.shape)} on {value.device}{layout}"
     return f"{type(value).__name__} {value!r}"
 
 
@@ -28,6 +29,9 @@ def params_and_grads(op: str, params: Tensor, grads: Tensor) -> None:
         raise ValueError(
             f"{op}: grads must have the shape of params {list(params.shape)}, got {describe(grads)}"
         )
+    for name, tensor in (("params", params), ("grads", grads)):
+        if tensor.layout != torch.strided:
+            raise ValueError(f"{op}: {name} must be dense, got {describe(tensor)}")
     if grads.device != params.device:
         raise ValueError(f"{op}: grads must be on {params.device}, got {describe(grads)}")
     if grads.dtype != params.dtype and not (
@@ -141,11 +145,38 @@ def state(op: str, name: str, tensor: Tensor, params: Tensor) -> None:
         and tensor.shape == params.shape
         and tensor.dtype == params.dtype
         and tensor.device == params.device
+        and tensor.layout == torch.strided
     )
     if not fits:
         raise ValueError(
             f"{op}: {name} must be like params, {describe(params)}, got {describe(tensor)}"
         )
+
+
+def written_rows(op: str, named: dict[str, Tensor]) -> None:
+    """Require that no two elements of the tensors ``[T, P]`` to be written share memory."""
+    for name, t in named.items():
+        if not t.is_contiguous() and _elements_meet(*t.shape, *t.stride()):
+            raise ValueError(
+                f"{op}: {name} must not be an expanded view or share memory between its elements, "
+                f"got {describe(t)} with strides {t.stride()}"
+            )
+    starts: dict[int, str] = {}
+    for name, t in named.items():
+        if t.numel() and _has_memory(t):
+            other = starts.setdefault(t.data_ptr(), name)
+            if other != name:
+                raise ValueError(
+                    f"{op}: {other} and {name} must not share memory, got the same address"
+                )
+
+
+def _elements_meet(rows: int, columns: int, down: int, across: int) -> bool:
+    """Whether ``i down + j across`` is 0 for other steps than (0, 0) between two elements."""
+    if rows <= 1 or columns <= 1:
+        return (rows > 1 and down == 0) or (columns > 1 and across == 0)
+    common = math.gcd(down, across)
+    return common == 0 or (across // common < rows and down // common < columns)
 
 
 def tensor_lists(op: str, lists: dict[str, object]) -> None:
@@ -216,9 +247,14 @@ def in_range(
 
 def readable(value: Tensor) -> bool:
     """Whether looking at the values costs nothing and is possible."""
+    return value.device.type == "cpu" and _has_memory(value)
+
+
+def _has_memory(value: Tensor) -> bool:
+    """Whether it is a plain tensor, and not one that stands for another in a transform."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    return value.device.type == "cpu" and type(value) in (Tensor, torch.nn.Parameter)
+    return value.device.type != "meta" and type(value) in (Tensor, torch.nn.Parameter)
 
 
 def finite_rate(op: str, rate: Tensor, active: Tensor | None) -> None:

@@ -261,6 +261,32 @@ def test_more_than_2_to_the_31_elements():
             assert out.shape == (tasks, size)
 
 
+@pytest.mark.parametrize("rule", ["sgd", "adam"])
+def test_rows_further_apart_than_2_to_the_31_elements(rule, impl):
+    """The same bits as for adjacent rows, on every path; only the touched pages are allocated."""
+    name, device = impl
+    if name == "reference":
+        pytest.skip("is what the others are compared with")
+    stride, sample = 2**31 + 8, update_sample(rule, "TS", 2, 1030, dtypes=FLOAT32, device=device)
+
+    def apart(t):
+        wide = torch.empty(2 * stride, dtype=t.dtype, device=device)
+        return wide.as_strided(t.shape, (stride, 1)).copy_(t.detach())
+
+    states = len(UPDATES[rule].states)
+    wide = [apart(t) for t in sample.tensors[: 2 + states]]
+    rates = sample.tensors[2 + states :]
+    for a, b in zip(
+        derivatives(sample, [*wide, *rates]), derivatives(sample, sample.tensors), strict=True
+    ):
+        assert torch.equal(a, b)
+    expected = outputs_of(sample.call(*sample.tensors))
+    got = outputs_of(sample.call(*wide, *rates, op=getattr(ops, f"{rule}_update_")))
+    assert got[0].stride() == (stride, 1)
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)
+
+
 def derivatives(sample, tensors):
     tensors = [t.clone().requires_grad_() for t in tensors]
     out = outputs_of(sample.call(*tensors))

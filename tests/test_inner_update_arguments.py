@@ -26,6 +26,35 @@ def test_in_place_refuses_gradients_and_shared_rows():
     assert torch.equal(params, torch.full((2, 3), -0.1))
 
 
+def test_in_place_refuses_elements_that_share_memory():
+    def arguments(**change):
+        names = ("params", "grads", "exp_avg", "exp_avg_sq")
+        return {name: torch.ones(2, 3) for name in names} | change
+
+    window = torch.arange(4.0).as_strided((2, 3), (1, 1))
+    for name in ("params", "exp_avg"):
+        with pytest.raises(
+            ValueError, match=rf"{name} must not .* share memory .* strides \(1, 1\)"
+        ):
+            ops.adam_update_(**arguments(**{name: window}), step=1, lr=0.1)
+    assert torch.equal(window, torch.tensor([[0.0, 1, 2], [1, 2, 3]]))
+    state = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match="exp_avg and exp_avg_sq must not share memory"):
+        ops.adam_update_(**arguments(exp_avg=state, exp_avg_sq=state), step=1, lr=0.1)
+    assert not state.any()
+    woven = torch.zeros(6).as_strided((2, 2), (3, 2))  # strides that cross, but never meet
+    assert torch.equal(ops.sgd_update_(woven, torch.ones(2, 2), 1.0), -torch.ones(2, 2))
+
+
+def test_sparse_tensors_are_refused():
+    dense = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match=r"grads must be dense, got .* torch.sparse_coo"):
+        ops.sgd_update_(dense, dense.to_sparse(), 0.1)
+    with pytest.raises(ValueError, match=r"buf must be like params, .* got .* torch.sparse_coo"):
+        ops.momentum_update_(dense, dense + 1, dense.to_sparse(), 0.1)
+    assert not dense.any()
+
+
 def test_ambiguous_rate_is_refused():
     params, grads, rate = torch.zeros(4, 4), torch.ones(4, 4), torch.arange(4.0)
     with pytest.raises(ValueError, match="could mean per task or per parameter") as error:

@@ -67,6 +67,8 @@ def test_first_momentum_step_and_empty_lists():
     assert new is params and torch.equal(params[1], torch.full((2, 2), 0.5))
     assert torch.equal(buf[0], torch.ones(3))
     assert ops.sgd_update_([], [], 0.1) == []
+    with pytest.raises(ValueError, match=r"params\[0\] must be a floating-point tensor, got None"):
+        ops.momentum_update_([None], [torch.ones(3)], None, 0.5)
 
 
 def test_autograd_notices():

@@ -260,11 +260,11 @@ def sgd_update_(params, grads, lr, *, weight_decay=0.0, **common):
     """:func:`sgd_update` written over ``params``.
 
     Args:
-        params: ``[T, P]`` whose elements do not share memory; overwritten. Or a list of contiguous
-            tensors of any shapes and one dtype, as an optimizer of existing training code holds
-            them; `grads` and the state of other rules are then lists too, all numbers are plain
-            numbers, and of `common` only ``grad_scale`` and ``maximize`` apply. All tensors are
-            updated in one call.
+        params: ``[T, P]`` whose elements share memory neither with each other nor with the state;
+            overwritten. Or a list of contiguous tensors of any shapes and one dtype, as an
+            optimizer of existing training code holds them; `grads` and the state of other rules are
+            then lists too, all numbers are plain numbers, and of `common` only ``grad_scale`` and
+            ``maximize`` apply. All tensors are updated in one call.
         grads, lr, weight_decay, **common: as for :func:`sgd_update`.
 
     Returns:
@@ -272,7 +272,7 @@ def sgd_update_(params, grads, lr, *, weight_decay=0.0, **common):
         before anything is written, in a pass of their own.
 
     Raises:
-        ValueError: as for :func:`sgd_update`, or ``params`` is an expanded view.
+        ValueError: as for :func:`sgd_update`, or elements that would be written share memory.
         RuntimeError: a gradient would have to flow through the call.
     """
     return _call_(_SGD, params, grads, (), lr, (weight_decay,), **common)
@@ -300,7 +300,7 @@ def momentum_update_(
     if buf is None and isinstance(params, Tensor):
         buf = torch.zeros_like(params, memory_format=torch.contiguous_format)
     elif buf is None and isinstance(params, (list, tuple)):
-        buf = [torch.zeros_like(p) for p in params]
+        buf = [torch.zeros_like(p) if isinstance(p, Tensor) else None for p in params]
     return _call_(_MOMENTUM, params, grads, (buf,), lr, numbers, extra_flags=extra, **common)
 
 
@@ -481,9 +481,7 @@ def _call_(rule: Rule, params, grads, state, lr, numbers, **options):
     if needs_autograd(params, grads, *state, rates[0], rates[3]):
         raise _no_derivative(op)
     written = (params, *state)
-    for name, t in zip(("params", *rule.states), written, strict=True):
-        if 0 in t.stride() and t.numel() > 1 and not t.is_contiguous():
-            raise ValueError(f"{op}: {name} must not be an expanded view, got strides {t.stride()}")
+    _checks.written_rows(op, dict(zip(("params", *rule.states), written, strict=True)))
     finite = run_(rule, params, grads, state, rates, constants, check)
     _mark_written(written)
     return _pack(written, finite)
