@@ -66,6 +66,16 @@ struct Lanes {
     for (int i = 1; i < int(16 / sizeof(A)); ++i) out = x[i] > out || x[i] != x[i] ? x[i] : out;
     return out;
   }
+  // The largest of those that are numbers, if any is above -inf.
+  FM_HD A top() const {
+    Quarter q[4];
+    store<true>(reinterpret_cast<A*>(q), kCount);
+    for (int i = 0; i < 2; ++i) q[i] = q[i] > q[i + 2] ? q[i] : q[i + 2];
+    const Quarter x = q[0] > q[1] ? q[0] : q[1];
+    A out = x[0];
+    for (int i = 1; i < int(16 / sizeof(A)); ++i) out = x[i] > out ? x[i] : out;
+    return out;
+  }
 
  private:
   typedef A Quarter __attribute__((vector_size(16)));
@@ -95,6 +105,8 @@ FM_LANES(times_sign, (const Lanes<A, B>& a, const Lanes<A, B>& z),
 FM_LANES(larger, (const Lanes<A, B>& a, const Lanes<A, B>& b),
          Vector((Bits(a.v[i]) & ~(Bits(b.v[i] > a.v[i]) | Bits(b.v[i] != b.v[i]))) |
                 (Bits(b.v[i]) & (Bits(b.v[i] > a.v[i]) | Bits(b.v[i] != b.v[i])))))
+// b where it is larger, else a; no NaN of b.
+FM_LANES(above, (const Lanes<A, B>& a, const Lanes<A, B>& b), b.v[i] > a.v[i] ? b.v[i] : a.v[i])
 // x where a == b, else 0.
 FM_LANES(where_equal, (const Lanes<A, B>& a, const Lanes<A, B>& b, const Lanes<A, B>& x),
          Vector(Bits(a.v[i] == b.v[i]) & Bits(x.v[i])))

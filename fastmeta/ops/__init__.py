@@ -2,6 +2,7 @@
 
 from fastmeta import _library, _triton
 from fastmeta._backend import use_impl
+from fastmeta.ops.attention import attention
 from fastmeta.ops.head_inner_loop import head_inner_loop
 from fastmeta.ops.inner_update import (
     adagrad_update,
@@ -34,6 +35,7 @@ __all__ = [
     "adam_update_",
     "adamw_update",
     "adamw_update_",
+    "attention",
     "cdist",
     "class_means",
     "clip_scale",

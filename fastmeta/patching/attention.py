@@ -1,6 +1,6 @@
-"""Attention that can be differentiated twice, plugged in through transformers' registries.
+"""`fm.ops.attention` in patched models, plugged in through transformers' registries.
 
-No fused attention of torch has a double backward; a patched model therefore runs this one in
+No fused attention of torch has a double backward; a patched model therefore runs the operator in
 place of ``sdpa`` and the flash and flex variants, with the same masks and the same results.
 """
 
@@ -13,7 +13,10 @@ from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
+from fastmeta.ops._attention import attend
+from fastmeta.ops.attention import check_mask
 from fastmeta.patching.context import current_call
+from fastmeta.reference.attention import Setting
 
 NAME = "fastmeta"
 """Name under which transformers knows this attention (``config._attn_implementation``)."""
@@ -45,56 +48,56 @@ def attention(
 
     Differentiable to any order.
     """
-    batch, heads, q_len, dim = query.shape
-    kv_heads = key.shape[1]
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    is_causal = bool(is_causal) and q_len > 1 and attention_mask is None
-    mask = additive(attention_mask, position_bias, is_causal, query, key)
+    causal = bool(is_causal) and query.shape[2] > 1 and attention_mask is None
+    mask, offset = with_bias(attention_mask, position_bias, query.dtype), 0
     prefix = getattr(module, "fastmeta_prefix", None)
     if prefix is not None:
-        key, value, mask = _with_prefix(prefix, key, value, mask)
-    scale = dim**-0.5 if scaling is None else scaling
-    if heads != kv_heads:
-        # Grouped heads share keys: fold the group into the query rows, no repeated keys.
-        query = query.reshape(batch, kv_heads, heads // kv_heads * q_len, dim)
-    scores = torch.matmul(query * scale, key.transpose(-1, -2))
-    if heads != kv_heads:
-        scores = scores.view(batch, heads, q_len, -1)
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    if mask is not None:
-        scores = scores + mask
-    probs = torch._safe_softmax(scores, -1)
-    if dropout:
-        probs = nn.functional.dropout(probs, p=dropout, training=True)
-    if heads != kv_heads:
-        probs = probs.reshape(batch, kv_heads, heads // kv_heads * q_len, -1)
-    out = torch.matmul(probs, value)
-    if heads != kv_heads:
-        out = out.view(batch, heads, q_len, -1)
+        offset, key, value, mask = _with_prefix(prefix, key, value, mask)
+    dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
+    query, key, value = (t.to(dtype) for t in (query, key, value))
+    mask = check_mask(mask, query, key)
+    keys, queries = key.shape[2], query.shape[2]
+    setting = Setting(
+        scale=query.shape[3] ** -0.5 if scaling is None else scaling,
+        lower=-queries,
+        upper=offset if causal else keys,
+        dropout_p=dropout,
+        period=query.shape[0],
+        softcap=softcap or 0.0,
+    )
+    out = attend(query, key, value, mask, drawn_seed(query) if dropout else None, setting)
     return out.transpose(1, 2).contiguous(), None
 
 
-def additive(
-    mask: Tensor | None, position_bias: Tensor | None, causal: bool, query: Tensor, key: Tensor
+def drawn_seed(like: Tensor) -> Tensor:
+    """A seed from torch's generator of the device, so that restoring its state replays dropout."""
+    return torch.randint(2**62, (), dtype=torch.int64, device=like.device)
+
+
+def with_bias(
+    mask: Tensor | None, position_bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor | None:
-    """The mask as one additive tensor with -inf where attention is excluded, or None."""
-    if causal:
-        q_len, k_len = query.shape[2], key.shape[2]
-        mask = torch.ones(q_len, k_len, dtype=torch.bool, device=query.device).tril()
-    if mask is not None and mask.dtype == torch.bool:
-        zeros = torch.zeros((), dtype=query.dtype, device=query.device)
-        mask = torch.where(mask, zeros, float("-inf"))
-    if position_bias is not None:
-        mask = position_bias if mask is None else mask + position_bias
-    return mask
+    """Mask and bias as one, which broadcasts to ``[B, H, Lq, Lk]``."""
+    if position_bias is None or mask is None:
+        return mask if position_bias is None else position_bias
+    return position_bias + additive(mask, dtype)
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask as a tensor to add, with -inf where attention is excluded."""
+    if mask.dtype != torch.bool:
+        return mask
+    zero = torch.zeros((), dtype=dtype, device=mask.device)
+    return torch.where(mask, zero, float("-inf"))
 
 
 def _with_prefix(
     slots: tuple[int, int], key: Tensor, value: Tensor, mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Each task's prefix ``[T, Hk, length, D]`` in front of its rows' keys and values."""
+) -> tuple[int, Tensor, Tensor, Tensor | None]:
+    """Each task's prefix ``[T, Hk, length, D]`` in front of its rows' keys and values, which every
+    query attends. The first result is its length."""
     call = current_call()
     rows = key.shape[0] // call.tasks
 
@@ -104,8 +107,10 @@ def _with_prefix(
 
     prefix_key, prefix_value = expand(slots[0]), expand(slots[1])
     if mask is not None:
-        mask = nn.functional.pad(mask, (prefix_key.shape[2], 0))
+        attended = True if mask.dtype == torch.bool else 0.0
+        mask = nn.functional.pad(mask, (prefix_key.shape[2], 0), value=attended)
     return (
+        prefix_key.shape[2],
         torch.cat([prefix_key.to(key.dtype), key], dim=2),
         torch.cat([prefix_value.to(value.dtype), value], dim=2),
         mask,

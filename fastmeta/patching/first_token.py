@@ -151,8 +151,9 @@ def _attend_to_states(
     scores = rows(query) @ states.mT
     # Softmax does not see the bias; adding it keeps its gradient, of zeros, as anyone expects it.
     scores = (scores if offset is None else scores + rows(offset)).unsqueeze(2)  # [B, H, 1, L]
-    mask = attention.additive(mask, None, False, scores, scores)
-    probs = torch._safe_softmax(scores if mask is None else scores + mask, -1).squeeze(2)
+    if mask is not None:
+        scores = scores + attention.additive(mask, scores.dtype)
+    probs = torch._safe_softmax(scores, -1).squeeze(2)
     if module.training and module.dropout.p:
         probs = nn.functional.dropout(probs, p=module.dropout.p)
     mean = probs @ states  # [B, H, in]

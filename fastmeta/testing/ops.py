@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastmeta import ops
-from fastmeta.testing import lora_linear, pairwise
+from fastmeta.testing import attention, lora_linear, pairwise
 from fastmeta.testing.table import OpRow, Sample
 
 UPDATE_DTYPES = (
@@ -222,4 +222,4 @@ UPDATE_TABLE = tuple(
     )
     for name in UPDATES
 )
-TABLE = (*UPDATE_TABLE, *pairwise.TABLE, *lora_linear.TABLE)
+TABLE = (*UPDATE_TABLE, *pairwise.TABLE, *lora_linear.TABLE, *attention.TABLE)

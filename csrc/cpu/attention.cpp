@@ -1,0 +1,461 @@
+// Attention, its gradient and the derivative of that, on the CPU. One unit of parallel work is a
+// head of keys with the heads of queries that share it; the weights of a block of queries are
+// rebuilt in cache, with all keys at once, and never leave it.
+
+#include <cmath>
+#include <memory>
+#include <tuple>
+
+#include "cpu/attention.h"
+#include "cpu/pairwise.h"
+
+namespace fastmeta {
+namespace {
+
+using Optional = std::optional<Tensor>;
+
+template <typename A>
+struct Problem {
+  int64_t batch, heads, groups, queries, keys;
+  Heads q, k, v, d_out, a, b, c;          // operands; a, b, c: cotangents of dq, dk, dv
+  Heads out, to_d_out, to_q, to_k, to_v;  // results
+  A* lse;                                 // [B, H, Lq]
+  A scale;
+  RowTerms<A> terms;
+  static constexpr int64_t kCount = 64 / sizeof(A);
+
+  int64_t whole() const { return padded(keys, kCount); }
+  // Queries at a time: few enough that their weights stay in cache, and nearly equal blocks.
+  int64_t rows() const {
+    const int64_t some = least(66, most(24, 6144 / most(whole(), 1)));
+    return ceil_div(queries, most(ceil_div(queries, some), 1));
+  }
+};
+
+// One thread's memory: keys and values of a head, as they are and transposed, and the blocks.
+template <typename A>
+struct Buffers {
+  int64_t whole, rows, d, e;  // padded keys, queries of a block, padded head sizes
+  A *k, *k_t, *v, *v_t, *b, *b_t, *c, *c_t;
+  A *q, *d_out, *a, *out;
+  A *p, *dp, *g, *r;
+  A *to_k, *to_v;
+  A *bias, *keep;
+
+  // `order`: which derivative is computed.
+  Buffers(const Problem<A>& s, int order, Arena<A>& arena) {
+    whole = s.whole(), rows = s.rows();
+    d = padded(s.q.width, s.kCount), e = padded(s.v.width, s.kCount);
+    const auto part = [&](bool there, int64_t n, int64_t width) {
+      return there ? arena.take(n * width) : nullptr;
+    };
+    k = part(true, whole, d), k_t = part(true, whole, d);
+    v = part(true, whole, e), v_t = part(order > 0, whole, e);
+    b = part(bool(s.b), whole, d), b_t = part(bool(s.b), whole, d);
+    c = part(bool(s.c), whole, e), c_t = part(bool(s.c), whole, e);
+    q = part(true, rows, d), d_out = part(order > 0, rows, e), a = part(bool(s.a), rows, d);
+    out = part(true, rows, most(d, e));
+    p = part(true, rows, whole), dp = part(order > 0, rows, whole);
+    g = part(order > 1, rows, whole), r = part(order > 1, rows, whole);
+    to_k = part(order > 0, whole, d), to_v = part(order > 0, whole, e);
+    bias = part(true, 1, whole), keep = part(true, 1, whole);
+  }
+};
+
+// Queries [first, first + rows) of a head, with the range of keys that they attend, in whole
+// vectors.
+struct Block {
+  int64_t b, h, first, rows, column, columns;
+};
+
+template <typename A>
+void read_keys(const Heads& from, int64_t b, int64_t h, int64_t keys, const Buffers<A>& w, A* to,
+               A* transposed) {
+  const int64_t width = padded(from.width, Problem<A>::kCount);
+  pack(from, b, h, 0, keys, to);
+  std::fill(to + keys * width, to + w.whole * width, A(0));
+  if (transposed != nullptr) transpose(to, w.whole, width, transposed);
+}
+
+// f(buffers, unit) for every head of keys, in parallel.
+template <typename A, typename F>
+void for_units(const Problem<A>& s, int order, const F& f) {
+  const int64_t units = s.batch * s.groups;
+  const int64_t work = s.heads / most(s.groups, 1) * s.queries * s.keys * (order + 1);
+  const int64_t grain = most(1, kGrain / most(1, work));
+  const auto range = [&](int64_t begin, int64_t end) {
+    Arena<A> count;
+    Buffers<A>(s, order, count);
+    const std::unique_ptr<A[]> memory(new A[count.used + s.kCount]);
+    const auto address = reinterpret_cast<uintptr_t>(memory.get());
+    Arena<A> arena{reinterpret_cast<A*>(padded(address, 64))};
+    const Buffers<A> w(s, order, arena);
+    RowTerms<A> terms = s.terms;
+    terms.use(w.bias, w.keep);
+    for (int64_t unit = begin; unit < end; ++unit) f(w, terms, unit / s.groups, unit % s.groups);
+  };
+  if (units <= grain) return range(0, units);
+  torch::stable::parallel_for(0, units, grain, range);
+}
+
+// f(block) for the blocks of all heads of queries of a group.
+template <typename A, typename F>
+void for_blocks(const Problem<A>& s, const Buffers<A>& w, RowTerms<A>& terms, int64_t b,
+                int64_t group, const F& f) {
+  const int64_t share = s.heads / s.groups;
+  for (int64_t h = group * share; h < (group + 1) * share; ++h) {
+    terms.at(b, h);
+    for (int64_t first = 0; first < s.queries; first += w.rows) {
+      const int64_t rows = least(w.rows, s.queries - first);
+      int64_t column = 0, end = w.whole;
+      if (terms.banded) {
+        column = terms.first(first) / s.kCount * s.kCount;
+        end = padded(terms.end(first + rows - 1), s.kCount);
+      }
+      f(Block{b, h, first, rows, column, most(end - column, 0)});
+    }
+  }
+}
+
+// The scores of a block into p.
+template <typename A>
+void scores(const Problem<A>& s, const Buffers<A>& w, const Block& at) {
+  pack(s.q, at.b, at.h, at.first, at.rows, w.q);
+  multiply(at.rows, at.columns, s.q.width, w.q, w.d, w.k_t + at.column, w.whole, w.p + at.column,
+           w.whole, s.scale, false);
+}
+
+// to (+)= x keys^T for a block of rows: [rows, width] and the transposed keys.
+template <typename A>
+void by_keys(const Buffers<A>& w, const Block& at, int64_t width, int64_t padded_width, const A* x,
+             const A* keys_t, A* to, A scale, bool add) {
+  multiply(at.rows, at.columns, width, x, padded_width, keys_t + at.column, w.whole, to + at.column,
+           w.whole, scale, add);
+}
+
+// to (+)= scale x keys: [rows, columns] by [columns, width].
+template <typename A>
+void over_keys(const Buffers<A>& w, const Block& at, const A* x, const A* keys, int64_t width,
+               A* to, A scale, bool add) {
+  multiply(at.rows, width, at.columns, x + at.column, w.whole, keys + at.column * width, width, to,
+           width, scale, add);
+}
+
+// to += scale x^T rows: [rows, columns]^T by [rows, width], to the keys.
+template <typename A>
+void to_keys(const Buffers<A>& w, const Block& at, const A* x, const A* rows, int64_t width, A* to,
+             A scale) {
+  multiply_transposed(at.columns, width, at.rows, x + at.column, w.whole, rows, width,
+                      to + at.column * width, width, scale, true);
+}
+
+// Scores of a row to weights, dropped ones 0; returns the logarithm of their sum.
+template <typename L, typename A>
+FM_HD A softmax_row(A* p, const A* bias, const A* keep, int64_t from, int64_t to) {
+  constexpr A kInfinity = std::numeric_limits<A>::infinity();
+  const auto load = [](const A* x) FM_INLINE_LAMBDA { return L::template load<true>(x, 0); };
+  L top = L::all(-kInfinity);
+  for (int64_t j = from; j < to; j += L::kCount) {
+    const L x = load(p + j) + load(bias + j);
+    x.template store<true>(p + j, 0);
+    top = above(top, x);
+  }
+  const A most_of_all = top.top();
+  if (most_of_all == -kInfinity) {  // no key, or nothing but NaN
+    A sum = kInfinity;
+    for (int64_t j = from; j < to; ++j) {
+      p[j] = p[j] != p[j] ? p[j] : A(0);
+      sum += p[j];
+    }
+    return sum;
+  }
+  L sums = L::all(0);
+  const L shift = L::all(most_of_all);
+  for (int64_t j = from; j < to; j += L::kCount) {
+    const L x = exponential(load(p + j) - shift);
+    x.template store<true>(p + j, 0);
+    sums = sums + x;
+  }
+  const A sum = sums.sum(), share = 1 / sum;
+  for (int64_t j = from; j < to; j += L::kCount) {
+    ((share * load(p + j)) * load(keep + j)).template store<true>(p + j, 0);
+  }
+  return most_of_all + A(std::log(double(sum)));
+}
+
+template <typename A>
+void forward_unit(const Problem<A>& s, const Buffers<A>& w, RowTerms<A>& terms, int64_t b,
+                  int64_t group) {
+  read_keys(s.k, b, group, s.keys, w, w.k, w.k_t);
+  read_keys<A>(s.v, b, group, s.keys, w, w.v, nullptr);
+  for_blocks(s, w, terms, b, group, [&](const Block& at) {
+    scores(s, w, at);
+    A* const lse = s.lse + (at.b * s.heads + at.h) * s.queries + at.first;
+    with_registers([&](auto bytes) FM_INLINE_LAMBDA {
+      for (int64_t i = 0; i < at.rows; ++i) {
+        lse[i] = softmax_row<Lanes<A, bytes()>>(w.p + i * w.whole, terms.bias_of(at.first + i),
+                                                terms.keep_of(at.first + i), at.column,
+                                                at.column + at.columns);
+      }
+    });
+    over_keys(w, at, w.p, w.v, w.e, w.out, A(1), false);
+    unpack(w.out, s.out, at.b, at.h, at.first, at.rows);
+  });
+}
+
+// Scores p and dp = d_out v^T of a row to dropped weights and the gradient of the scores.
+template <typename L, typename A>
+FM_HD void gradient_row(A* p, A* dp, A lse, const A* bias, const A* keep, int64_t from,
+                        int64_t to) {
+  const auto load = [](const A* x) FM_INLINE_LAMBDA { return L::template load<true>(x, 0); };
+  const L shift = L::all(lse);
+  L sums = L::all(0);
+  for (int64_t j = from; j < to; j += L::kCount) {
+    const L weight = exponential((load(p + j) + load(bias + j)) - shift);
+    const L slope = load(dp + j) * load(keep + j);
+    weight.template store<true>(p + j, 0);
+    slope.template store<true>(dp + j, 0);
+    sums = sums + weight * slope;
+  }
+  const L mean = L::all(sums.sum());
+  for (int64_t j = from; j < to; j += L::kCount) {
+    const L weight = load(p + j);
+    (weight * (load(dp + j) - mean)).template store<true>(dp + j, 0);
+    (weight * load(keep + j)).template store<true>(p + j, 0);
+  }
+}
+
+template <typename A>
+void gradient_unit(const Problem<A>& s, const Buffers<A>& w, RowTerms<A>& terms, int64_t b,
+                   int64_t group) {
+  read_keys(s.k, b, group, s.keys, w, w.k, w.k_t);
+  read_keys(s.v, b, group, s.keys, w, w.v, w.v_t);
+  std::fill_n(w.to_k, w.whole * w.d, A(0));
+  std::fill_n(w.to_v, w.whole * w.e, A(0));
+  for_blocks(s, w, terms, b, group, [&](const Block& at) {
+    scores(s, w, at);
+    pack(s.d_out, at.b, at.h, at.first, at.rows, w.d_out);
+    by_keys(w, at, s.v.width, w.e, w.d_out, w.v_t, w.dp, A(1), false);
+    const A* const lse = s.lse + (at.b * s.heads + at.h) * s.queries + at.first;
+    with_registers([&](auto bytes) FM_INLINE_LAMBDA {
+      for (int64_t i = 0; i < at.rows; ++i) {
+        gradient_row<Lanes<A, bytes()>>(w.p + i * w.whole, w.dp + i * w.whole, lse[i],
+                                        terms.bias_of(at.first + i), terms.keep_of(at.first + i),
+                                        at.column, at.column + at.columns);
+      }
+    });
+    if (s.to_q) {
+      over_keys(w, at, w.dp, w.k, w.d, w.out, s.scale, false);
+      unpack(w.out, s.to_q, at.b, at.h, at.first, at.rows);
+    }
+    if (s.to_k) to_keys(w, at, w.dp, w.q, w.d, w.to_k, s.scale);
+    if (s.to_v) to_keys(w, at, w.p, w.d_out, w.e, w.to_v, A(1));
+  });
+  if (s.to_k) unpack(w.to_k, s.to_k, b, group, 0, s.keys);
+  if (s.to_v) unpack(w.to_v, s.to_v, b, group, 0, s.keys);
+}
+
+// A row's scores p, dp, cotangents g of the scores' gradient and r of the weights to what the
+// products need: dropped weights p, the scores' gradient dp, and the cotangents of dp (in g,
+// dropped too) and of the scores (in r).
+template <typename L, typename A>
+FM_HD void second_row(A* p, A* dp, A* g, A* r, A lse, const A* bias, const A* keep, int64_t from,
+                      int64_t to) {
+  const auto load = [](const A* x) FM_INLINE_LAMBDA { return L::template load<true>(x, 0); };
+  const L shift = L::all(lse);
+  L dp_sums = L::all(0), g_sums = L::all(0), u_sums = L::all(0);
+  for (int64_t j = from; j < to; j += L::kCount) {
+    const L weight = exponential((load(p + j) + load(bias + j)) - shift);
+    const L slope = load(dp + j) * load(keep + j);
+    weight.template store<true>(p + j, 0);
+    slope.template store<true>(dp + j, 0);
+    dp_sums = dp_sums + weight * slope;
+    g_sums = g_sums + weight * load(g + j);
+  }
+  const L dp_mean = L::all(dp_sums.sum()), g_mean = L::all(g_sums.sum());
+  for (int64_t j = from; j < to; j += L::kCount) {
+    const L weight = load(p + j), slope = load(dp + j), given = load(g + j), kept = load(keep + j);
+    const L centred = given - g_mean;
+    const L u = (slope * centred - dp_mean * given) + load(r + j) * kept;
+    u_sums = u_sums + weight * u;
+    u.template store<true>(r + j, 0);
+    (weight * (slope - dp_mean)).template store<true>(dp + j, 0);
+    (weight * centred * kept).template store<true>(g + j, 0);
+  }
+  const L u_mean = L::all(u_sums.sum());
+  for (int64_t j = from; j < to; j += L::kCount) {
+    const L weight = load(p + j);
+    (weight * (load(r + j) - u_mean)).template store<true>(r + j, 0);
+    (weight * load(keep + j)).template store<true>(p + j, 0);
+  }
+}
+
+template <typename A>
+void second_unit(const Problem<A>& s, const Buffers<A>& w, RowTerms<A>& terms, int64_t b,
+                 int64_t group) {
+  read_keys(s.k, b, group, s.keys, w, w.k, w.k_t);
+  read_keys(s.v, b, group, s.keys, w, w.v, w.v_t);
+  if (s.b) read_keys(s.b, b, group, s.keys, w, w.b, w.b_t);
+  if (s.c) read_keys(s.c, b, group, s.keys, w, w.c, w.c_t);
+  std::fill_n(w.to_k, w.whole * w.d, A(0));
+  std::fill_n(w.to_v, w.whole * w.e, A(0));
+  for_blocks(s, w, terms, b, group, [&](const Block& at) {
+    const int64_t width = s.q.width;
+    scores(s, w, at);
+    pack(s.d_out, at.b, at.h, at.first, at.rows, w.d_out);
+    by_keys(w, at, s.v.width, w.e, w.d_out, w.v_t, w.dp, A(1), false);
+    if (s.a) {
+      pack(s.a, at.b, at.h, at.first, at.rows, w.a);
+      by_keys(w, at, width, w.d, w.a, w.k_t, w.g, s.scale, false);
+    }
+    if (s.b) by_keys(w, at, width, w.d, w.q, w.b_t, w.g, s.scale, bool(s.a));
+    if (!s.a && !s.b) std::fill_n(w.g, at.rows * w.whole, A(0));
+    if (s.c) {
+      by_keys(w, at, s.v.width, w.e, w.d_out, w.c_t, w.r, A(1), false);
+    } else {
+      std::fill_n(w.r, at.rows * w.whole, A(0));
+    }
+    const A* const lse = s.lse + (at.b * s.heads + at.h) * s.queries + at.first;
+    with_registers([&](auto bytes) FM_INLINE_LAMBDA {
+      for (int64_t i = 0; i < at.rows; ++i) {
+        const int64_t row = i * w.whole;
+        second_row<Lanes<A, bytes()>>(w.p + row, w.dp + row, w.g + row, w.r + row, lse[i],
+                                      terms.bias_of(at.first + i), terms.keep_of(at.first + i),
+                                      at.column, at.column + at.columns);
+      }
+    });
+    if (s.to_d_out) {
+      over_keys(w, at, w.g, w.v, w.e, w.out, A(1), false);
+      if (s.c) over_keys(w, at, w.p, w.c, w.e, w.out, A(1), true);
+      unpack(w.out, s.to_d_out, at.b, at.h, at.first, at.rows);
+    }
+    if (s.to_q) {
+      over_keys(w, at, w.r, w.k, w.d, w.out, s.scale, false);
+      if (s.b) over_keys(w, at, w.dp, w.b, w.d, w.out, s.scale, true);
+      unpack(w.out, s.to_q, at.b, at.h, at.first, at.rows);
+    }
+    if (s.to_k) {
+      to_keys(w, at, w.r, w.q, w.d, w.to_k, s.scale);
+      if (s.a) to_keys(w, at, w.dp, w.a, w.d, w.to_k, s.scale);
+    }
+    if (s.to_v) to_keys(w, at, w.g, w.d_out, w.e, w.to_v, A(1));
+  });
+  if (s.to_k) unpack(w.to_k, s.to_k, b, group, 0, s.keys);
+  if (s.to_v) unpack(w.to_v, s.to_v, b, group, 0, s.keys);
+}
+
+struct Setting {
+  double scale;
+  int64_t lower, upper;
+  double dropout_p;
+  int64_t period;
+};
+
+template <typename A>
+Problem<A> problem(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& mask,
+                   const Optional& seed, const Setting& setting) {
+  Problem<A> s{};
+  s.batch = q.size(0), s.heads = q.size(1), s.queries = q.size(2);
+  s.groups = k.size(1), s.keys = k.size(2);
+  s.q = heads_of(q), s.k = heads_of(k), s.v = heads_of(v);
+  s.scale = A(setting.scale);
+  RowTerms<A>& t = s.terms;
+  t.keys = s.keys, t.whole = s.whole();
+  t.lower = setting.lower, t.upper = setting.upper;
+  t.banded = t.lower > 1 - s.queries || t.upper < s.keys - 1;
+  if (mask && mask->numel() > 0) {
+    t.mask = mask->const_data_ptr();
+    t.boolean = mask->scalar_type() == ScalarType::Bool;
+    for (int i = 0; i < 4; ++i) t.strides[i] = mask->size(i) == 1 ? 0 : mask->stride(i);
+  }
+  if (setting.dropout_p > 0) {
+    const auto word = uint64_t(*static_cast<const int64_t*>(seed->const_data_ptr()));
+    const double words = setting.dropout_p * 4294967296.0;
+    t.dropout = {setting.dropout_p, uint32_t(word), uint32_t(word >> 32),
+                 words < 4294967295.0 ? uint32_t(words) : 0xFFFFFFFFu, most(setting.period, 1)};
+  }
+  return s;
+}
+
+template <typename F>
+void with_accumulation(const Tensor& t, const F& f) {
+  if (t.scalar_type() == ScalarType::Double) return f(double{});
+  f(float{});
+}
+
+// A new [B, H, L, width]; its heads lie within rows exactly if those of `like` do.
+Tensor empty_like(const Tensor& like, int64_t width) {
+  const int64_t b = like.size(0), h = like.size(1), l = like.size(2);
+  if (h > 1 && l > 1 && like.stride(1) < like.stride(2)) {
+    return torch::stable::transpose(empty_rows({b, l, h, width}, like.scalar_type(), like), 1, 2);
+  }
+  return empty_rows({b, h, l, width}, like.scalar_type(), like);
+}
+Tensor if_wanted(bool wanted, const Tensor& like) {
+  return wanted ? empty_like(like, like.size(3)) : empty_rows({0}, like.scalar_type(), like);
+}
+
+std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, Optional mask, Optional seed,
+                                   double scale, int64_t lower, int64_t upper, double dropout_p,
+                                   int64_t period) {
+  const Tensor out = empty_like(q, v.size(3));
+  const bool wide = q.scalar_type() == ScalarType::Double;
+  const Tensor lse = empty_rows({q.size(0), q.size(1), q.size(2)},
+                                wide ? ScalarType::Double : ScalarType::Float, q);
+  with_accumulation(q, [&](auto zero) {
+    using A = decltype(zero);
+    auto s = problem<A>(q, k, v, mask, seed, {scale, lower, upper, dropout_p, period});
+    s.out = heads_of(out), s.lse = data_of<A>(lse);
+    for_units(s, 0, [&](const Buffers<A>& w, RowTerms<A>& terms, int64_t b, int64_t group) {
+      forward_unit(s, w, terms, b, group);
+    });
+  });
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor lse,
+                                            Optional mask, Optional seed, double scale,
+                                            int64_t lower, int64_t upper, double dropout_p,
+                                            int64_t period, int64_t needs) {
+  const Tensor dq = if_wanted(needs & 1, q), dk = if_wanted(needs & 2, k),
+               dv = if_wanted(needs & 4, v);
+  with_accumulation(q, [&](auto zero) {
+    using A = decltype(zero);
+    auto s = problem<A>(q, k, v, mask, seed, {scale, lower, upper, dropout_p, period});
+    s.d_out = heads_of(d_out), s.lse = data_of<A>(lse);
+    s.to_q = heads_of(dq), s.to_k = heads_of(dk), s.to_v = heads_of(dv);
+    for_units(s, 1, [&](const Buffers<A>& w, RowTerms<A>& terms, int64_t b, int64_t group) {
+      gradient_unit(s, w, terms, b, group);
+    });
+  });
+  return {dq, dk, dv};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> double_backward(
+    Optional a, Optional b, Optional c, Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor lse,
+    Optional mask, Optional seed, double scale, int64_t lower, int64_t upper, double dropout_p,
+    int64_t period, int64_t needs) {
+  const Tensor dd = if_wanted(needs & 1, d_out), dq = if_wanted(needs & 2, q),
+               dk = if_wanted(needs & 4, k), dv = if_wanted(needs & 8, v);
+  with_accumulation(q, [&](auto zero) {
+    using A = decltype(zero);
+    auto s = problem<A>(q, k, v, mask, seed, {scale, lower, upper, dropout_p, period});
+    s.d_out = heads_of(d_out), s.lse = data_of<A>(lse);
+    s.a = heads_of(a), s.b = heads_of(b), s.c = heads_of(c);
+    s.to_d_out = heads_of(dd), s.to_q = heads_of(dq), s.to_k = heads_of(dk), s.to_v = heads_of(dv);
+    for_units(s, 2, [&](const Buffers<A>& w, RowTerms<A>& terms, int64_t batch, int64_t group) {
+      second_unit(s, w, terms, batch, group);
+    });
+  });
+  return {dd, dq, dk, dv};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastmeta, CPU, m) {
+  m.impl("attention", TORCH_BOX(&forward));
+  m.impl("attention_backward", TORCH_BOX(&backward));
+  m.impl("attention_double_backward", TORCH_BOX(&double_backward));
+}
+
+}  // namespace fastmeta
