@@ -158,7 +158,7 @@ def second(
     seed: Tensor | None,
     setting: Setting,
 ) -> tuple[Tensor, ...]:
-    """Derivatives of ``a dq + b dk + c dv`` with respect to d_out, q, k, v, and an additive mask."""
+    """Derivatives of ``a dq + b dk + c dv`` in d_out, q, k, v, and an additive mask."""
 
     def call(d_out, q, k, v, mask=mask):
         return gradients(d_out, q, k, v, mask, seed, setting)[:3]
