@@ -6,10 +6,12 @@
 #   TORCH_ARGS="--index-url <url>"    where pip takes torch from; name an index of CPU-only builds
 #                                     where the default one would bring the GPU packages
 #   ARGS="-k sgd"                     more arguments for the tests or benchmarks
+#   JOBS=2                            processes that share the tests, one thread each
 
 PYTHON ?= python3
 TORCH_ARGS ?=
 ARGS ?=
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -22,7 +24,7 @@ demo: $(VENV)/.built
 	$(BIN)/fastmeta demo
 
 test: $(VENV)/.built
-	$(PYTEST) $(ARGS)
+	$(PYTEST) -n $(JOBS) --dist worksteal $(ARGS)
 
 test-slow: $(VENV)/.built
 	$(PYTEST) -m slow $(ARGS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,9 @@ from fastmeta.ops import use_impl
 
 _KEEP: list[torch.library.Library] = []  # a library is unregistered when it is collected
 ROOT = Path(__file__).resolve().parent.parent
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes, which share the cores
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
