@@ -62,15 +62,20 @@ def test_ragged_tasks_and_missing_classes(metric, cpu_impl):
     torch.testing.assert_close(ours, theirs)
 
 
-def test_nothing_of_ignored_rows_arrives(cpu_impl):
+@pytest.mark.parametrize("metric", ["sqeuclidean", "cosine", "mahalanobis"])
+def test_nothing_of_ignored_rows_arrives(metric, cpu_impl):
     query, query_labels, support, support_labels = ragged()
-    expected = prototypical_loss(query, query_labels, support, support_labels)
+    inputs, settings = [query, support], {"metric": metric}
+    if metric == "mahalanobis":
+        settings["precision"] = torch.eye(D, dtype=query.dtype).requires_grad_()
+        inputs.append(settings["precision"])
+    expected = prototypical_loss(query, query_labels, support, support_labels, **settings)
     query[query_labels == -100] = float("nan")
     support[support_labels == -100] = float("inf")
     query.requires_grad_(), support.requires_grad_()
-    found = prototypical_loss(query, query_labels, support, support_labels)
+    found = prototypical_loss(query, query_labels, support, support_labels, **settings)
     torch.testing.assert_close(found, expected)
-    for gradient in torch.autograd.grad(found[0].sum(), (query, support), create_graph=True):
+    for gradient in torch.autograd.grad(found[0].sum(), inputs, create_graph=True):
         assert bool(gradient.isfinite().all())
         assert bool(
             torch.autograd.grad(gradient.sum(), query, retain_graph=True)[0].isfinite().all()
@@ -215,6 +220,7 @@ def call(**changes):
         ({"temperature": -torch.ones(T)}, "temperature must be finite and > 0"),
         ({"metric": "minkowski"}, "needs a number p > 0"),
         ({"metric": "mahalanobis"}, "needs a precision matrix"),
+        ({"support_labels": None, "support": torch.zeros(T, 0, D).double()}, "with C >= 1"),
         (
             {"support_labels": None, "num_classes": 3},
             r"prototypes must be \[T, C, D\] with C = num",

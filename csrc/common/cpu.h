@@ -22,6 +22,15 @@
 #define FM_IVDEP
 #endif
 
+// Unrolls a short loop of constant length, so that arrays of registers stay registers.
+#if defined(__clang__)
+#define FM_UNROLL _Pragma("clang loop unroll(full)")
+#elif defined(__GNUC__)
+#define FM_UNROLL _Pragma("GCC unroll 8")
+#else
+#define FM_UNROLL
+#endif
+
 namespace fastmeta {
 
 constexpr int64_t kGrain = 32768;  // elements worth waking a thread for

@@ -53,8 +53,11 @@ struct Lanes {
     Quarter q[4];
     store<true>(reinterpret_cast<A*>(q), kCount);
     const Quarter x = (q[0] + q[2]) + (q[1] + q[3]);
-    if constexpr (sizeof(A) == 8) return x[0] + x[1];
-    return (x[0] + x[2]) + (x[1] + x[3]);
+    if constexpr (sizeof(A) == 8) {
+      return x[0] + x[1];
+    } else {
+      return (x[0] + x[2]) + (x[1] + x[3]);
+    }
   }
   // The largest; NaN if one is.
   FM_HD A largest() const {
@@ -81,6 +84,36 @@ struct Lanes {
   typedef A Quarter __attribute__((vector_size(16)));
 };
 
+// a * b + c and c - a * b rounded once. The compiler fuses nothing by itself (setup.py), so that
+// all CPUs give the same bits; these have one result everywhere, and cost one instruction but on
+// CPUs without it, of which none has AVX2. (An intrinsic cannot be inlined through a function that
+// is not compiled for its instruction set, as all of FM_HD are.)
+#if defined(__x86_64__) && defined(__GNUC__)
+#define FM_FUSED(instruction)                                    \
+  if constexpr (sizeof(V) >= 32 && sizeof(a[0]) == 4) {          \
+    asm(instruction "ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b)); \
+    return c;                                                    \
+  } else if constexpr (sizeof(V) >= 32) {                        \
+    asm(instruction "pd %2, %1, %0" : "+v"(c) : "v"(a), "v"(b)); \
+    return c;                                                    \
+  }
+#else
+#define FM_FUSED(instruction)
+#endif
+template <typename V>
+FM_HD V fused_part(const V& a, const V& b, V c) {
+  FM_FUSED("vfmadd231")
+  for (size_t k = 0; k < sizeof(V) / sizeof(a[0]); ++k) c[k] = std::fma(a[k], b[k], c[k]);
+  return c;
+}
+template <typename V>
+FM_HD V fused_less_part(const V& a, const V& b, V c) {
+  FM_FUSED("vfnmadd231")
+  for (size_t k = 0; k < sizeof(V) / sizeof(a[0]); ++k) c[k] = std::fma(-a[k], b[k], c[k]);
+  return c;
+}
+#undef FM_FUSED
+
 // name(arguments): `expression` of register i.
 #define FM_LANES(name, arguments, expression)                    \
   template <typename A, int B>                                   \
@@ -97,6 +130,10 @@ FM_LANES(operator-, (const Lanes<A, B>& a, const Lanes<A, B>& b), a.v[i] - b.v[i
 FM_LANES(operator*, (const Lanes<A, B>& a, const Lanes<A, B>& b), a.v[i] * b.v[i])
 FM_LANES(operator-, (const Lanes<A, B>& a), -a.v[i])
 FM_LANES(operator*, (A a, const Lanes<A, B>& b), a* b.v[i])
+FM_LANES(fused, (const Lanes<A, B>& a, const Lanes<A, B>& b, const Lanes<A, B>& c),
+         fused_part(a.v[i], b.v[i], c.v[i]))
+FM_LANES(fused_less, (const Lanes<A, B>& a, const Lanes<A, B>& b, const Lanes<A, B>& c),
+         fused_less_part(a.v[i], b.v[i], c.v[i]))
 FM_LANES(absolute, (const Lanes<A, B>& a), Vector(Bits(a.v[i]) & ~L::kSign))
 // a times the sign of z, which is 0 at 0.
 FM_LANES(times_sign, (const Lanes<A, B>& a, const Lanes<A, B>& z),
@@ -120,16 +157,16 @@ __attribute__((target("avx512f"))) void in_64_bytes(const F& f) {
   f(std::integral_constant<int, 64>{});
 }
 template <typename F>
-__attribute__((target("avx2"))) void in_32_bytes(const F& f) {
+__attribute__((target("avx2,fma"))) void in_32_bytes(const F& f) {
   f(std::integral_constant<int, 32>{});
 }
 #endif
 template <typename F>
 void with_registers(const F& f) {
 #if defined(__x86_64__) && defined(__GNUC__)
-  static const int width = __builtin_cpu_supports("avx512f") ? 64
-                           : __builtin_cpu_supports("avx2")  ? 32
-                                                             : 16;
+  static const int width = __builtin_cpu_supports("avx512f")                                 ? 64
+                           : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 32
+                                                                                             : 16;
   if (width == 64) return in_64_bytes(f);
   if (width == 32) return in_32_bytes(f);
 #endif

@@ -22,38 +22,38 @@ enum class Kind : int64_t { kSquares, kAbsolute, kPower, kMaximum, kProduct };
 struct Squares {
   FM_F L add(const L& sum, const L& x, const L& y) const {
     const L z = x - y;
-    return sum + z * z;
+    return fused(z, z, sum);
   }
   FM_F typename L::Number total(const L& lanes) const { return lanes.sum(); }
   FM_F void gradient(const L& w, const L&, const L& x, const L& y, L& dx, L& dy) const {
-    const L t = w * (x - y);  // half of it: see kScale
-    dx = dx + t;
-    dy = dy - t;
+    const L z = x - y;  // half of it: see kScale
+    dx = fused(w, z, dx);
+    dy = fused_less(w, z, dy);
   }
   FM_F L along(const L& sum, const L&, const L& x, const L& y, const L& a, const L& b) const {
-    return sum + (x - y) * (a - b);
+    return fused(x - y, a - b, sum);
   }
   FM_F void second(const L& w, const L&, const L&, const L& a, const L& b, L& dx, L& dy) const {
-    const L t = w * (a - b);
-    dx = dx + t;
-    dy = dy - t;
+    const L z = a - b;
+    dx = fused(w, z, dx);
+    dy = fused_less(w, z, dy);
   }
   static constexpr int kScale = 2;  // of derivatives, applied to the weights and to `along` sums
 };
 
 struct Product {
-  FM_F L add(const L& sum, const L& x, const L& y) const { return sum + x * y; }
+  FM_F L add(const L& sum, const L& x, const L& y) const { return fused(x, y, sum); }
   FM_F typename L::Number total(const L& lanes) const { return lanes.sum(); }
   FM_F void gradient(const L& w, const L&, const L& x, const L& y, L& dx, L& dy) const {
-    dx = dx + w * y;
-    dy = dy + w * x;
+    dx = fused(w, y, dx);
+    dy = fused(w, x, dy);
   }
   FM_F L along(const L& sum, const L&, const L& x, const L& y, const L& a, const L& b) const {
-    return sum + (y * a + x * b);
+    return fused(y, a, fused(x, b, sum));
   }
   FM_F void second(const L& w, const L&, const L&, const L& a, const L& b, L& dx, L& dy) const {
-    dx = dx + w * b;
-    dy = dy + w * a;
+    dx = fused(w, b, dx);
+    dy = fused(w, a, dy);
   }
   static constexpr int kScale = 1;
 };
@@ -155,56 +155,69 @@ struct Rows {
   FM_HD A* operator[](int64_t i) const { return data + i * stride; }
 };
 
-// out[j] = sum of f over the coordinates of (x, y_j) for J rows of y.
-template <int J, typename L, typename A, typename F>
-FM_HD void sums_of(const F& f, const A* x, const Rows<const A>& y, int64_t j, int64_t width,
-                   A* out) {
-  L sums[J];
-  for (int c = 0; c < J; ++c) sums[c] = L::all(0);
+// Rows of x and of y that a kernel takes at once: what is read of one serves all of the other, and
+// the registers hold their sums.
+template <typename F, typename L>
+constexpr int kTogether = L::kParts == 1 && !std::is_same_v<F, Power> ? 4 : 1;
+template <typename L>
+constexpr int kAcross = L::kParts == 4 ? 2 : 5;
+
+// sums[i + r][j + c] of the pairs of R rows of x and J rows of y.
+template <int R, int J, typename L, typename A, typename F>
+FM_HD void sums_of(const F& f, const Rows<const A>& x, const Rows<const A>& y, int64_t i, int64_t j,
+                   int64_t width, const Rows<A>& sums) {
+  L lanes[R][J];
+  for (auto& row : lanes) {
+    for (L& lane : row) lane = L::all(0);
+  }
+  const auto step = [&](auto whole, int64_t k) FM_INLINE_LAMBDA {
+    constexpr bool kWhole = decltype(whole)::value;
+    L here[R];
+    FM_UNROLL
+    for (int r = 0; r < R; ++r) here[r] = L::template load<kWhole>(x[i + r] + k, width - k);
+    FM_UNROLL
+    for (int c = 0; c < J; ++c) {
+      const L there = L::template load<kWhole>(y[j + c] + k, width - k);
+      FM_UNROLL
+      for (int r = 0; r < R; ++r) lanes[r][c] = f.add(lanes[r][c], here[r], there);
+    }
+  };
   int64_t k = 0;
-  for (; k + L::kCount <= width; k += L::kCount) {
-    const L here = L::template load<true>(x + k, 0);
-    for (int c = 0; c < J; ++c) {
-      sums[c] = f.add(sums[c], here, L::template load<true>(y[j + c] + k, 0));
-    }
+  for (; k + L::kCount <= width; k += L::kCount) step(std::true_type{}, k);
+  if (k < width) step(std::false_type{}, k);
+  for (int r = 0; r < R; ++r) {
+    for (int c = 0; c < J; ++c) sums[i + r][j + c] = f.total(lanes[r][c]);
   }
-  if (k < width) {
-    const L here = L::template load<false>(x + k, width - k);
-    for (int c = 0; c < J; ++c) {
-      sums[c] = f.add(sums[c], here, L::template load<false>(y[j + c] + k, width - k));
-    }
-  }
-  for (int c = 0; c < J; ++c) out[c] = f.total(sums[c]);
 }
 
 // At most J rows of y.
-template <int J, typename L, typename A, typename F>
-FM_HD void sums_of_some(const F& f, const A* x, const Rows<const A>& y, int64_t j, int64_t count,
-                        int64_t width, A* out) {
+template <int R, int J, typename L, typename A, typename F>
+FM_HD void sums_of_some(const F& f, const Rows<const A>& x, const Rows<const A>& y, int64_t i,
+                        int64_t j, int64_t count, int64_t width, const Rows<A>& sums) {
   if constexpr (J > 1) {
-    if (count < J) return sums_of_some<J - 1, L>(f, x, y, j, count, width, out);
+    if (count < J) return sums_of_some<R, J - 1, L>(f, x, y, i, j, count, width, sums);
   }
-  sums_of<J, L>(f, x, y, j, width, out);
+  sums_of<R, J, L>(f, x, y, i, j, width, sums);
 }
 
-// Sums that the registers hold at once.
-template <typename L>
-constexpr int kAcross = L::kParts == 4 ? 2 : 5;
 constexpr int64_t kNear = 16384;  // bytes of y that stay in the first cache while x passes
 
 // sums [n, m] of rows [begin, end) of x with all m of y.
 template <typename L, typename A, typename F>
 FM_HD void sums_of_pairs(const F& f, const Rows<const A>& x, const Rows<const A>& y, int64_t begin,
                          int64_t end, int64_t m, int64_t width, const Rows<A>& sums) {
-  constexpr int J = kAcross<L>;
+  constexpr int R = kTogether<F, L>, J = kAcross<L>;
   const int64_t block = J * most(1, kNear / (J * most(1, width) * int64_t(sizeof(A))));
   for (int64_t from = 0; from < m; from += block) {
     const int64_t to = least(from + block, m);
-    for (int64_t i = begin; i < end; ++i) {
+    const auto rows = [&](auto some, int64_t i) FM_INLINE_LAMBDA {
       for (int64_t j = from; j < to; j += J) {
-        sums_of_some<J, L>(f, x[i], y, j, least(J, to - j), width, sums[i] + j);
+        sums_of_some<decltype(some)::value, J, L>(f, x, y, i, j, to - j, width, sums);
       }
-    }
+    };
+    int64_t i = begin;
+    for (; R > 1 && i + R <= end; i += R) rows(std::integral_constant<int, R>{}, i);
+    for (; i < end; ++i) rows(std::integral_constant<int, 1>{}, i);
   }
 }
 
@@ -243,60 +256,80 @@ struct Strip {
 };
 
 // Rows of y at a time, and lanes of them: as much as stays in the first cache.
-constexpr int64_t kStripRows = 128, kStripCells = 160;
+constexpr int64_t kStripRows = 128, kStripCells = 160, kMostLanes = 32;
 
-// One row of x with J rows of y from cell `from` of the buffers: its weights stay in registers.
-template <typename L, int J, bool kSingle, bool kWhole, bool kCotangents, typename A, typename Term>
-FM_HD void strip_row(const Strip<A>& g, int64_t given, int64_t i, int64_t j, int64_t cell,
-                     bool fresh, const L* y, const L* b, L* dy, A* dx_row, const Term& term) {
+// R rows of x, `rows`, with J rows of y from cell `from` of the buffers; dx[r] gets or, unless
+// `fresh`, already has a part of row r's. Weights stay in registers.
+template <typename L, int R, int J, bool kSingle, bool kWhole, bool kCotangents, typename A,
+          typename Term>
+FM_HD void strip_rows(const Strip<A>& g, int64_t given, const int64_t* rows, int64_t j,
+                      int64_t cell, const L* y, const L* b, L* dy, A* const* dx, const Term& term) {
   const int64_t lanes = kSingle ? 1 : given;
-  L w[J], s[J];
-  for (int c = 0; c < J; ++c) {
-    w[c] = L::all(A(Term::kScale) * g.w[i][j + c]);
-    s[c] = Term::kUsesSums ? L::all(g.s[i][j + c]) : L::all(0);
+  L w[R][J], s[R][J];
+  for (int r = 0; r < R; ++r) {
+    for (int c = 0; c < J; ++c) {
+      w[r][c] = L::all(A(Term::kScale) * g.w[rows[r]][j + c]);
+      s[r][c] = Term::kUsesSums ? L::all(g.s[rows[r]][j + c]) : L::all(0);
+    }
   }
   for (int64_t l = 0; l < lanes; ++l) {
     const int64_t k = g.k + l * L::kCount, count = least(L::kCount, g.count - l * L::kCount);
-    const L x = L::template load<kWhole>(g.x[i] + k, count);
-    L a = L::all(0), dx = L::all(0);
-    if (kCotangents && g.a.data) a = L::template load<kWhole>(g.a[i] + k, count);
-    if (!fresh) dx = L::template load<true>(dx_row + l * L::kCount, 0);
+    L x[R], a[R], dx_here[R];
+    FM_UNROLL
+    for (int r = 0; r < R; ++r) {
+      x[r] = L::template load<kWhole>(g.x[rows[r]] + k, count);
+      a[r] = dx_here[r] = L::all(0);
+      if (kCotangents && g.a.data) a[r] = L::template load<kWhole>(g.a[rows[r]] + k, count);
+      if (j > 0) dx_here[r] = L::template load<true>(dx[r] + l * L::kCount, 0);
+    }
+    FM_UNROLL
     for (int c = 0; c < J; ++c) {
       const int64_t at = cell + c * lanes + l;
-      term(w[c], s[c], x, y[at], a, kCotangents ? b[at] : a, dx, dy[at]);
+      const L y_here = y[at];
+      L dy_here = dy[at];
+      FM_UNROLL
+      for (int r = 0; r < R; ++r) {
+        term(w[r][c], s[r][c], x[r], y_here, a[r], kCotangents ? b[at] : a[r], dx_here[r], dy_here);
+      }
+      dy[at] = dy_here;
     }
-    dx.template store<true>(dx_row + l * L::kCount, 0);
+    FM_UNROLL
+    for (int r = 0; r < R; ++r) dx_here[r].template store<true>(dx[r] + l * L::kCount, 0);
   }
 }
 
 // At most J rows of y.
-template <typename L, int J, bool kSingle, bool kWhole, bool kCotangents, typename... Rest>
-FM_HD void strip_row_of(int64_t rows, const Rest&... rest) {
+template <typename L, int R, int J, bool kSingle, bool kWhole, bool kCotangents, typename... Rest>
+FM_HD void strip_rows_of(int64_t count, const Rest&... rest) {
   if constexpr (J > 1) {
-    if (rows < J) return strip_row_of<L, J - 1, kSingle, kWhole, kCotangents>(rows, rest...);
+    if (count < J) {
+      return strip_rows_of<L, R, J - 1, kSingle, kWhole, kCotangents>(count, rest...);
+    }
   }
-  strip_row<L, J, kSingle, kWhole, kCotangents>(rest...);
+  strip_rows<L, R, J, kSingle, kWhole, kCotangents>(rest...);
 }
 
 // term(w, s, x, y, a, b, dx, dy) for every pair; Term::kScale multiplies the weights. `memory`
 // holds 4 kStripCells lanes.
 template <typename L, bool kSingle, bool kWhole, bool kCotangents, typename A, typename Term>
 FM_HD void strip_pass(const Strip<A>& g, int64_t given, L* memory, const Term& term) {
-  constexpr int J = L::kParts == 4 ? 1 : 4;
+  constexpr int R = kSingle || kCotangents ? 1 : kTogether<typename Term::Functor, L>;
+  constexpr int J = L::kParts == 4 ? 1 : R > 1 ? 5 : 4;
   const int64_t lanes = kSingle ? 1 : given;
   L* const y = memory;
   L* const b = memory + kStripCells;
   L* const dy = memory + 2 * kStripCells;
-  A* const dx = reinterpret_cast<A*>(memory + 3 * kStripCells);
-  const int64_t rows = least(kStripRows, most(1, kStripCells / lanes));
+  A* const spare = reinterpret_cast<A*>(memory + 3 * kStripCells);
+  const int64_t cells = least(kStripRows, most(1, kStripCells / lanes));
   const auto at = [&](int64_t l) { return g.k + l * L::kCount; };
   const auto here = [&](int64_t l) { return least(L::kCount, g.count - l * L::kCount); };
-  const auto zeros = [&](const Rows<A>& t, int64_t n) {
-    for (int64_t i = 0; t.data && i < n; ++i) std::memset(t[i] + g.k, 0, g.count * sizeof(A));
-  };
-  if (g.m == 0) return zeros(g.dx, g.n);
-  for (int64_t from = 0; from < g.m; from += rows) {
-    const int64_t to = least(from + rows, g.m);
+  for (int64_t i = 0; g.dx.data && i < g.n; ++i) {
+    if (g.m == 0 || (g.skip != nullptr && g.skip[i])) {
+      std::memset(g.dx[i] + g.k, 0, g.count * sizeof(A));
+    }
+  }
+  for (int64_t from = 0; from < g.m; from += cells) {
+    const int64_t to = least(from + cells, g.m);
     for (int64_t j = from; j < to; ++j) {
       for (int64_t l = 0; l < lanes; ++l) {
         const int64_t cell = (j - from) * lanes + l;
@@ -306,23 +339,39 @@ FM_HD void strip_pass(const Strip<A>& g, int64_t given, L* memory, const Term& t
         dy[cell] = L::all(0);
       }
     }
+    const auto pass = [&](auto some, const int64_t* rows) FM_INLINE_LAMBDA {
+      constexpr int kSome = decltype(some)::value;
+      A* dx[kSome];  // whole lanes are summed where they belong
+      for (int r = 0; r < kSome; ++r) {
+        dx[r] = spare + r * kMostLanes * L::kCount;
+        if (kWhole && g.dx.data) dx[r] = g.dx[rows[r]] + g.k;
+        if (!kWhole && from > 0 && g.dx.data) {
+          std::memcpy(dx[r], g.dx[rows[r]] + g.k, g.count * sizeof(A));
+        }
+      }
+      for (int64_t j = from; j < to; j += J) {
+        strip_rows_of<L, kSome, J, kSingle, kWhole, kCotangents>(
+            to - j, g, lanes, rows, j, (j - from) * lanes, y, b, dy, dx, term);
+      }
+      for (int r = 0; !kWhole && g.dx.data && r < kSome; ++r) {
+        std::memcpy(g.dx[rows[r]] + g.k, dx[r], g.count * sizeof(A));
+      }
+    };
+    int64_t rows[R];
+    int count = 0;
     for (int64_t i = 0; i < g.n; ++i) {
       if (g.skip != nullptr && g.skip[i]) continue;
-      if (from > 0 && g.dx.data) std::memcpy(dx, g.dx[i] + g.k, g.count * sizeof(A));
-      for (int64_t j = from; j < to; j += J) {
-        strip_row_of<L, J, kSingle, kWhole, kCotangents>(to - j, g, lanes, i, j, (j - from) * lanes,
-                                                         j == 0, y, b, dy, dx, term);
-      }
-      if (g.dx.data) std::memcpy(g.dx[i] + g.k, dx, g.count * sizeof(A));
+      rows[count++] = i;
+      if (count < R) continue;
+      pass(std::integral_constant<int, R>{}, rows);
+      count = 0;
     }
+    for (int r = 0; R > 1 && r < count; ++r) pass(std::integral_constant<int, 1>{}, rows + r);
     for (int64_t j = from; g.dy.data && j < to; ++j) {
       for (int64_t l = 0; l < lanes; ++l) {
         dy[(j - from) * lanes + l].template store<kWhole>(g.dy[j] + at(l), here(l));
       }
     }
-  }
-  for (int64_t i = 0; g.skip != nullptr && i < g.n; ++i) {
-    if (g.skip[i] && g.dx.data) std::memset(g.dx[i] + g.k, 0, g.count * sizeof(A));
   }
 }
 
@@ -330,7 +379,7 @@ FM_HD void strip_pass(const Strip<A>& g, int64_t given, L* memory, const Term& t
 template <typename A>
 int64_t strip_columns(int64_t m) {
   constexpr int64_t kCount = 64 / sizeof(A);
-  return kCount * most(1, least(32, kStripCells / most(1, least(m, kStripRows))));
+  return kCount * most(1, least(kMostLanes, kStripCells / most(1, least(m, kStripRows))));
 }
 
 }  // namespace fastmeta

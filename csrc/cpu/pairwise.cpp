@@ -63,6 +63,7 @@ Tensor shared_weights(const Tensor& w, const Tensor& x, const Tensor& y, const O
 // What a pair adds to dx and dy.
 template <typename F, bool kSecond>
 struct StripTerm {
+  using Functor = F;
   F f;
   static constexpr int kScale = F::kScale;
   static constexpr bool kUsesSums = std::is_same_v<F, Maximum>;
@@ -219,7 +220,7 @@ void squares(Tensor dots, Tensor x, Tensor y, Tensor xx, Tensor yy) {
           if (doubtful == 0) continue;
           for (int64_t j = from; j < to; ++j) {
             if (out[j] * kCancels >= x_norm + y_norms[j]) continue;
-            sums_of<1, L>(Squares{}, x_row, ys, j, D, out + j);
+            sums_of<1, 1, L>(Squares{}, {x_row, 0}, ys, 0, j, D, Rows<A>{out, 0});
           }
         }
       });

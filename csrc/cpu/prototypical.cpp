@@ -1,141 +1,15 @@
 // The prototypical loss and class sums on the CPU.
 
-#include <limits>
 #include <memory>
 #include <tuple>
 
+#include "cpu/class_rows.h"
 #include "cpu/pairwise.h"
 
 namespace fastmeta {
 namespace {
 
 using Optional = std::optional<Tensor>;
-
-// exp(x) for x <= 0, without branches so that loops of it take vectors: 2^n times a polynomial
-// (Cephes' expf; one unit in the last place). 0 below the smallest normal number; NaN stays.
-FM_HD float exp_of(float x) {
-  const float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  const float least_x = x < -87.0f ? -87.0f : x;
-  const float shifted = least_x * 1.44269504088896341f + kMagic;
-  const float n = shifted - kMagic;
-  const float r = least_x - n * 0.693359375f - n * -2.12194440e-4f;
-  float y = 1.9875691500e-4f;
-  y = y * r + 1.3981999507e-3f;
-  y = y * r + 8.3334519073e-3f;
-  y = y * r + 4.1665795894e-2f;
-  y = y * r + 1.6666665459e-1f;
-  y = y * r + 5.0000001201e-1f;
-  y = y * r * r + r + 1.0f;
-  int32_t bits;
-  std::memcpy(&bits, &shifted, 4);
-  bits = (bits + 127) << 23;
-  float power;
-  std::memcpy(&power, &bits, 4);
-  return x < -87.0f ? 0.0f : y * power;
-}
-FM_HD double exp_of(double x) { return std::exp(x); }
-
-template <typename L, typename A>
-FM_HD A sum_row(const A* x, int64_t n) {
-  L sum = L::all(0);
-  int64_t j = 0;
-  for (; j + L::kCount <= n; j += L::kCount) sum = sum + L::template load<true>(x + j, 0);
-  if (j < n) sum = sum + L::template load<false>(x + j, n - j);
-  return sum.sum();
-}
-template <typename A>
-FM_HD A largest_of(const A* x, int64_t n) {
-  constexpr int kSome = 16;
-  if (n < kSome) {
-    A out = x[0];
-    for (int64_t j = 1; j < n; ++j) out = x[j] > out ? x[j] : out;
-    return out;
-  }
-  A m[kSome];
-  for (A& v : m) v = -std::numeric_limits<A>::infinity();
-  int64_t j = 0;
-  for (; j + kSome <= n; j += kSome) {
-    for (int l = 0; l < kSome; ++l) m[l] = x[j + l] > m[l] ? x[j + l] : m[l];
-  }
-  for (int l = 0; j < n; ++j, ++l) m[l] = x[j] > m[l] ? x[j] : m[l];
-  A out = m[0];
-  for (A v : m) out = v > out ? v : out;
-  return out;
-}
-
-// One row of distances to all classes.
-template <typename L, typename A>
-struct Row {
-  A* x;  // sums, then logits, then derivatives, [n]
-  A* e;  // exponentials, [n]
-  int64_t n;
-  A scale, root;
-  bool product;
-
-  // Sums to logits; classes that are not present get -inf.
-  FM_HD void to_logits(const bool* present) const {
-    if (product || root == A(1)) {
-      const A factor = product ? scale : -scale;
-      FM_IVDEP
-      for (int64_t j = 0; j < n; ++j) x[j] = factor * x[j];
-    } else if (root == A(2)) {
-      FM_IVDEP
-      for (int64_t j = 0; j < n; ++j) x[j] = -scale * std::sqrt(x[j]);
-    } else {
-      for (int64_t j = 0; j < n; ++j) x[j] = -scale * std::pow(x[j], A(1) / root);
-    }
-    if (present == nullptr) return;
-    for (int64_t j = 0; j < n; ++j) {
-      if (!present[j]) x[j] = -std::numeric_limits<A>::infinity();
-    }
-  }
-
-  // Exponentials of the logits over the largest, and their sum.
-  FM_HD A exponentials(A largest) const {
-    FM_IVDEP
-    for (int64_t j = 0; j < n; ++j) e[j] = exp_of(x[j] - largest);
-    if (n >= L::kCount) return sum_row<L>(e, n);
-    A sum = 0;
-    for (int64_t j = 0; j < n; ++j) sum += e[j];
-    return sum;
-  }
-
-  // Whether `label` is the first of the largest logits.
-  FM_HD bool right(int64_t label) const {
-    const A own = x[label];
-    int32_t better = !(own == own);
-    FM_IVDEP
-    for (int64_t j = 0; j < label; ++j) better |= !(x[j] < own);
-    FM_IVDEP
-    for (int64_t j = label + 1; j < n; ++j) better |= !(x[j] <= own);
-    return better == 0;
-  }
-
-  // Logits to derivatives by the sums, of `v` times the loss; the derivative by the scale.
-  FM_HD A to_derivatives(int64_t label, A largest, A total, A v) const {
-    const A own = x[label];
-    FM_IVDEP
-    for (int64_t j = 0; j < n; ++j) e[j] = e[j] / total;
-    A expected = 0;  // of the logit, over the largest
-    for (int64_t j = 0; j < n; ++j) {
-      if (e[j] != A(0)) expected += e[j] * (x[j] - largest);
-    }
-    const A d_scale = v * (expected - (own - largest)) / scale;
-    e[label] -= A(1);
-    if (product || root == A(1)) {
-      const A factor = product ? v * scale : -v * scale;
-      FM_IVDEP
-      for (int64_t j = 0; j < n; ++j) x[j] = factor * e[j];
-    } else {
-      for (int64_t j = 0; j < n; ++j) {  // distance d = sum^(1/root): d' = d^(1 - root) / root
-        const A d = -x[j] / scale;
-        const A slope = root == A(2) ? A(1) / d : std::pow(d, A(1) - root);
-        x[j] = d == A(0) || e[j] == A(0) ? A(0) : -v * scale * e[j] * slope / root;
-      }
-    }
-    return d_scale;
-  }
-};
 
 bool counts(int64_t label, int64_t classes) { return label >= 0 && label < classes; }
 
@@ -147,49 +21,111 @@ A share_of(const int64_t* labels, int64_t rows, int64_t classes) {
   return A(1) / A(most(count, 1));
 }
 
-// f(row, i) for rows i of [tasks * rows]: each unit has a buffer of its own for exponentials.
-template <typename A, typename F>
-void for_rows(int64_t all, A* sums, int64_t classes, Kind kind, double root, const F& f) {
-  const int64_t together = most(1, 4096 / most(classes, 1));
-  parallel_units(ceil_div(all, together), together * classes * 16, [&](int64_t unit) {
-    const std::unique_ptr<A[]> buffer(new A[size_t(classes)]);
-    with_registers([&](auto bytes) FM_INLINE_LAMBDA {
-      using L = Lanes<A, bytes()>;
-      const int64_t end = least((unit + 1) * together, all);
-      for (int64_t i = unit * together; i < end; ++i) {
-        f(Row<L, A>{sums + i * classes, buffer.get(), classes, 0, A(root), kind == Kind::kProduct},
-          i);
+// Rows [tasks * rows] of distances to classes and what is wanted of them; null: not wanted.
+template <typename A>
+struct Batch {
+  A* sums;  // [tasks * rows, classes]; they become logits, or derivatives by the sums
+  int64_t tasks, rows, classes;
+  const int64_t* labels;  // [tasks * rows]
+  const bool* present;    // [tasks, classes], null: all
+  const A* scale;         // [tasks]
+  const A* v;             // derivatives are those of v [tasks] times the losses; null: 1
+  Logits<A> logits;
+  bool derivatives, are_logits;  // are_logits: what is given are logits already
+  A *loss, *right, *d_scale;     // [tasks * rows], 0 where a row does not count
+
+  FM_HD bool counted(int64_t i) const { return labels[i] >= 0 && labels[i] < classes; }
+  FM_HD A v_of(int64_t task) const { return v == nullptr ? A(1) : v[task]; }
+};
+
+template <typename A>
+FM_HD void few_classes(const Batch<A>& g, int64_t begin, int64_t end) {
+  using Few = FewClasses<A>;
+  alignas(64) Few few;
+  few.n = int(g.classes), few.logits = g.logits;
+  int64_t t = begin / g.rows, left = (t + 1) * g.rows - begin;  // of task t
+  for (int64_t i = begin; i < end; i += Few::kRows) {
+    const int64_t count = least(Few::kRows, end - i);
+    int64_t task[Few::kRows];
+    for (int64_t l = 0; l < count; ++l, --left) {
+      if (left == 0) ++t, left = g.rows;
+      task[l] = t;
+      few.label[l] = g.counted(i + l) ? A(g.labels[i + l]) : A(0);
+      few.scale[l] = g.scale[t], few.v[l] = g.v_of(t);
+    }
+    few.read(g.sums + i * g.classes, count);
+    if (!g.are_logits) {
+      few.to_logits();
+      for (int64_t l = 0; g.present != nullptr && l < count; ++l) {
+        few.leave_out(int(l), g.present + task[l] * g.classes);
       }
+    }
+    if (!g.derivatives) few.write(g.sums + i * g.classes, count);
+    few.exponentials();
+    alignas(64) A loss[Few::kRows], right[Few::kRows], d_scale[Few::kRows];
+    if (g.loss != nullptr) few.losses(loss, right);
+    if (g.derivatives) few.to_derivatives(d_scale);
+    if (g.derivatives) few.write(g.sums + i * g.classes, count);
+    for (int64_t l = 0; l < count; ++l) {
+      const bool counted = g.counted(i + l);
+      if (g.loss != nullptr) g.loss[i + l] = counted ? loss[l] : A(0);
+      if (g.right != nullptr) g.right[i + l] = counted ? right[l] : A(0);
+      if (!g.derivatives) continue;
+      g.d_scale[i + l] = counted ? d_scale[l] : A(0);
+      if (!counted) std::fill_n(g.sums + (i + l) * g.classes, g.classes, A(0));
+    }
+  }
+}
+
+template <typename L, typename A>
+FM_HD void many_classes(const Batch<A>& g, int64_t begin, int64_t end, A* buffer) {
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t t = i / g.rows;
+    A* const x = g.sums + i * g.classes;
+    ManyClasses<L, A> many{x, buffer, g.classes, g.labels[i], g.scale[t], g.v_of(t), g.logits};
+    const bool counted = g.counted(i);
+    if (g.loss != nullptr) g.loss[i] = g.right[i] = 0;
+    if (g.derivatives) g.d_scale[i] = 0;
+    if (g.derivatives && !counted) {
+      std::fill_n(x, g.classes, A(0));
+      continue;
+    }
+    if (!g.are_logits) {
+      many.to_logits();
+      if (g.present != nullptr) many.leave_out(g.present + t * g.classes);
+    }
+    if (!counted) continue;
+    many.exponentials();
+    if (g.loss != nullptr) many.losses(g.loss + i, g.right + i);
+    if (g.derivatives) many.to_derivatives(g.d_scale + i);
+  }
+}
+
+template <typename A>
+void for_rows(const Batch<A>& g) {
+  const int64_t all = g.tasks * g.rows;
+  const int64_t together = most(1, 4096 / most(g.classes, 1));
+  parallel_units(ceil_div(all, together), together * g.classes * 16, [&](int64_t unit) {
+    const int64_t begin = unit * together, end = least(begin + together, all);
+    const bool few = g.classes <= FewClasses<A>::kMost;
+    const std::unique_ptr<A[]> buffer(few ? nullptr : new A[size_t(g.classes)]);
+    with_registers([&](auto bytes) FM_INLINE_LAMBDA {
+      if (few) return few_classes(g, begin, end);
+      many_classes<Lanes<A, bytes()>>(g, begin, end, buffer.get());
     });
   });
 }
 
-// Sums [T, n, C] to logits, and loss and right answer of each row, zeros where it does not count;
-// with `gradient` to derivatives, and the derivative by the scale.
 template <typename A>
-void rows_pass(const Tensor& sums, const Tensor& labels, const Optional& present,
-               const Tensor& scale, Kind kind, double root, bool gradient, A* loss, A* right,
-               A* d_scale) {
-  const int64_t T = sums.size(0), N = sums.size(1), C = sums.size(2);
-  const auto* label = data_of<const int64_t>(labels);
-  const bool* there = pointer_or_null<bool>(present);
-  for_rows(T * N, data_of<A>(sums), C, kind, root, [&](auto row, int64_t i) FM_INLINE_LAMBDA {
-    const int64_t t = i / N;
-    row.scale = data_of<const A>(scale)[t];
-    const bool counted = counts(label[i], C);
-    loss[i] = right[i] = 0;
-    if (gradient) d_scale[i] = 0;
-    if (gradient && !counted) {
-      std::fill_n(row.x, C, A(0));
-      return;
-    }
-    row.to_logits(there == nullptr ? nullptr : there + t * C);
-    if (!counted) return;
-    const A largest = largest_of(row.x, C), total = row.exponentials(largest);
-    loss[i] = std::log(total) - (row.x[label[i]] - largest);
-    right[i] = row.right(label[i]) ? A(1) : A(0);
-    if (gradient) d_scale[i] = row.to_derivatives(label[i], largest, total, A(1));
-  });
+Batch<A> batch_of(const Tensor& sums, const Tensor& labels, const Optional& present,
+                  const Tensor& scale, Kind kind, double root) {
+  Batch<A> g = {};
+  g.sums = data_of<A>(sums);
+  g.tasks = sums.size(0), g.rows = sums.size(1), g.classes = sums.size(2);
+  g.labels = data_of<const int64_t>(labels), g.present = pointer_or_null<bool>(present);
+  g.scale = data_of<const A>(scale);
+  g.logits = {A(root), kind == Kind::kProduct};
+  return g;
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward(Tensor query, Tensor labels, Tensor prototypes,
@@ -202,13 +138,13 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor query, Tensor labels, Tensor p
   with_dtype(query, [&](auto zero) {
     using A = decltype(zero);
     const std::unique_ptr<A[]> rows(new A[size_t(2 * T * Q)]);
-    A *row_loss = rows.get(), *row_right = row_loss + T * Q;
-    rows_pass<A>(logits, labels, present, scale, Kind(kind), root, false, row_loss, row_right,
-                 nullptr);
+    Batch<A> g = batch_of<A>(logits, labels, present, scale, Kind(kind), root);
+    g.loss = rows.get(), g.right = g.loss + T * Q;
+    for_rows(g);
     for (int64_t t = 0; t < T; ++t) {
-      const double share = share_of<double>(data_of<const int64_t>(labels) + t * Q, Q, C);
+      const double share = share_of<double>(g.labels + t * Q, Q, C);
       double sum = 0, hits = 0;
-      for (int64_t i = t * Q; i < (t + 1) * Q; ++i) sum += row_loss[i], hits += row_right[i];
+      for (int64_t i = t * Q; i < (t + 1) * Q; ++i) sum += g.loss[i], hits += g.right[i];
       data_of<A>(loss)[t] = A(sum * share);
       data_of<A>(right)[t] = A(hits * share);
     }
@@ -232,26 +168,21 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor v_loss, Tensor logits, Tensor
     using A = decltype(zero);
     const Tensor weights = empty_rows({T, Q, C}, dtype, query);
     std::memcpy(data_of<A>(weights), data_of<A>(logits), size_t(T * Q * C) * sizeof(A));
-    const std::unique_ptr<A[]> by_scale(new A[size_t(T * Q)]);
+    const std::unique_ptr<A[]> numbers(new A[size_t(T * Q + T)]);
     const std::unique_ptr<bool[]> skip(new bool[size_t(T * Q)]);
-    const auto* label = data_of<const int64_t>(labels);
-    for_rows(T * Q, data_of<A>(weights), C, Kind(kind), root,
-             [&](auto row, int64_t i) FM_INLINE_LAMBDA {
-               const int64_t t = i / Q;
-               row.scale = data_of<const A>(scale)[t];
-               skip[i] = !counts(label[i], C);
-               by_scale[i] = 0;
-               if (skip[i]) return std::fill_n(row.x, C, A(0)), void();
-               const A largest = largest_of(row.x, C), total = row.exponentials(largest);
-               const A v = data_of<const A>(v_loss)[t] * share_of<A>(label + t * Q, Q, C);
-               by_scale[i] = row.to_derivatives(label[i], largest, total, v);
-             });
-    if (needs & 4) {
-      for (int64_t t = 0; t < T; ++t) {
-        double sum = 0;
-        for (int64_t i = t * Q; i < (t + 1) * Q; ++i) sum += by_scale[i];
-        data_of<A>(d_scale)[t] = A(sum);
-      }
+    Batch<A> g = batch_of<A>(weights, labels, present, scale, Kind(kind), root);
+    A* const v = numbers.get() + T * Q;
+    for (int64_t t = 0; t < T; ++t) {
+      v[t] = data_of<const A>(v_loss)[t] * share_of<A>(g.labels + t * Q, Q, C);
+    }
+    for (int64_t i = 0; i < T * Q; ++i) skip[i] = !g.counted(i);
+    g.derivatives = g.are_logits = true;
+    g.d_scale = numbers.get(), g.v = v;
+    for_rows(g);
+    for (int64_t t = 0; needs & 4 && t < T; ++t) {
+      double sum = 0;
+      for (int64_t i = t * Q; i < (t + 1) * Q; ++i) sum += g.d_scale[i];
+      data_of<A>(d_scale)[t] = A(sum);
     }
     if (needs & 3) {
       Optional sums;
@@ -271,8 +202,10 @@ std::tuple<Tensor, Tensor, Tensor> rows(Tensor sums, Tensor labels, Optional pre
                d_scale = empty_rows({T, gradient ? N : 0}, dtype, sums);
   with_dtype(sums, [&](auto zero) {
     using A = decltype(zero);
-    rows_pass<A>(sums, labels, present, scale, Kind(kind), root, gradient, data_of<A>(loss),
-                 data_of<A>(right), data_of<A>(d_scale));
+    Batch<A> g = batch_of<A>(sums, labels, present, scale, Kind(kind), root);
+    g.loss = data_of<A>(loss), g.right = data_of<A>(right), g.d_scale = data_of<A>(d_scale);
+    g.derivatives = gradient;
+    for_rows(g);
   });
   return {loss, right, d_scale};
 }

@@ -40,12 +40,12 @@ def _loss_reference(query, labels, prototypes, present, scale, kind, p, root):
         sums = reference.pairwise_sums(query, prototypes, kind, p)
         return reference.prototypical(_distance(sums, kind, root), labels, present, scale)
 
-    loss, right, _ = of(_counting_rows(query, labels, prototypes))
+    loss, right, _ = of(counting_rows(query, labels, prototypes))
     with torch.no_grad():
         return loss, right, of(query)[2]
 
 
-def _counting_rows(query: Tensor, labels: Tensor, prototypes: Tensor) -> Tensor:
+def counting_rows(query: Tensor, labels: Tensor, prototypes: Tensor) -> Tensor:
     """The query with zeros in rows that do not count: not even a NaN there reaches a product."""
     valid = (labels >= 0) & (labels < prototypes.shape[1])
     return torch.where(valid.unsqueeze(-1), query, 0)
@@ -131,7 +131,7 @@ def prototypical(
 
 def _differentiable(query, labels, prototypes, present, scale, kind, p, root) -> Tensor:
     """The losses written with operators that autograd differentiates."""
-    query = _counting_rows(query, labels, prototypes)
+    query = counting_rows(query, labels, prototypes)
     distances = _distance(pairwise_sums(query, prototypes, kind, p), kind, root)
     return reference.prototypical(distances, labels, present, scale)[0]
 
@@ -344,7 +344,7 @@ def _in_chunks(query, labels, prototypes, present, scale, metric: Metric, needs:
     tasks, _, _ = query.shape
     classes = prototypes.shape[1]
     kind, p, root = metric
-    query = _counting_rows(query, labels, prototypes)
+    query = counting_rows(query, labels, prototypes)
     centred = _pairwise.centred(query, prototypes) if kind == SQUARES else (query, prototypes)
     rows_kernel = _backend.kernel(_ROWS, query.device.type)
     count = _counted(labels, classes)

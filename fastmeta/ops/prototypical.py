@@ -164,6 +164,10 @@ def prototypical_logits(
                 f"{op}: prototypes must be [T, C, D] with C = num_classes = {num_classes}, "
                 f"got {describe(support)}"
             )
+        if support.shape[1] == 0:
+            raise ValueError(
+                f"{op}: prototypes must be [T, C, D] with C >= 1, got {describe(support)}"
+            )
         prototypes = support.to(dtype)
     else:
         _check_labels(op, "support_labels", support_labels, support)
@@ -177,6 +181,8 @@ def prototypical_logits(
     if present is not None:
         _check_present(op, query_labels, present)
     query = query.to(dtype)
+    if metric in ("cosine", "mahalanobis"):  # what prepares rows is differentiated for all of them
+        query = _prototypical.counting_rows(query, query_labels, prototypes)
     if metric == "cosine":  # 1 - u v: the 1 changes no loss
         query, prototypes, settings = unit_rows(query), unit_rows(prototypes), (PRODUCT, 0.0, 1.0)
     else:
@@ -222,6 +228,9 @@ def _num_classes(op: str, given: int | None, labels: Tensor) -> int:
 
 def _check_range(op: str, name: str, labels: Tensor, classes: int) -> None:
     if not _checks.readable(labels) or labels.numel() == 0:
+        return
+    least, most = labels.aminmax()
+    if 0 <= int(least) and int(most) < classes:
         return
     wrong = (labels >= classes) | ((labels < 0) & (labels != IGNORED))
     if bool(wrong.any()):
