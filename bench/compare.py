@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fastmeta as fm
 from bench.baselines import BASELINES, math_attention, with_lora
 from bench.cases import CASES, LR
+from bench.flops import counted  # noqa: F401  (the products inside our operators)
 from bench.timing import gemm_rate
 
 PEERS = {

@@ -28,6 +28,11 @@ KERNELS = {  # raw operators by file of kernels/; the launcher of each has its n
     "classes": ("class_sums", "class_gather"),
     "prototypical": ("prototypical", "prototypical_backward", "prototypical_rows_"),
     "nearest": ("nearest_select_",),
+    "lora_linear": (
+        "lora_linear",
+        "lora_linear_backward",
+        "lora_linear_double_backward",
+    ),
 }
 OPERATORS = frozenset(name for names in KERNELS.values() for name in names)
 

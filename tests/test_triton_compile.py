@@ -27,6 +27,7 @@ TYPES = {
     torch.bfloat16: "*bf16",
     torch.int64: "*i64",
     torch.uint8: "*u8",
+    torch.int8: "*i8",
 }
 KINDS = {"squares": (SQUARES, 2.0), "absolute": (ABSOLUTE, 1.0), "power": (POWER, 2.7)}
 KINDS |= {"maximum": (MAXIMUM, 0.0), "product": (PRODUCT, 0.0)}
@@ -126,6 +127,28 @@ def call_others(launchers, shape, dtype) -> None:
             launchers["nearest_select_"](values, indices, dots[0], offset, -2.0, 0)
 
 
+def call_lora(launchers, dtype, bits: int = 0, ragged: bool = False) -> None:
+    tasks, rows, width, outputs, rank = 64, 800, 512, 384, 8
+
+    def empty(*shape: int, dtype=dtype):
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    wide = dtype if dtype == torch.float64 else torch.float32
+    x, dy = empty(tasks * rows, width), empty(tasks * rows, outputs)
+    a, b, bias = empty(tasks, rank, width), empty(tasks, outputs, rank), empty(1, outputs)
+    weight, scale = empty(outputs, width), None
+    if bits:
+        values = torch.int8 if bits == 8 else torch.uint8
+        weight = empty(outputs, width * bits // 8, dtype=values)
+        scale = empty(outputs, width // (width if bits == 8 else 64), dtype=wide)
+    offsets = empty(tasks + 1, dtype=torch.int64) if ragged else None
+    shared = (weight, scale, a, b)
+    _, s = launchers["lora_linear"](x, weight, scale, bias, a, b, offsets, 2.0)
+    launchers["lora_linear_backward"](dy, x, *shared, s, offsets, 2.0, 29)
+    given = (dy, x, *shared, s, offsets, 2.0, 29)
+    launchers["lora_linear_double_backward"](x, bias, a, b, *given)
+
+
 def source_of(launch: Launch):
     """The source as the just-in-time compiler would specialise it for these arguments."""
     signature, constants, attributes = {}, {}, {}
@@ -208,6 +231,24 @@ def test_compiles(name: str, launchers, recorded, tmp_path):
     if name == "squares":
         call_others(launchers, SHAPES["few"], torch.float32)
     check(recorded[:12] if name == "maximum" else recorded, 90, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_lora_compiles(dtype, launchers, recorded, tmp_path):
+    """With tensor cores, which multiply in all types."""
+    call_lora(launchers, dtype)
+    check(recorded, 90, tmp_path)
+    assert all("mma" in binary.asm["ptx"] for _, binary in compiled(recorded, 90))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", SHARED)
+@pytest.mark.parametrize("dtype", [d for d in TYPES if d.is_floating_point], ids=str)
+def test_lora_compiles_everything(dtype, architecture: int, launchers, recorded, tmp_path):
+    for bits in (0, 8, 4):
+        for ragged in (False, True):
+            call_lora(launchers, dtype, bits, ragged)
+    check(recorded, architecture, tmp_path)
 
 
 @pytest.mark.slow

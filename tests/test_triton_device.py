@@ -100,6 +100,24 @@ def test_nearest(metric: str, k: int):
     assert torch.equal(indices, expected[1])
 
 
+@pytest.mark.parametrize("shape", [(5, 30, 40, 70, 8), (3, 200, 384, 384, 16), (2, 1, 5, 3, 1)])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_lora_linear(shape, ragged: bool):
+    tasks, rows, width, outputs, rank = shape
+    given = [(tasks, rows, width), (outputs, width), (outputs,)]
+    given += [(tasks, rank, width), (tasks, outputs, rank)]
+    tensors = [torch.randn(s, device="cuda") / s[-1] ** 0.5 for s in given]
+    count = tasks * rows
+    offsets = torch.tensor([0, *[count // 3] * (tasks - 1), count], device="cuda")
+
+    def call(x, *rest):
+        if not ragged:
+            return ops.lora_linear(x, *rest, 0.5)
+        return ops.lora_linear(x.flatten(0, 1), *rest, 0.5, offsets=offsets)
+
+    agree("lora_linear", call, tensors)
+
+
 def test_cuda_graph_without_synchronisation():
     """A captured loss with its gradient replays with new inputs; nothing waits for the device."""
     query, support = torch.randn(4, 30, 64, device="cuda"), torch.randn(4, 10, 64, device="cuda")

@@ -19,7 +19,7 @@ struct Plan {
   const int64_t* offsets;  // null: all tasks have `rows`
   int64_t tasks, rows, panel;
   std::vector<Unit> units;
-  int64_t slots = 0;
+  int64_t slots = 0, wanted = 0;
 
   Plan(int64_t all_rows, int64_t tasks, int64_t width, const std::optional<Tensor>& given)
       : offsets(pointer_or_null<int64_t>(given)),
@@ -27,32 +27,37 @@ struct Plan {
         rows(all_rows / most(tasks, 1)),
         panel(most(64, least(256, kPanel / most(width, 1) / 16 * 16))) {
     if (offsets != nullptr) check(all_rows);
+    // as many units of equal height as make no more than a panel, a multiple of 4 for the threads
+    wanted = ceil_div(ceil_div(all_rows, panel), 4) * 4;
     Unit open{0, 0, 0, 0, -1};
-    const auto close = [&] {
+    int64_t full = 1;  // units that the rows so far would fill
+    const auto close = [&](int64_t task, int64_t row) {
       if (open.end_task > open.task) units.push_back(open);
+      open = {task, task, row, row, -1};
     };
     for (int64_t t = 0; t < tasks; ++t) {
       const int64_t begin = start(t), end = start(t + 1), count = end - begin;
-      if (end - open.first > panel) {
-        close();
-        open = {t, t, begin, begin, -1};
+      if (count > panel) close(t, begin);
+      const int64_t parts = ceil_div(count, kParts * panel);
+      for (int64_t p = 0; parts > 1 && p < parts; ++p) {
+        units.push_back(
+            {t, t + 1, begin + count * p / parts, begin + count * (p + 1) / parts, slots++});
       }
-      if (count > kParts * panel) {
-        const int64_t parts = ceil_div(count, kParts * panel);
-        for (int64_t p = 0; p < parts; ++p) {
-          units.push_back(
-              {t, t + 1, begin + count * p / parts, begin + count * (p + 1) / parts, slots++});
-        }
+      if (parts > 1) {
         open = {t + 1, t + 1, end, end, -1};
-      } else {
-        open.end_task = t + 1;
-        open.last = end;
+        continue;
       }
+      open.end_task = t + 1;
+      open.last = end;
+      if (end * wanted >= full * all_rows) close(t + 1, end);
+      while (full * all_rows <= end * wanted && full <= wanted) ++full;
     }
-    close();
+    close(tasks, all_rows);
   }
 
   int64_t start(int64_t task) const { return offsets == nullptr ? task * rows : offsets[task]; }
+
+  int64_t total() const { return start(tasks); }
 
   // Runs a pass: for every unit, panel by panel, pass.segment(work, task, begin, end) for the rows
   // of each task in it and then pass.dense(first, last). An unpacked weight serves a whole unit.
@@ -60,26 +65,28 @@ struct Plan {
   // of one that is by pass.keep_part(work, slot).
   template <typename Pass>
   void run(Pass& pass) const {
-    parallel_ranges(int64_t(units.size()), panel * pass.width(), [&](int64_t from, int64_t to) {
-      typename Pass::Work work(pass);
-      for (int64_t u = from; u < to; ++u) {
-        const Unit& unit = units[u];
-        const int64_t count = unit.last - unit.first;
-        const int64_t panels = unit.end_task - unit.task > 1 ? 1 : most(1, ceil_div(count, panel));
-        for (int64_t p = 0; p < panels; ++p) {
-          const int64_t first = unit.first + count * p / panels;
-          const int64_t last = unit.first + count * (p + 1) / panels;
-          for (int64_t t = unit.task; t < unit.end_task; ++t) {
-            const int64_t end = least(last, start(t + 1));
-            pass.segment(work, t, most(first, start(t)), end);
-            if (unit.slot < 0 && end == start(t + 1)) pass.keep(work, t);
-          }
-          if (!pass.packed()) pass.dense(first, last);
-        }
-        if (pass.packed()) pass.dense(unit.first, unit.last);
-        if (unit.slot >= 0) pass.keep_part(work, unit.slot);
-      }
-    });
+    parallel_ranges(int64_t(units.size()), ceil_div(total(), most(wanted, 1)) * pass.width(),
+                    [&](int64_t from, int64_t to) {
+                      typename Pass::Work work(pass);
+                      for (int64_t u = from; u < to; ++u) {
+                        const Unit& unit = units[u];
+                        const int64_t count = unit.last - unit.first;
+                        const int64_t panels =
+                            unit.end_task - unit.task > 1 ? 1 : most(1, ceil_div(count, panel));
+                        for (int64_t p = 0; p < panels; ++p) {
+                          const int64_t first = unit.first + count * p / panels;
+                          const int64_t last = unit.first + count * (p + 1) / panels;
+                          for (int64_t t = unit.task; t < unit.end_task; ++t) {
+                            const int64_t end = least(last, start(t + 1));
+                            pass.segment(work, t, most(first, start(t)), end);
+                            if (unit.slot < 0 && end == start(t + 1)) pass.keep(work, t);
+                          }
+                          if (!pass.packed()) pass.dense(first, last);
+                        }
+                        if (pass.packed()) pass.dense(unit.first, unit.last);
+                        if (unit.slot >= 0) pass.keep_part(work, unit.slot);
+                      }
+                    });
   }
 
  private:

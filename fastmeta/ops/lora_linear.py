@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastmeta import _checks
 from fastmeta._checks import describe
-from fastmeta.ops._lora_linear import lora_rows
+from fastmeta.ops._lora_linear import autocast, lora_rows
 from fastmeta.ops.quantized_weight import QuantizedWeight
 
 _OP = "lora_linear"
@@ -59,11 +59,10 @@ def lora_linear(
         arXiv 2106.09685.
     """
     quantised = isinstance(weight, QuantizedWeight)
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, A, B = x.to(dtype), A.to(dtype), B.to(dtype)
-        bias = bias if bias is None else bias.to(dtype)
-        weight = weight if quantised else weight.to(dtype)
+    if quantised:
+        x, bias, A, B = autocast(x, bias, A, B)
+    else:
+        x, weight, bias, A, B = autocast(x, weight, bias, A, B)
     _check_shapes(x, weight, bias, A, B, offsets)
     if ranks is not None:
         A, B = _masked(A, B, ranks)

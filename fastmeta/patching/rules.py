@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
+from fastmeta.ops._lora_linear import autocast, has_kernel, lora_rows
 from fastmeta.patching.bind import bind
 from fastmeta.patching.context import Call
 from fastmeta.patching.linear import affine
@@ -60,6 +61,9 @@ def conv1d_gpt2(module: nn.Module, adapted: Adapted, call: Call, x: Tensor) -> T
 
 def _affine(module: nn.Module, adapted: Adapted, call: Call, x: Tensor, transposed: bool) -> Tensor:
     weight, bias = adapted.tensor(call, "weight"), adapted.tensor(call, "bias")
+    if weight is None and "lora_A" in adapted.slots and has_kernel(x.device):
+        y = _lora(module, adapted, call, x, bias, transposed)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
     rows = x.reshape(call.tasks, -1, x.shape[-1])  # [T, M, in]
     if weight is not None:
         base = bias.unsqueeze(1) if bias is not None else module.bias
@@ -75,6 +79,27 @@ def _affine(module: nn.Module, adapted: Adapted, call: Call, x: Tensor, transpos
         low = affine(rows, adapted.view(call, "lora_A")) * adapted.lora_scale  # [T, M, r]
         y = affine(low, adapted.view(call, "lora_B"), y)
     return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _lora(
+    module: nn.Module,
+    adapted: Adapted,
+    call: Call,
+    x: Tensor,
+    bias: Tensor | None,
+    transposed: bool,
+) -> Tensor:
+    """The shared layer and each task's low-rank term in one operator."""
+    if bias is None and module.bias is not None:
+        bias = module.bias.unsqueeze(0)
+    x, weight, bias, a, b = autocast(
+        x.reshape(-1, x.shape[-1]),
+        module.weight.t() if transposed else module.weight,
+        bias,
+        adapted.view(call, "lora_A"),
+        adapted.view(call, "lora_B"),
+    )
+    return lora_rows(x, weight, None, bias, a, b, None, adapted.lora_scale)
 
 
 def lora_around(module: nn.Linear, adapted: Adapted, call: Call, x: Tensor) -> Tensor:

@@ -1,0 +1,43 @@
+"""What torch's FlopCounterMode cannot see: the matrix products inside operators of fastmeta."""
+
+from __future__ import annotations
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+import fastmeta  # noqa: F401  (declares the operators)
+
+_A, _B, _X, _DY, _BIAS = 8, 16, 1, 4, 4  # bits of `needs`
+
+
+def _size(x, weight, a) -> tuple[int, int, int, int]:
+    return x[0], x[1], weight[0], a[1]
+
+
+@register_flop_formula(torch.ops.fastmeta.lora_linear)
+def forward(x, weight, scale, bias, a, b, offsets, factor, out_shape=None, **_) -> int:
+    m, k, n, r = _size(x, weight, a)
+    return 2 * m * (k * n + r * (k + n))
+
+
+@register_flop_formula(torch.ops.fastmeta.lora_linear_backward)
+def backward(dy, x, weight, scale, a, b, s, offsets, factor, needs, out_shape=None, **_) -> int:
+    m, k, n, r = _size(x, weight, a)
+    columns = n * bool(needs & (_X | _A)) + k * bool(needs & _X)
+    columns += k * bool(needs & _A) + n * bool(needs & _B)
+    return 2 * m * (k * n * bool(needs & _X) + r * columns)
+
+
+@register_flop_formula(torch.ops.fastmeta.lora_linear_double_backward)
+def double_backward(
+    gx, gbias, ga, gb, dy, x, weight, scale, a, b, s, offsets, factor, needs, out_shape=None, **_
+) -> int:
+    m, k, n, r = _size(x, weight, a)
+    of_x, of_a, of_b = gx is not None, ga is not None, gb is not None
+    columns = k * (of_x + of_a) * bool(needs & (_DY | _B)) + n * (of_x or of_a) * bool(needs & _B)
+    columns += n * ((of_x or of_a) + of_b) * (bool(needs & _DY) + bool(needs & (_X | _A)))
+    columns += k * (of_a + of_b) * bool(needs & _X) + k * (of_x + of_b) * bool(needs & _A)
+    return 2 * m * (k * n * (of_x and bool(needs & _DY)) + r * columns)
+
+
+counted = (forward, backward, double_backward)
