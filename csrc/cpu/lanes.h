@@ -8,6 +8,11 @@
 
 #include "common/cpu.h"
 
+#if defined(__GNUC__) && !defined(__clang__)
+// How vectors would be returned is of no concern: everything here is inlined.
+#pragma GCC diagnostic ignored "-Wpsabi"
+#endif
+
 namespace fastmeta {
 
 // kBytes: the width of a register, 64, 32 or 16. (A vector wider than a register lives in memory.)
