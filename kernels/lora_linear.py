@@ -15,6 +15,8 @@ import triton.language as tl
 from fastmeta.kernels._common import INTERPRETED, ceil_div, launch, power_of_2
 from torch import Tensor
 
+from fastmeta.reference.lora_linear import dequantise
+
 _HALF = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
@@ -238,6 +240,9 @@ class _Rows:
         if out.numel() == 0:
             return
         outputs = out.shape[1]
+        if weight_scale is not None and self.acc == tl.float64 and not INTERPRETED.value:
+            # Triton does not compile products of doubles that were not loaded as such
+            weight, weight_scale = dequantise(weight, weight_scale, self.columns(weight)), None
         blocks, tables = self.tables(self.bm)
         width = 0 if x is None else x.shape[1]
         columns = self.columns(weight)
