@@ -40,4 +40,28 @@ def double_backward(
     return 2 * m * (k * n * (of_x and bool(needs & _DY)) + r * columns)
 
 
+def _scores(q, k, v) -> tuple[int, int, int]:
+    """Entries of all scores, and the head sizes that a product sums over or returns."""
+    return q[0] * q[1] * q[2] * k[2], q[3], v[3]
+
+
+@register_flop_formula(torch.ops.fastmeta.attention)
+def attention(q, k, v, *_, **__) -> int:
+    scores, d, e = _scores(q, k, v)
+    return 2 * scores * (d + e)
+
+
+@register_flop_formula(torch.ops.fastmeta.attention_backward)
+def attention_backward(d_out, q, k, v, *_, **__) -> int:
+    scores, d, e = _scores(q, k, v)
+    return 2 * scores * (3 * d + 2 * e)
+
+
+@register_flop_formula(torch.ops.fastmeta.attention_double_backward)
+def attention_double_backward(a, b, c, d_out, q, k, v, *_, **__) -> int:
+    scores, d, e = _scores(q, k, v)
+    return 2 * scores * (7 * d + 5 * e)
+
+
 counted = (forward, backward, double_backward)
+counted += (attention, attention_backward, attention_double_backward)

@@ -24,6 +24,8 @@ KERNELS = {  # raw operators by file of kernels/; the launcher of each has its n
         "pairwise_sums_backward",
         "pairwise_sums_double_backward",
     ),
+    "attention": ("attention", "attention_backward"),
+    "attention_second": ("attention_double_backward",),
     "squares": ("pairwise_squares_",),
     "classes": ("class_sums", "class_gather"),
     "prototypical": ("prototypical", "prototypical_backward", "prototypical_rows_"),

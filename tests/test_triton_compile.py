@@ -263,3 +263,44 @@ def test_compiles_everything(name: str, dtype, architecture: int, launchers, rec
         if name == "squares" and dtype in (torch.float32, torch.float64):
             call_others(launchers, shape, dtype)
     check(recorded, architecture, tmp_path)
+
+
+ATTENTION = {  # B, H, Hk, Lq, Lk, D
+    "short": (64, 12, 12, 32, 32, 32),
+    "grouped": (8, 8, 2, 64, 64, 64),
+    "long": (2, 4, 4, 512, 512, 128),
+}
+
+
+def call_attention(launchers, shape, dtype, options: bool) -> None:
+    """Forward, backward and double backward, with a mask and dropout or without."""
+    b, h, groups, queries, keys, width = shape
+
+    def empty(*sizes, dtype=dtype):
+        return torch.empty(sizes, dtype=dtype, device="meta")
+
+    q, a, d_out = (empty(b, h, queries, width) for _ in range(3))
+    k, v, kc, vc = (empty(b, groups, keys, width) for _ in range(4))
+    mask = empty(b, 1, 1, keys, dtype=torch.bool) if options else None
+    seed = empty(dtype=torch.int64) if options else None
+    setting = (width**-0.5, -queries, 0 if options else keys, 0.1 if options else 0.0, b)
+    _, lse = launchers["attention"](q, k, v, mask, seed, *setting)
+    given = (d_out, q, k, v, lse, mask, seed, *setting)
+    launchers["attention_backward"](*given, 7)
+    launchers["attention_double_backward"](a, kc, vc, *given, 15)
+
+
+@pytest.mark.parametrize("options", [False, True], ids=["plain", "masked"])
+def test_attention_compiles(options: bool, launchers, recorded, tmp_path):
+    call_attention(launchers, ATTENTION["short"], torch.float32, options)
+    check(recorded, 90, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", SHARED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", ATTENTION)
+def test_all_attention_compiles(shape, dtype, architecture: int, launchers, recorded, tmp_path):
+    for options in (False, True):
+        call_attention(launchers, ATTENTION[shape], dtype, options)
+    check(recorded, architecture, tmp_path)

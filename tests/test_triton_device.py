@@ -148,3 +148,24 @@ def test_another_device_than_the_current_one():
         pytest.skip("needs two CUDA devices")
     x = torch.randn(1, 20, 8, device="cuda:1")
     torch.testing.assert_close(ops.cdist(x, x, 1.0), torch.cdist(x, x, 1.0))
+
+
+ATTENTION = {
+    "plain": {},
+    "causal": {"causal": True, "window": (40, 0)},
+    "dropout": {"dropout_p": 0.2, "seed": 5},
+}
+
+
+@pytest.mark.parametrize("shape", [(8, 4, 32, 32), (2, 2, 300, 64), (1, 2, 17, 5)])
+@pytest.mark.parametrize("options", ATTENTION)
+def test_attention(options: str, shape):
+    batch, heads, rows, width = shape
+    q = torch.randn(batch, heads, rows, width, device="cuda")
+    k, v = (torch.randn(batch, heads // 2, rows, width, device="cuda") for _ in range(2))
+    mask = torch.rand(batch, 1, 1, rows, device="cuda") < 0.8
+
+    def call(q, k, v):
+        return ops.attention(q, k, v, mask, **ATTENTION[options])
+
+    agree(options, call, (q, k, v))
