@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from fastmeta.patching.context import Call, running
-from fastmeta.patching.layout import TaskParams
 from fastmeta.patching.prefix import PrefixCache
 from fastmeta.patching.rules import Adapted
 from fastmeta.patching.spec import Head
+from fastmeta.patching.task_params import TaskParams
 
 if TYPE_CHECKING:
     from fastmeta.patching.patched import Patched

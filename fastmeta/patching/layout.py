@@ -1,8 +1,8 @@
-"""Packed fast weights: every adapted parameter of every task in one ``[T, P]`` buffer."""
+"""Where each adapted parameter lies in a task's row of the packed ``[T, P]`` buffer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from math import prod
 
 import torch
@@ -22,6 +22,7 @@ class ParamLayout:
     Attributes:
         num_params: ``P``, the length of a row, alignment padding included.
         num_elements: Adapted scalars of one task, without padding.
+        gaps: The columns of padding, (start, stop) where there are any.
         offsets: Start of each segment in the row, multiples of :data:`ALIGNMENT`.
     """
 
@@ -34,11 +35,14 @@ class ParamLayout:
         self.numels = tuple(prod(s) for s in self.shapes)
         # Sizes for one torch.split: parameter, padding, parameter, padding, ...
         self.split_sizes: list[int] = []
+        self.gaps: list[tuple[int, int]] = []
         offsets, position = [], 0
         for numel in self.numels:
             offsets.append(position)
             padding = -numel % ALIGNMENT
             self.split_sizes += [numel, padding]
+            if padding:
+                self.gaps.append((position + numel, position + numel + padding))
             position += numel + padding
         self.offsets = tuple(offsets)
         self.num_params = position
@@ -71,58 +75,3 @@ class ParamLayout:
         return [
             p.view(packed.shape[0], *shape) for p, shape in zip(pieces, self.shapes, strict=True)
         ]
-
-
-class TaskParams(Mapping[str, Tensor]):
-    """Fast weights of T tasks: a mapping name -> ``[T, *shape]`` over one packed ``[T, P]`` buffer.
-
-    The views share memory and the autograd graph with :attr:`packed`.
-    """
-
-    def __init__(self, layout: ParamLayout, packed: Tensor) -> None:
-        if packed.dim() != 2 or packed.shape[1] != layout.num_params:
-            raise ValueError(
-                f"expected packed parameters of shape [T, {layout.num_params}], "
-                f"got {list(packed.shape)}"
-            )
-        self.layout = layout
-        self.packed = packed
-        self._views: list[Tensor] | None = None
-
-    @property
-    def num_tasks(self) -> int:
-        return self.packed.shape[0]
-
-    @property
-    def views(self) -> list[Tensor]:
-        """One ``[T, *shape]`` view per segment, in layout order."""
-        if self._views is None:
-            self._views = self.layout.unpack(self.packed)
-        return self._views
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.views[self.layout.index[name]]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.layout.names)
-
-    def __len__(self) -> int:
-        return len(self.layout)
-
-    def select(self, index: Tensor | slice) -> TaskParams:
-        """The fast weights of some tasks."""
-        return TaskParams(self.layout, self.packed[index])
-
-    def task(self, t: int) -> dict[str, Tensor]:
-        """One task's parameters, name -> ``[*shape]``."""
-        return {name: view[t] for name, view in self.items()}
-
-    def detach(self) -> TaskParams:
-        return TaskParams(self.layout, self.packed.detach())
-
-    def clone(self) -> TaskParams:
-        return TaskParams(self.layout, self.packed.clone())
-
-    def __repr__(self) -> str:
-        shapes = {n: list(v.shape) for n, v in zip(self.layout.names, self.views, strict=True)}
-        return f"TaskParams(tasks={self.num_tasks}, {shapes})"

@@ -12,11 +12,11 @@ from torch.utils._pytree import tree_map
 
 from fastmeta.patching import prefix, probe
 from fastmeta.patching.context import Call, running
-from fastmeta.patching.layout import TaskParams
 from fastmeta.patching.plan import Plan
 from fastmeta.patching.search import make_plan
 from fastmeta.patching.slots import Slots, make_slots
 from fastmeta.patching.spec import Spec
+from fastmeta.patching.task_params import TaskParams
 
 
 def patch(model: nn.Module, spec: Spec, *, seed: int = 0) -> Patched:

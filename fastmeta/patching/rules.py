@@ -18,9 +18,10 @@ from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
 from fastmeta.ops._lora_linear import autocast, has_kernel, lora_rows
+from fastmeta.ops.batched_linear import affine
 from fastmeta.patching.bind import bind
 from fastmeta.patching.context import Call
-from fastmeta.patching.linear import affine
+from fastmeta.patching.packing import landing_of
 
 
 @dataclass
@@ -69,15 +70,15 @@ def _affine(module: nn.Module, adapted: Adapted, call: Call, x: Tensor, transpos
         base = bias.unsqueeze(1) if bias is not None else module.bias
         if bias is None and base is not None:
             base = base.expand(call.tasks, 1, -1)
-        y = affine(rows, weight, base, nt=not transposed)
+        y = affine(rows, weight, base, nt=not transposed, landing=landing_of(weight))
     else:
         shared = module.weight.t() if transposed else module.weight
         y = F.linear(rows, shared, None if bias is not None else module.bias)
         if bias is not None:
             y = y + bias.unsqueeze(1)
     if "lora_A" in adapted.slots:
-        low = affine(rows, adapted.view(call, "lora_A")) * adapted.lora_scale  # [T, M, r]
-        y = affine(low, adapted.view(call, "lora_B"), y)
+        low = _factor(adapted, call, rows, "lora_A") * adapted.lora_scale  # [T, M, r]
+        y = _factor(adapted, call, low, "lora_B", y)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -105,9 +106,17 @@ def _lora(
 def lora_around(module: nn.Linear, adapted: Adapted, call: Call, x: Tensor) -> Tensor:
     """A linear layer with a forward of its own (quantised ones): that, plus the LoRA term."""
     y = type(module).forward(module, x)
-    low = affine(x.reshape(call.tasks, -1, x.shape[-1]), adapted.view(call, "lora_A"))
-    delta = affine(low * adapted.lora_scale, adapted.view(call, "lora_B"))
+    low = _factor(adapted, call, x.reshape(call.tasks, -1, x.shape[-1]), "lora_A")
+    delta = _factor(adapted, call, low * adapted.lora_scale, "lora_B")
     return y + delta.reshape(y.shape)
+
+
+def _factor(
+    adapted: Adapted, call: Call, x: Tensor, name: str, base: Tensor | None = None
+) -> Tensor:
+    """One factor of a LoRA term applied to ``[T, M, in]``, plus `base`."""
+    weight = adapted.view(call, name)
+    return affine(x, weight, base, landing=landing_of(weight))
 
 
 def lora_delta(module: nn.Module, adapted: Adapted, call: Call) -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastmeta.patching.linear import affine
+from fastmeta.ops.batched_linear import affine
 
 CASES = list(itertools.product((True, False), (0, 1, 3)))
 

@@ -1,0 +1,192 @@
+// Matrix products of a batch of small and middling matrices on the CPU: to = A B + base.
+// A library's product packs both operands for a size where packing is cheap; here A is read where
+// it lies, B only repacked where its columns are not adjacent. Sums use fused multiply-adds, in the
+// order of k whatever the blocking; with the number of threads they do not change.
+#pragma once
+
+#if defined(__clang__)
+#pragma clang fp contract(fast)
+#elif defined(__GNUC__)
+#pragma GCC optimize("fp-contract=fast")  // setup.py turns it off for everything else
+#endif
+
+#include <vector>
+
+#include "cpu/lanes.h"
+
+namespace fastmeta {
+namespace batched {
+
+// A: [m, k], any strides. B: [k, n] with one of its strides 1. base and to: [m, n] with adjacent
+// columns; base may be null (then 0), `to` itself, or one row (row stride 0).
+template <typename A>
+struct Product {
+  int64_t m, n, k;
+  const A* a;
+  int64_t a_row, a_column;
+  const A* b;
+  int64_t b_row, b_column;
+  const A* base;
+  int64_t base_row;
+  A* to;
+  int64_t to_row;
+};
+
+// R rows, V lanes of columns; `count` columns of the last lane are there. b has adjacent columns.
+template <typename L, int R, int V, bool kWhole, typename A>
+FM_HD void tile(const Product<A>& p, int64_t i, int64_t j, const A* b, int64_t b_row,
+                int64_t count) {
+  L sums[R][V];
+  if (p.base != nullptr) {
+    for (int r = 0; r < R; ++r) {
+      const A* from = p.base + (i + r) * p.base_row + j;
+      for (int v = 0; v < V; ++v) {
+        sums[r][v] = L::template load<kWhole>(from + v * L::kCount, count);
+      }
+    }
+  } else {
+    for (int r = 0; r < R; ++r) {
+      for (int v = 0; v < V; ++v) sums[r][v] = L::all(0);
+    }
+  }
+  const A* a = p.a + i * p.a_row;
+  const int64_t a_row = p.a_row, a_column = p.a_column;
+  for (int64_t q = 0; q < p.k; ++q, a += a_column, b += b_row) {
+    L row[V];
+    for (int v = 0; v < V; ++v) row[v] = L::template load<true>(b + v * L::kCount, L::kCount);
+    for (int r = 0; r < R; ++r) {
+      const A x = a[r * a_row];
+      for (int v = 0; v < V; ++v) {
+        for (int w = 0; w < L::kParts; ++w) sums[r][v].v[w] += x * row[v].v[w];
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    A* at = p.to + (i + r) * p.to_row + j;
+    for (int v = 0; v < V; ++v) sums[r][v].template store<kWhole>(at + v * L::kCount, count);
+  }
+}
+
+template <typename L, int R, int V, bool kWhole, typename A>
+FM_HD void lower(const Product<A>& p, int64_t i, int64_t j, const A* b, int64_t b_row,
+                 int64_t count, int64_t height) {
+  if constexpr (R > 1) {
+    if (height < R) return lower<L, R - 1, V, kWhole>(p, i, j, b, b_row, count, height);
+  }
+  tile<L, R, V, kWhole>(p, i, j, b, b_row, count);
+}
+
+// All rows of V lanes of columns, in blocks of nearly equal height.
+template <typename L, int R, int V, bool kWhole, typename A>
+FM_HD void columns(const Product<A>& p, int64_t j, const A* b, int64_t b_row, int64_t count) {
+  const int64_t blocks = ceil_div(p.m, R);
+  for (int64_t block = 0, i = 0; block < blocks; ++block) {
+    const int64_t height = (p.m - i) / (blocks - block);
+    lower<L, R, V, kWhole>(p, i, j, b, b_row, count, height);
+    i += height;
+  }
+}
+
+// 16 x 16 floats, transposed in registers: a strided copy would cost as much as the product of
+// some ten rows.
+template <int kBytes>
+FM_HD void transpose(const float* from, int64_t from_row, float* to, int64_t to_row) {
+  if constexpr (kBytes == 64 && __has_builtin(__builtin_shuffle)) {
+    using V = typename Lanes<float, 64>::Vector;
+    using I = typename Lanes<float, 64>::Bits;
+    V r[16], t[16];
+    for (int i = 0; i < 16; ++i) std::memcpy(&r[i], from + i * from_row, sizeof(V));
+    for (int i = 0; i < 16; i += 2) {
+      t[i] = __builtin_shuffle(r[i], r[i + 1],
+                               (I){0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29});
+      t[i + 1] = __builtin_shuffle(r[i], r[i + 1],
+                                   (I){2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31});
+    }
+    for (int i = 0; i < 16; i += 4) {
+      for (int j = 0; j < 2; ++j) {
+        r[i + 2 * j] = __builtin_shuffle(
+            t[i + j], t[i + j + 2], (I){0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29});
+        r[i + 2 * j + 1] =
+            __builtin_shuffle(t[i + j], t[i + j + 2],
+                              (I){2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31});
+      }
+    }
+    for (int i = 0; i < 16; i += 8) {
+      for (int j = i; j < i + 4; ++j) {
+        t[j] = __builtin_shuffle(r[j], r[j + 4],
+                                 (I){0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27});
+        t[j + 4] = __builtin_shuffle(
+            r[j], r[j + 4], (I){4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31});
+      }
+    }
+    // columns come out as 0-3, 8-11 in the low halves of t[0..3], and so on
+    for (int j = 0; j < 8; ++j) {
+      const V low = __builtin_shuffle(t[j], t[j + 8],
+                                      (I){0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23});
+      const V high = __builtin_shuffle(
+          t[j], t[j + 8], (I){8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31});
+      std::memcpy(to + j * to_row, &low, sizeof(V));
+      std::memcpy(to + (j + 8) * to_row, &high, sizeof(V));
+    }
+  } else {
+    for (int i = 0; i < 16; ++i) {
+      for (int j = 0; j < 16; ++j) to[j * to_row + i] = from[i * from_row + j];
+    }
+  }
+}
+
+// `width` columns of B from j on, with adjacent columns: [k, lanes], zeros after `width`.
+template <int kBytes, typename A>
+FM_HD void pack(const Product<A>& p, int64_t j, int64_t width, int64_t lanes, A* to) {
+  const A* b = p.b + j * p.b_column;
+  const int64_t rows = p.k, b_row = p.b_row, b_column = p.b_column;
+  if constexpr (sizeof(A) == 4) {
+    if (b_row == 1 && width == lanes) {
+      int64_t q = 0;
+      for (; q + 16 <= rows; q += 16) {
+        for (int64_t v = 0; v < lanes; v += 16) {
+          transpose<kBytes>(b + q + v * b_column, b_column, to + q * lanes + v, lanes);
+        }
+      }
+      for (; q < rows; ++q) {
+        for (int64_t v = 0; v < lanes; ++v) to[q * lanes + v] = b[q + v * b_column];
+      }
+      return;
+    }
+  }
+  for (int64_t q = 0; q < rows; ++q) {
+    for (int64_t v = 0; v < width; ++v) to[q * lanes + v] = b[q * b_row + v * b_column];
+    for (int64_t v = width; v < lanes; ++v) to[q * lanes + v] = 0;
+  }
+}
+
+// Columns [first, last) of one product. `panel` holds k * 32 numbers of 4 bytes or k * 16 of 8.
+template <typename A>
+void run(const Product<A>& p, int64_t first, int64_t last, std::vector<A>& panel) {
+  with_registers([&](auto bytes) FM_INLINE_LAMBDA {
+    constexpr int kBytes = bytes();
+    using L = Lanes<A, kBytes>;
+    // as many sums as the registers hold: 32 of 64 bytes, 16 narrower ones
+    constexpr int kRows = kBytes == 64 ? 12 : kBytes == 32 ? 6 : 2, kWide = kBytes == 64 ? 2 : 1;
+    constexpr int64_t kLanes = kWide * L::kCount;
+    const bool in_place = p.b_column == 1;
+    if (!in_place || (last - first) % kLanes != 0) panel.resize(p.k * kLanes);
+    int64_t j = first;
+    for (; j + kLanes <= last; j += kLanes) {
+      const A* b = p.b + j;
+      if (!in_place) {
+        pack<kBytes>(p, j, kLanes, kLanes, panel.data());
+        b = panel.data();
+      }
+      columns<L, kRows, kWide, true>(p, j, b, in_place ? p.b_row : kLanes, L::kCount);
+    }
+    for (; j < last; j += L::kCount) {
+      const int64_t count = least(L::kCount, last - j);
+      pack<kBytes>(p, j, count, L::kCount, panel.data());
+      columns<L, kRows, 1, false>(p, j, panel.data(), L::kCount, count);
+    }
+  });
+}
+
+}  // namespace batched
+}  // namespace fastmeta

@@ -1,0 +1,229 @@
+"""The task-batched affine map ``y_t = x_t W_t^T + b_t`` with few passes over memory in any order.
+
+torch's own graph of a batched product leaves weight gradients transposed, copies them, and adds
+the three terms of its second derivative one by one. Here every product is written in the layout it
+is needed in, and the terms accumulate inside the products.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fastmeta import _backend, _checks
+from fastmeta._autograd import Function, needs_autograd
+from fastmeta._library import define, dispatched
+from fastmeta.reference import batched_linear as reference
+
+_MM = define("batched_mm(Tensor a, Tensor b, Tensor? base) -> Tensor", reference.batched_mm)
+_MM_ = define(
+    "batched_mm_(Tensor(a!) to, Tensor a, Tensor b, bool accumulate) -> ()", reference.batched_mm_
+)
+_KERNEL_DEVICE = "cpu" if dispatched(_MM.name, "cpu") else None
+
+
+def batched_linear(
+    x: Tensor, weight: Tensor, base: Tensor | None = None, *, nt: bool = True
+) -> Tensor:
+    """A linear layer whose weight differs from task to task: ``y_t = x_t W_t^T + base_t``.
+
+    Args:
+        x: ``[T, M, K]``.
+        weight: ``[T, N, K]``, or ``[T, K, N]`` without `nt`; of any strides.
+        base: ``[T, 1, N]`` (a bias) or ``[T, M, N]``, or None.
+        nt: Whether the weight is stored ``[out, in]``, as in `nn.Linear`. Default True.
+
+    Returns:
+        ``[T, M, N]``. Under autocast the products are in its dtype.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices that do not fit.
+
+    Differentiable to any order in x, weight and base. Sums are in the order of K on the CPU
+    (float32 and float64), whatever the number of tasks and threads.
+    """
+    _check(x, weight, base, nt)
+    return affine(x, weight, base, nt=nt)
+
+
+def _check(x: Tensor, weight: Tensor, base: Tensor | None, nt: bool) -> None:
+    """Raise one sentence for shapes, dtypes or devices that do not fit."""
+
+    def expect(name: str, t: object, *shapes: tuple[int | str, ...]) -> None:
+        like = isinstance(t, Tensor) and (t.dtype, t.device) == (x.dtype, x.device)
+        if like and any(
+            t.dim() == len(shape)
+            and all(isinstance(n, str) or n == m for n, m in zip(shape, t.shape, strict=True))
+            for shape in shapes
+        ):
+            return
+        forms = " or ".join(str(list(shape)).replace("'", "") for shape in shapes)
+        raise ValueError(
+            f"batched_linear: {name} must be {forms}, {x.dtype} on {x.device} like x, "
+            f"got {_checks.describe(t)}"
+        )
+
+    if not isinstance(x, Tensor) or x.dim() != 3 or not x.is_floating_point():
+        raise ValueError(
+            "batched_linear: x must be a floating-point tensor [T, M, K], "
+            f"got {_checks.describe(x)}"
+        )
+    tasks, rows, inner = x.shape
+    expect("weight", weight, (tasks, "N", inner) if nt else (tasks, inner, "N"))
+    if base is not None:
+        outer = weight.shape[1 if nt else 2]
+        expect("base", base, (tasks, 1, outer), (tasks, rows, outer))
+
+
+class Landing(Protocol):
+    """Memory that gradients of a weight ``[T, N, K]`` are written to where they are computed."""
+
+    def place(self, differentiable: bool) -> tuple[Tensor, bool] | None:
+        """The memory, and whether it already holds a gradient that this one adds to; None where
+        there is none to write to now. What is not `differentiable` reaches the weight from there,
+        without autograd."""
+        ...
+
+
+def product(a: Tensor, b: Tensor, base: Tensor | None = None) -> Tensor:
+    """``a b + base`` for ``[T, M, K]`` and ``[T, K, N]``; no derivative."""
+    if has_kernel(a):
+        return _backend.kernel(_MM, a.device.type)(a, b, base)
+    return reference.batched_mm(a, b, base)
+
+
+def has_kernel(x: Tensor) -> bool:
+    """Whether a kernel of its own serves products with `x`."""
+    return (
+        x.dtype in (torch.float32, torch.float64)
+        and x.device.type == _KERNEL_DEVICE
+        and not torch._C._are_functorch_transforms_active()
+        and not _backend.use_reference()
+    )
+
+
+def affine(
+    x: Tensor,
+    weight: Tensor,
+    base: Tensor | None = None,
+    *,
+    nt: bool = True,
+    landing: Landing | None = None,
+) -> Tensor:
+    """:func:`batched_linear` without its checks.
+
+    `landing` is where gradients of the weight may be written; those that are reach it without
+    passing through autograd, unless they are differentiated themselves.
+    """
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        # Before the Function, whose backward runs outside the autocast region on what it saved.
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+        base = base if base is None else base.to(dtype)
+    if needs_autograd(x, weight, base):
+        return _Affine.call(x, weight, base, nt, landing)
+    return _affine(x, weight, base, nt)
+
+
+def _affine(x: Tensor, weight: Tensor, base: Tensor | None, nt: bool) -> Tensor:
+    return product(x, weight.mT if nt else weight, base)
+
+
+def _reduce(d_y: Tensor, rows: int) -> Tensor:
+    """The gradient of a base of `rows` rows."""
+    return d_y.sum(1, keepdim=True) if rows == 1 else d_y
+
+
+class _Affine(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, base: Tensor | None, nt: bool, landing) -> Tensor:
+        return _affine(x, weight, base, nt)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        x, weight, base, nt, landing = inputs
+        ctx.save_for_backward(x, weight)
+        ctx.nt, ctx.landing = nt, landing
+        ctx.base_rows = 0 if base is None else base.shape[1]
+
+    @staticmethod
+    def backward(ctx: Any, d_y: Tensor) -> tuple:
+        x, weight = ctx.saved_tensors
+        needs = (*ctx.needs_input_grad[:2], ctx.base_rows if ctx.needs_input_grad[2] else 0)
+        if torch.is_grad_enabled():
+            found = _AffineGrad.call(d_y, x, weight, ctx.nt, needs, ctx.landing)
+        else:
+            found = _affine_grad(d_y, x, weight, ctx.nt, needs, ctx.landing, False)
+        return (*found, None, None)
+
+
+def _affine_grad(
+    d_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    nt: bool,
+    needs: tuple[bool, bool, int],
+    landing: Landing | None,
+    differentiable: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    d_x = product(d_y, weight if nt else weight.mT) if needs[0] else None
+    d_weight = None
+    if needs[1]:
+        d_weight = _land(*((d_y, x) if nt else (x, d_y)), landing, differentiable)
+    return d_x, d_weight, _reduce(d_y, needs[2]) if needs[2] else None
+
+
+def _land(a: Tensor, b: Tensor, landing: Landing | None, differentiable: bool) -> Tensor | None:
+    """``a^T b``: the gradient of a weight. None where it got there by its landing."""
+    place = landing.place(differentiable) if landing is not None and has_kernel(a) else None
+    if place is None:
+        return product(a.mT, b)
+    to, more = place
+    _backend.kernel(_MM_, a.device.type)(to, a.mT, b, more)
+    return to if differentiable else None
+
+
+class _AffineGrad(Function):
+    """``(dy, x, W) -> (dx, dW, dbase)``; its own derivative is made of differentiable products."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(d_y: Tensor, x: Tensor, weight: Tensor, nt: bool, needs: tuple, landing) -> tuple:
+        d_x, d_weight, d_base = _affine_grad(d_y, x, weight, nt, needs, landing, True)
+        # An output may not be an input as it is.
+        return d_x, d_weight, d_base.view_as(d_base) if d_base is d_y else d_base
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        d_y, x, weight, nt, _, landing = inputs
+        ctx.save_for_backward(d_y, x, weight)
+        ctx.nt, ctx.landing = nt, landing
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(
+        ctx: Any, g_x: Tensor | None, g_weight: Tensor | None, g_base: Tensor | None
+    ) -> tuple:
+        d_y, x, weight = ctx.saved_tensors
+        nt, differentiable = ctx.nt, torch.is_grad_enabled()
+        d_dy = d_x = d_weight = None
+        if ctx.needs_input_grad[0]:
+            d_dy = g_base if g_base is None else g_base.expand_as(d_y)
+            for left, right in ((g_x, weight), (x, g_weight)):
+                if left is not None and right is not None:
+                    d_dy = affine(left, right, d_dy, nt=nt)
+        # `affine` again where a third derivative may be asked for
+        if ctx.needs_input_grad[1] and g_weight is not None:
+            d_x = affine(d_y, g_weight, nt=not nt)
+        if ctx.needs_input_grad[2] and g_x is not None:
+            left, right = (d_y, g_x) if nt else (g_x, d_y)
+            if differentiable:
+                d_weight = affine(left.mT, right, nt=False)
+            else:
+                d_weight = _land(left, right, ctx.landing, False)
+        return d_dy, d_x, d_weight, None, None, None

@@ -1,0 +1,65 @@
+"""Packed fast weights: every adapted parameter of every task in one ``[T, P]`` buffer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor
+
+from fastmeta.patching.layout import ParamLayout
+from fastmeta.patching.packing import unpack
+
+
+class TaskParams(Mapping[str, Tensor]):
+    """Fast weights of T tasks: a mapping name -> ``[T, *shape]`` over one packed ``[T, P]`` buffer.
+
+    The views share memory and the autograd graph with :attr:`packed`.
+    """
+
+    def __init__(self, layout: ParamLayout, packed: Tensor) -> None:
+        if packed.dim() != 2 or packed.shape[1] != layout.num_params:
+            raise ValueError(
+                f"expected packed parameters of shape [T, {layout.num_params}], "
+                f"got {list(packed.shape)}"
+            )
+        self.layout = layout
+        self.packed = packed
+        self._views: list[Tensor] | None = None
+
+    @property
+    def num_tasks(self) -> int:
+        return self.packed.shape[0]
+
+    @property
+    def views(self) -> list[Tensor]:
+        """One ``[T, *shape]`` view per segment, in layout order."""
+        if self._views is None:
+            self._views = unpack(self.layout, self.packed)
+        return self._views
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.views[self.layout.index[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layout.names)
+
+    def __len__(self) -> int:
+        return len(self.layout)
+
+    def select(self, index: Tensor | slice) -> TaskParams:
+        """The fast weights of some tasks."""
+        return TaskParams(self.layout, self.packed[index])
+
+    def task(self, t: int) -> dict[str, Tensor]:
+        """One task's parameters, name -> ``[*shape]``."""
+        return {name: view[t] for name, view in self.items()}
+
+    def detach(self) -> TaskParams:
+        return TaskParams(self.layout, self.packed.detach())
+
+    def clone(self) -> TaskParams:
+        return TaskParams(self.layout, self.packed.clone())
+
+    def __repr__(self) -> str:
+        shapes = {n: list(v.shape) for n, v in zip(self.layout.names, self.views, strict=True)}
+        return f"TaskParams(tasks={self.num_tasks}, {shapes})"
