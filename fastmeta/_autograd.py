@@ -25,6 +25,15 @@ def needs_autograd(*tensors: Tensor | None) -> bool:
     return False
 
 
+def transformed(*tensors: Tensor | None) -> bool:
+    """Whether tensors may carry axes or levels that only functional operators know: under a
+    functorch transform, or in a backward pass that ``is_grads_batched`` runs for many cotangents.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return any(t is not None and torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors)
+
+
 class Function(torch.autograd.Function):
     """``torch.autograd.Function`` with :meth:`call`, a cheaper ``apply``."""
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fastmeta.kernels._common import accumulator, ceil_div, launch, power_of_2
 from fastmeta.kernels.pairwise import PROGRAMS, TERMS
-from torch import Tensor
 
 
 @triton.jit(do_not_specialize=["N", "C", "part"])

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from fastmeta.kernels._common import launch, power_of_2
 from torch import Tensor
+
+from fastmeta.kernels._common import launch, power_of_2
 
 
 @triton.jit(do_not_specialize=["M", "k", "first"])

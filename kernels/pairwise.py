@@ -17,6 +17,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fastmeta.kernels._common import (
     accumulator,
     ceil_div,
@@ -26,8 +28,6 @@ from fastmeta.kernels._common import (
     power,
     power_of_2,
 )
-from torch import Tensor
-
 from fastmeta.reference import pairwise as reference
 
 SQUARES = tl.constexpr(reference.SQUARES)

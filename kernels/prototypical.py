@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fastmeta.kernels._common import (
     accumulator,
     ceil_div,
@@ -31,8 +33,6 @@ from fastmeta.kernels.pairwise import (
     weighted,
     write_sums,
 )
-from torch import Tensor
-
 from fastmeta.reference import pairwise as reference
 
 NO_CLASS = tl.constexpr(2**31 - 1)

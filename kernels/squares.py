@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fastmeta.kernels._common import accumulator, launch, power_of_2
 from fastmeta.kernels.pairwise import SQUARES, pair_programs, rows_at, sums_of, tile_of
-from torch import Tensor
 
 
 @triton.jit(do_not_specialize=["N", "M"])

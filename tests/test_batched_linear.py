@@ -8,6 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastmeta import ops
+from fastmeta._backend import kernel
+from fastmeta._library import OPS
 from fastmeta.ops.batched_linear import affine
 
 CASES = list(itertools.product((True, False), (0, 1, 3)))
@@ -81,3 +84,47 @@ def test_transforms() -> None:
         return grad(lambda w: grad(f)(w).sin().sum())
 
     torch.testing.assert_close(twice(loss)(weight), twice(plain)(weight))
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("shape", [(2, 5, 7, 9), (3, 13, 16, 40), (1, 2, 0, 3), (2, 0, 3, 4)])
+def test_product_in_place(shape: tuple[int, ...], accumulate: bool, cpu_impl) -> None:
+    """Onto a part of a wider buffer, whose other columns stay."""
+    tasks, rows, inner, outer = shape
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(tasks, inner, rows, generator=generator, dtype=torch.float64).mT
+    b = torch.randn(tasks, inner, outer, generator=generator, dtype=torch.float64)
+    wide = torch.randn(tasks, rows * outer + 3, generator=generator, dtype=torch.float64)
+    to = wide[:, 1 : 1 + rows * outer].unflatten(1, (rows, outer))
+    expected = (to if accumulate else 0) + a @ b
+    edges = wide[:, [0, -2, -1]].clone()
+    kernel(OPS["batched_mm_"], "cpu")(to, a, b, accumulate)
+    torch.testing.assert_close(to, expected, rtol=1e-13, atol=1e-13)
+    assert torch.equal(wide[:, [0, -2, -1]], edges)
+
+
+def test_threads_do_not_show() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(3, 70, 64, generator=generator) for _ in range(2))
+    before = torch.get_num_threads()
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found.append(ops.batched_linear(x, w))
+    torch.set_num_threads(before)
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(3, 4)}, r"x must be a floating-point tensor \[T, M, K\]"),
+        ({"weight": torch.zeros(2, 6, 5)}, r"weight must be \[2, N, 4\].*got .*\[2, 6, 5\]"),
+        ({"weight": torch.zeros(2, 6, 4).double()}, "weight must be .*float32.*got .*float64"),
+        ({"base": torch.zeros(2, 2, 6)}, r"base must be \[2, 1, 6\] or \[2, 3, 6\]"),
+    ],
+)
+def test_arguments(change: dict[str, Tensor], message: str) -> None:
+    given = {"x": torch.zeros(2, 3, 4), "weight": torch.zeros(2, 6, 4), "base": None}
+    with pytest.raises(ValueError, match=message):
+        ops.batched_linear(**{**given, **change})

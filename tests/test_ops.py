@@ -202,7 +202,7 @@ def test_forward_mode_is_refused(row: OpRow, index: int):
 
 def recorded_calls(row: OpRow):
     """Arguments of the raw operators, as the public ones pass them."""
-    for sample in [*row.small(), *row.samples(row.dtypes[0]), *row.samples(row.dtypes[2])]:
+    for sample in [*row.small(), *row.samples(row.dtypes[0]), *row.samples(row.dtypes[-1])]:
         if max((t.numel() for t in sample.tensors), default=0) > 1000:
             continue
         calls = []
@@ -233,4 +233,4 @@ def test_opcheck(row: OpRow):
         checks = ("test_schema", "test_faketensor")
         result = torch.library.opcheck(op, args, kwargs, test_utils=checks, raise_exception=False)
         assert set(result.values()) == {"SUCCESS"}, f"{op} on {name}: {result}"
-    assert len(seen) >= 2
+    assert len(seen) >= min(2, len(row.raw))

@@ -6,9 +6,8 @@
 namespace fastmeta {
 namespace {
 
-// Multiplications worth waking a thread for, and columns of a product that one unit of work takes
-// (so that one task alone keeps more than one thread busy).
-constexpr int64_t kWork = 1 << 19, kColumns = 256;
+// Columns of a product that one unit of work takes: one task alone keeps several threads busy.
+constexpr int64_t kColumns = 256;
 
 // [T, M, K] by [T, K, N] onto [T, M, N]; base has the same axes, 1 where it is shared.
 template <typename A>
@@ -45,10 +44,8 @@ void multiply(const Tensor& a, const Tensor& b, const std::optional<Tensor>& bas
       batched::run(product, first, least(n, first + kColumns), panel);
     }
   };
-  const int64_t units = tasks * parts;
-  const int64_t grain = most(1, kWork / most(1, m * k * least(n, kColumns)));
-  if (units <= grain) return range(0, units);
-  torch::stable::parallel_for(0, units, grain, range);
+  // sixteen multiplications count as one element
+  parallel_ranges(tasks * parts, m * k * least(n, kColumns) / 16, range);
 }
 
 // The tensor, or a copy of it where neither its rows nor its columns are adjacent.

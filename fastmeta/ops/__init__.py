@@ -3,6 +3,7 @@
 from fastmeta import _library, _triton
 from fastmeta._backend import use_impl
 from fastmeta.ops.attention import attention
+from fastmeta.ops.batched_linear import batched_linear
 from fastmeta.ops.head_inner_loop import head_inner_loop
 from fastmeta.ops.inner_update import (
     adagrad_update,
@@ -36,6 +37,7 @@ __all__ = [
     "adamw_update",
     "adamw_update_",
     "attention",
+    "batched_linear",
     "cdist",
     "class_means",
     "clip_scale",

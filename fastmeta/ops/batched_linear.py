@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastmeta import _backend, _checks
-from fastmeta._autograd import Function, needs_autograd
+from fastmeta._autograd import Function, fold, needs_autograd, transformed, unfold
 from fastmeta._library import define, dispatched
 from fastmeta.reference import batched_linear as reference
 
@@ -99,7 +99,6 @@ def has_kernel(x: Tensor) -> bool:
     return (
         x.dtype in (torch.float32, torch.float64)
         and x.device.type == _KERNEL_DEVICE
-        and not torch._C._are_functorch_transforms_active()
         and not _backend.use_reference()
     )
 
@@ -137,8 +136,6 @@ def _reduce(d_y: Tensor, rows: int) -> Tensor:
 
 
 class _Affine(Function):
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(x: Tensor, weight: Tensor, base: Tensor | None, nt: bool, landing) -> Tensor:
         return _affine(x, weight, base, nt)
@@ -154,11 +151,17 @@ class _Affine(Function):
     def backward(ctx: Any, d_y: Tensor) -> tuple:
         x, weight = ctx.saved_tensors
         needs = (*ctx.needs_input_grad[:2], ctx.base_rows if ctx.needs_input_grad[2] else 0)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or transformed():
             found = _AffineGrad.call(d_y, x, weight, ctx.nt, needs, ctx.landing)
         else:
             found = _affine_grad(d_y, x, weight, ctx.nt, needs, ctx.landing, False)
         return (*found, None, None)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, *args: Any) -> tuple[Tensor, int]:
+        x, weight, base = fold(info.batch_size, args[:3], in_dims[:3])
+        y = affine(x, weight, base, nt=args[3])
+        return unfold(y, info.batch_size), 0
 
 
 def _affine_grad(
@@ -179,7 +182,9 @@ def _affine_grad(
 
 def _land(a: Tensor, b: Tensor, landing: Landing | None, differentiable: bool) -> Tensor | None:
     """``a^T b``: the gradient of a weight. None where it got there by its landing."""
-    place = landing.place(differentiable) if landing is not None and has_kernel(a) else None
+    place = None
+    if landing is not None and has_kernel(a) and not transformed(a, b):
+        place = landing.place(differentiable)
     if place is None:
         return product(a.mT, b)
     to, more = place
@@ -189,8 +194,6 @@ def _land(a: Tensor, b: Tensor, landing: Landing | None, differentiable: bool) -
 
 class _AffineGrad(Function):
     """``(dy, x, W) -> (dx, dW, dbase)``; its own derivative is made of differentiable products."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(d_y: Tensor, x: Tensor, weight: Tensor, nt: bool, needs: tuple, landing) -> tuple:
@@ -210,7 +213,7 @@ class _AffineGrad(Function):
         ctx: Any, g_x: Tensor | None, g_weight: Tensor | None, g_base: Tensor | None
     ) -> tuple:
         d_y, x, weight = ctx.saved_tensors
-        nt, differentiable = ctx.nt, torch.is_grad_enabled()
+        nt, differentiable = ctx.nt, torch.is_grad_enabled() or transformed()
         d_dy = d_x = d_weight = None
         if ctx.needs_input_grad[0]:
             d_dy = g_base if g_base is None else g_base.expand_as(d_y)
@@ -227,3 +230,10 @@ class _AffineGrad(Function):
             else:
                 d_weight = _land(left, right, ctx.landing, False)
         return d_dy, d_x, d_weight, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, *args: Any) -> tuple[tuple, tuple]:
+        batch, (nt, needs, _) = info.batch_size, args[3:]
+        found = _AffineGrad.call(*fold(batch, args[:3], in_dims[:3]), nt, needs, None)
+        found = tuple(g if g is None else unfold(g, batch) for g in found)
+        return found, tuple(None if g is None else 0 for g in found)

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmeta._autograd import Function
+from fastmeta._autograd import Function, transformed
 from fastmeta.patching.layout import ParamLayout
 
 
 def unpack(layout: ParamLayout, packed: Tensor) -> list[Tensor]:
     """``[T, P]`` -> one view ``[T, *shape]`` per segment, differentiable to any order."""
     plain = not (packed.requires_grad and torch.is_grad_enabled())
-    if plain or torch._C._are_functorch_transforms_active():
+    if plain or transformed():
         return layout.unpack(packed)
     sink = Sink(layout)
     views = _Unpack.call(layout, sink, packed)
@@ -94,6 +94,8 @@ class _Unpack(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:
+        if transformed(*grads):
+            return None, None, _concatenated(ctx.sink, grads)
         buffer, views, written = ctx.sink.close()
         if torch.is_grad_enabled():
             return None, None, _Pack.call(ctx.sink.layout, buffer, views, *grads)
@@ -125,6 +127,18 @@ class _Pack(Function):
     def backward(ctx: Any, d_packed: Tensor) -> tuple:
         wanted = zip(ctx.layout.unpack(d_packed), ctx.needs_input_grad[3:], strict=True)
         return None, None, None, *(view if need else None for view, need in wanted)
+
+
+def _concatenated(sink: Sink, grads: Sequence[Tensor | None]) -> Tensor:
+    """The packed gradient as autograd would make it, by copies."""
+    tasks, dtype, device = sink.like
+    shapes = sink.layout.shapes
+    return sink.layout.pack(
+        [
+            torch.zeros(tasks, *shape, dtype=dtype, device=device) if grad is None else grad
+            for grad, shape in zip(grads, shapes, strict=True)
+        ]
+    )
 
 
 def _fill(

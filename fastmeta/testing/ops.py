@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastmeta import ops
-from fastmeta.testing import attention, lora_linear, pairwise
+from fastmeta.testing import attention, batched_linear, lora_linear, pairwise
 from fastmeta.testing.table import OpRow, Sample
 
 UPDATE_DTYPES = (
@@ -222,4 +222,10 @@ UPDATE_TABLE = tuple(
     )
     for name in UPDATES
 )
-TABLE = (*UPDATE_TABLE, *pairwise.TABLE, *lora_linear.TABLE, *attention.TABLE)
+TABLE = (
+    *UPDATE_TABLE,
+    *pairwise.TABLE,
+    *lora_linear.TABLE,
+    *attention.TABLE,
+    *batched_linear.TABLE,
+)
