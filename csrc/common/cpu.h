@@ -35,7 +35,8 @@ namespace fastmeta {
 
 constexpr int64_t kGrain = 32768;  // elements worth waking a thread for
 
-// Runs f(first, last) over ranges of units, in parallel where there is work for more than one thread.
+// Runs f(first, last) over ranges of units, in parallel where there is work for more than one
+// thread.
 template <typename F>
 void parallel_ranges(int64_t units, int64_t elements_per_unit, const F& f) {
   const int64_t grain = most(1, kGrain / most(1, elements_per_unit));
