@@ -12,9 +12,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from fastmeta.kernels._common import INTERPRETED, ceil_div, launch, power_of_2
 from torch import Tensor
 
+from fastmeta.kernels._common import INTERPRETED, ceil_div, launch, power_of_2
 from fastmeta.reference.lora_linear import dequantise
 
 _HALF = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
