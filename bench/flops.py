@@ -40,6 +40,16 @@ def double_backward(
     return 2 * m * (k * n * (of_x and bool(needs & _DY)) + r * columns)
 
 
+@register_flop_formula(torch.ops.fastmeta.batched_mm)
+def batched_mm(a, b, *_, **__) -> int:
+    return 2 * a[0] * a[1] * a[2] * b[2]
+
+
+@register_flop_formula(torch.ops.fastmeta.batched_mm_)
+def batched_mm_onto(to, a, b, *_, **__) -> int:
+    return batched_mm(a, b)
+
+
 def _scores(q, k, v) -> tuple[int, int, int]:
     """Entries of all scores, and the head sizes that a product sums over or returns."""
     return q[0] * q[1] * q[2] * k[2], q[3], v[3]
@@ -63,5 +73,5 @@ def attention_double_backward(a, b, c, d_out, q, k, v, *_, **__) -> int:
     return 2 * scores * (7 * d + 5 * e)
 
 
-counted = (forward, backward, double_backward)
+counted = (forward, backward, double_backward, batched_mm, batched_mm_onto)
 counted += (attention, attention_backward, attention_double_backward)

@@ -86,10 +86,10 @@ def samples(shapes_and_cases, dtypes, device: str | torch.device = "cpu") -> Ite
             ]
             tensors = [t.to(device, dtypes[0]) for t in tensors]
             label = f"{case}-{'x'.join(map(str, shape))}"
-            if case == "bias":  # which is learned
+            if case == "bias":  # which is learned: plain torch then computes it all
                 bias = mask_of("heads", shape, generator).nan_to_num(neginf=0.0)[None, :, :1]
                 tensors.append(bias.to(device, dtypes[0]))
-                yield Sample(label, tuple(tensors), partial(ops.attention, causal=True))
+                yield Sample(label, tuple(tensors), partial(ops.attention, causal=True), True)
                 continue
             options = dict(CASES[case])
             if "mask" in options:

@@ -18,11 +18,13 @@ class Sample:
         id: readable name.
         tensors: the differentiable inputs.
         call: ``call(*tensors)`` runs the operator with everything else bound.
+        composed: whether plain torch operators compute it, in every implementation.
     """
 
     id: str
     tensors: tuple[Tensor, ...]
     call: Callable[..., Any]
+    composed: bool = False
 
 
 @dataclass(frozen=True)
