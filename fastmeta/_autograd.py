@@ -71,3 +71,13 @@ def fold(batch: int, tensors, dims) -> list[Tensor | None]:
 def unfold(result: Tensor, batch: int) -> Tensor:
     """The first axis as the vmapped one and its rows."""
     return result.unflatten(0, (batch, result.shape[0] // max(batch, 1)))
+
+
+def each(function: type[Function], size: int, in_dims, args):
+    """One call for each place of the vmapped axis: for what they do not share."""
+    calls = []
+    for i in range(size):
+        own = (t if dim is None else t.select(dim, i) for t, dim in zip(args, in_dims, strict=True))
+        calls.append(function.call(*own))
+    results = tuple(torch.stack(found) for found in zip(*calls, strict=True))
+    return results, (0,) * len(results)

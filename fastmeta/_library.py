@@ -77,14 +77,14 @@ OPS: dict[str, Op] = {}
 def define(schema: str, reference: Callable | None = None, *, fake: Callable | None = None) -> Op:
     """Declare ``name(arguments) -> results`` and register its reference for every device.
 
-    A derivative has no reference (autograd differentiates that of the operator itself) but a
-    ``fake``, which returns empty results of the right shapes.
+    A derivative need not have a reference (autograd differentiates that of the operator itself) but
+    has a ``fake``, which returns empty results of the right shapes.
     """
     name = schema.split("(", 1)[0]
     _DEF.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     if reference is not None:
         _DEF.impl(name, reference, "CompositeExplicitAutograd")
-    else:
+    if fake is not None:
         _DEF.impl(name, fake, "Meta")
     overload = getattr(getattr(torch.ops, NAMESPACE), name).default
     op = Op(name, schema, reference, overload)

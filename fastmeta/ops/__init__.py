@@ -4,6 +4,7 @@ from fastmeta import _library, _triton
 from fastmeta._backend import use_impl
 from fastmeta.ops.attention import attention
 from fastmeta.ops.batched_linear import batched_linear
+from fastmeta.ops.coordinate_lstm import coordinate_lstm
 from fastmeta.ops.head_inner_loop import head_inner_loop
 from fastmeta.ops.inner_update import (
     adagrad_update,
@@ -41,6 +42,7 @@ __all__ = [
     "cdist",
     "class_means",
     "clip_scale",
+    "coordinate_lstm",
     "head_inner_loop",
     "lora_linear",
     "momentum_update",

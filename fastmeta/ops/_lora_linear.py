@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastmeta import _backend
-from fastmeta._autograd import Function, batch_rows, fold, needs_autograd, unfold
+from fastmeta._autograd import Function, batch_rows, each, fold, needs_autograd, unfold
 from fastmeta._library import define
 from fastmeta.ops._pairwise import by_reference, dense
 from fastmeta.reference import lora_linear as reference
@@ -130,7 +130,7 @@ class _Forward(Function):
         size = info.batch_size
         args = (x, weight, weight_scale, bias, a, b, offsets, scale)
         if in_dims[1] is not None or in_dims[2] is not None:
-            return _each(_Forward, size, in_dims, args)
+            return each(_Forward, size, in_dims, args)
         x, a, b = fold(size, (x, a, b), (in_dims[0], *in_dims[4:6]))
         if in_dims[3] is not None:
             bias = batch_rows(bias, in_dims[3], size, a.shape[0] // size)
@@ -185,7 +185,7 @@ class _Gradient(Function):
         dy, x, weight, weight_scale, a, b, s, offsets, scale, bias_rows, needs = args
         size = info.batch_size
         if in_dims[2] is not None or in_dims[3] is not None or needs & _W:
-            return _each(_Gradient, size, in_dims, args)
+            return each(_Gradient, size, in_dims, args)
         dims = (*in_dims[:2], *in_dims[4:7])
         dy, x, a, b, s = fold(size, (dy, x, a, b, s), dims)
         offsets = _repeat(offsets, size, x.shape[0])
@@ -272,7 +272,7 @@ class _Second(Function):
         scale, needs = args[13], args[15]
         size = info.batch_size
         if any(in_dims[i] is not None for i in (1, 7, 8)) or needs & _W or gw is not None:
-            return _each(_Second, size, in_dims, args)
+            return each(_Second, size, in_dims, args)
         tensors = (gx, ga, gb, dy, x, a, b, s)
         dims = (in_dims[0], *in_dims[3:7], *in_dims[9:12])
         gx, ga, gb, dy, x, a, b, s = fold(size, tensors, dims)
@@ -306,16 +306,6 @@ def _second_of_reference(
     cotangents = tuple(torch.zeros_like(d) if g is None else g for g, d in pairs)
     d_dy, d_x, d_a, d_b, *d_w = pull(cotangents)
     return d_dy, d_x, d_w[0] if d_w else None, d_a, d_b
-
-
-def _each(function, size: int, in_dims, args):
-    """One call for each place of the vmapped axis: every one has a weight of its own."""
-    calls = []
-    for i in range(size):
-        own = (t if dim is None else t.select(dim, i) for t, dim in zip(args, in_dims, strict=True))
-        calls.append(function.call(*own))
-    results = tuple(torch.stack(found) for found in zip(*calls, strict=True))
-    return results, (0,) * len(results)
 
 
 def _repeat(offsets: Tensor | None, size: int, rows: int) -> Tensor | None:

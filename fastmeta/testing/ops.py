@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastmeta import ops
-from fastmeta.testing import attention, batched_linear, lora_linear, pairwise
+from fastmeta.testing import attention, batched_linear, coordinate_lstm, lora_linear, pairwise
 from fastmeta.testing.table import OpRow, Sample
 
 UPDATE_DTYPES = (
@@ -228,4 +228,5 @@ TABLE = (
     *lora_linear.TABLE,
     *attention.TABLE,
     *batched_linear.TABLE,
+    *coordinate_lstm.TABLE,
 )

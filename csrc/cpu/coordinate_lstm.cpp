@@ -1,0 +1,422 @@
+// The operators of an LSTM cell that all coordinates share, on the CPU. Coordinates lie in vector
+// lanes, panel by panel; gates never leave the cache, and the backward passes compute them again.
+
+#include <tuple>
+#include <vector>
+
+#include "common/cpu.h"
+#include "cpu/coordinate_panels.h"
+#include "math/coordinate_lstm.h"
+
+namespace fastmeta {
+namespace {
+
+using Optional = std::optional<Tensor>;
+
+enum Needs : int64_t { kX = 1, kH = 2, kC = 4, kW = 8, kG = 16 };
+constexpr int64_t kParts = 64;  // sums over coordinates are made of at most so many
+
+// A matrix [4H, F + H + 1]: weights of inputs and state and the bias, whose input is 1.
+template <typename A>
+struct Weights {
+  int64_t F, H, K;               // K = F + H + 1
+  std::vector<A> rows, columns;  // [4H, K] and, without the bias, [F + H, 4H]
+
+  template <typename S>
+  void put(const Optional& from, int64_t count, int64_t at, S) {
+    if (!from) return;
+    const S* const data = static_cast<const S*>(from->const_data_ptr());
+    for (int64_t n = 0; n < 4 * H; ++n) {
+      for (int64_t k = 0; k < count; ++k) rows[size_t(n * K + at + k)] = A(data[n * count + k]);
+    }
+  }
+  template <typename S>
+  Weights(int64_t f, int64_t h, const Optional& w_ih, const Optional& w_hh, const Optional& bias,
+          S zero)
+      : F(f), H(h), K(f + h + 1), rows(size_t(4 * h * K)), columns(size_t(4 * h * (f + h))) {
+    put(w_ih, F, 0, zero);
+    put(w_hh, H, F, zero);
+    put(bias, 1, F + H, zero);
+    transpose(4 * H, F + H, rows.data(), K, columns.data(), 4 * H);
+  }
+};
+
+// A tensor of a row for each coordinate, or none.
+template <typename S>
+S* data_of(const Optional& t) {
+  return t && t->numel() > 0 ? static_cast<S*>(const_cast<void*>(t->const_data_ptr())) : nullptr;
+}
+template <typename S>
+S* row_of(S* data, int64_t row, int64_t columns) {
+  return data == nullptr ? nullptr : data + row * columns;
+}
+
+// Buffers of lanes, aligned to 64 bytes.
+template <typename A>
+struct Buffer {
+  std::vector<A> memory;
+  A* data;
+  explicit Buffer(int64_t count) : memory(size_t(count) + 64 / sizeof(A)) {
+    const auto address = (reinterpret_cast<uintptr_t>(memory.data()) + 63) & ~uintptr_t(63);
+    data = reinterpret_cast<A*>(address);
+  }
+};
+
+template <typename S>
+struct Cell {
+  using A = acc_t<S>;
+  static constexpr int64_t kWidth = kPanelWidth<A>;
+  int64_t M, F, H;
+  const S *x, *h, *c;
+  Weights<A> weights;
+
+  Cell(const Tensor& x, const Tensor& h, const Tensor& c, const Tensor& w_ih, const Tensor& w_hh,
+       const Tensor& bias)
+      : M(x.size(0)),
+        F(x.size(1)),
+        H(h.size(1)),
+        x(data_of<S>(x)),
+        h(data_of<S>(h)),
+        c(data_of<S>(c)),
+        weights(F, H, w_ih, w_hh, bias, S{}) {}
+
+  // Inputs and state of a panel as lanes, and ones: [F + H + 1].
+  FM_HD void read_rows(const S* of_x, const S* of_h, int64_t first, int64_t count, A one,
+                       A* to) const {
+    to_lanes(row_of(of_x, first, F), count, F, to);
+    to_lanes(row_of(of_h, first, H), count, H, to + F * kWidth);
+    std::fill_n(to + (F + H) * kWidth, kWidth, one);
+  }
+  FM_HD void write_rows(const A* from, int64_t first, int64_t count, S* of_x, S* of_h) const {
+    from_lanes(from, count, F, row_of(of_x, first, F));
+    from_lanes(from + F * kWidth, count, H, row_of(of_h, first, H));
+  }
+
+  // Runs pass.panel(work, width of registers, first, count) for all panels in parts that depend on
+  // M alone; pass.finish(part, work) after each.
+  template <typename Pass>
+  void run(const Pass& pass) const {
+    const int64_t panels = ceil_div(M, kWidth), parts = least(panels, kParts);
+    if (parts == 0) return;
+    parallel_ranges(parts, ceil_div(panels, parts) * kWidth * H, [&](int64_t from, int64_t to) {
+      typename Pass::Work work(*this, pass);
+      for (int64_t part = from; part < to; ++part) {
+        work.start();
+        with_registers([&](auto bytes) FM_INLINE_LAMBDA {
+          for (int64_t p = panels * part / parts; p < panels * (part + 1) / parts; ++p) {
+            pass.template panel<decltype(bytes)::value>(work, p * kWidth,
+                                                        least(kWidth, M - p * kWidth));
+          }
+        });
+        pass.finish(part, work);
+      }
+    });
+  }
+};
+
+// Sums over coordinates [4H, F + H + 1]: lane by lane in a part, then the parts in order.
+template <typename A>
+struct WeightSums {
+  int64_t F, H, K;
+  std::vector<A> parts;
+
+  WeightSums(int64_t f, int64_t h, int64_t coordinates, bool wanted) : F(f), H(h), K(f + h + 1) {
+    const int64_t count = least(ceil_div(coordinates, kPanelWidth<A>), kParts);
+    if (wanted) parts.resize(size_t(count * 4 * h * K));
+  }
+  void keep(int64_t part, const A* lanes) {
+    constexpr int64_t kCount = 64 / sizeof(A);
+    A* const to = parts.data() + part * 4 * H * K;
+    for (int64_t i = 0; i < 4 * H * K; ++i) {
+      to[i] = Lanes<A, 16>::template load<true>(lanes + i * kCount, 0).sum();
+    }
+  }
+  template <typename S>
+  void finish(S* w_ih, S* w_hh, S* bias) const {
+    if (w_ih == nullptr && w_hh == nullptr) return;
+    const int64_t size = 4 * H * K, count = size > 0 ? int64_t(parts.size()) / size : 0;
+    for (int64_t n = 0; n < 4 * H; ++n) {
+      for (int64_t k = 0; k < K; ++k) {
+        A sum = 0;
+        for (int64_t p = 0; p < count; ++p) sum += parts[size_t(p * size + n * K + k)];
+        S* const to = k < F ? w_ih + n * F + k : k < F + H ? w_hh + n * H + k - F : bias + n;
+        *to = S(sum);
+      }
+    }
+  }
+};
+
+template <typename S, int B>
+struct Rows {  // the numbers of a unit in a panel
+  using A = acc_t<S>;
+  using L = Lanes<A, B>;
+  static constexpr int64_t kWidth = kPanelWidth<A>;
+  int64_t H;
+  FM_HD L at(const A* rows, int64_t row, int64_t lane) const {
+    return L::template load<true>(rows + row * kWidth + lane, 0);
+  }
+  FM_HD void put(A* rows, int64_t row, int64_t lane, const L& value) const {
+    value.template store<true>(rows + row * kWidth + lane, 0);
+  }
+  FM_HD LstmUnit<L> unit(const A* sums, const A* c, int64_t j, int64_t lane) const {
+    return LstmUnit<L>::of(at(sums, j, lane), at(sums, H + j, lane), at(sums, 2 * H + j, lane),
+                           at(sums, 3 * H + j, lane), at(c, j, lane));
+  }
+  FM_HD void put_gates(A* sums, int64_t j, int64_t lane, const LstmParts<L>& of) const {
+    put(sums, j, lane, of.i);
+    put(sums, H + j, lane, of.f);
+    put(sums, 2 * H + j, lane, of.g);
+    put(sums, 3 * H + j, lane, of.o);
+  }
+};
+
+template <typename S>
+struct LstmForward {
+  using A = acc_t<S>;
+  static constexpr int64_t kWidth = kPanelWidth<A>;
+  const Cell<S>& cell;
+  S *new_h, *new_c;
+
+  struct Work {
+    Buffer<A> z, sums, c;
+    Work(const Cell<S>& cell, const LstmForward&)
+        : z(cell.weights.K * kWidth), sums(4 * cell.H * kWidth), c(cell.H * kWidth) {}
+    void start() {}
+  };
+  template <int B>
+  FM_HD void panel(Work& work, int64_t first, int64_t count) const {
+    const int64_t H = cell.H;
+    const Rows<S, B> rows{H};
+    cell.read_rows(cell.x, cell.h, first, count, A(1), work.z.data);
+    to_lanes(row_of(cell.c, first, H), count, H, work.c.data);
+    mix<B, false>(4 * H, cell.weights.K, cell.weights.rows.data(), work.z.data, work.sums.data);
+    for (int64_t j = 0; j < H; ++j) {
+      for (int64_t l = 0; l < kWidth; l += Lanes<A, B>::kCount) {
+        const auto unit = rows.unit(work.sums.data, work.c.data, j, l);
+        rows.put(work.c.data, j, l, unit.cell);
+        rows.put(work.sums.data, j, l, unit.h());
+      }
+    }
+    from_lanes(work.sums.data, count, H, row_of(new_h, first, H));
+    from_lanes(work.c.data, count, H, row_of(new_c, first, H));
+  }
+  void finish(int64_t, const Work&) const {}
+};
+
+template <typename S>
+struct LstmBackward {
+  using A = acc_t<S>;
+  static constexpr int64_t kWidth = kPanelWidth<A>;
+  const Cell<S>& cell;
+  const S *gh, *gc;
+  S *dx, *dh, *dc;
+  WeightSums<A>* sums;  // null where not wanted
+
+  struct Work {
+    Buffer<A> z, sums, c, gh, gc, acc;
+    Work(const Cell<S>& cell, const LstmBackward& pass)
+        : z(cell.weights.K * kWidth),
+          sums(4 * cell.H * kWidth),
+          c(cell.H * kWidth),
+          gh(cell.H * kWidth),
+          gc(cell.H * kWidth),
+          acc(pass.sums ? 4 * cell.H * cell.weights.K * 64 / int64_t(sizeof(A)) : 0) {}
+    void start() { std::fill(acc.memory.begin(), acc.memory.end(), A(0)); }
+  };
+  template <int B>
+  FM_HD void panel(Work& work, int64_t first, int64_t count) const {
+    using L = Lanes<A, B>;
+    const int64_t F = cell.F, H = cell.H, K = cell.weights.K;
+    const Rows<S, B> rows{H};
+    const L one = L::all(A(1));
+    cell.read_rows(cell.x, cell.h, first, count, A(1), work.z.data);
+    to_lanes(row_of(cell.c, first, H), count, H, work.c.data);
+    to_lanes(row_of(gh, first, H), count, H, work.gh.data);
+    to_lanes(row_of(gc, first, H), count, H, work.gc.data);
+    mix<B, false>(4 * H, K, cell.weights.rows.data(), work.z.data, work.sums.data);
+    for (int64_t j = 0; j < H; ++j) {
+      for (int64_t l = 0; l < kWidth; l += L::kCount) {
+        const auto unit = rows.unit(work.sums.data, work.c.data, j, l);
+        L q;
+        const auto of =
+            lstm_gradient(unit, one, rows.at(work.gh.data, j, l), rows.at(work.gc.data, j, l), q);
+        rows.put_gates(work.sums.data, j, l, of);
+        rows.put(work.c.data, j, l, of.c);
+      }
+    }
+    from_lanes(work.c.data, count, H, row_of(dc, first, H));
+    if (sums != nullptr) outer<B>(4 * H, K, work.sums.data, work.z.data, work.acc.data);
+    if (dx != nullptr || dh != nullptr) {
+      mix<B, false>(F + H, 4 * H, cell.weights.columns.data(), work.sums.data, work.z.data);
+      cell.write_rows(work.z.data, first, count, dx, dh);
+    }
+  }
+  void finish(int64_t part, const Work& work) const {
+    if (sums != nullptr) sums->keep(part, work.acc.data);
+  }
+};
+
+template <typename S>
+struct LstmSecond {
+  using A = acc_t<S>;
+  static constexpr int64_t kWidth = kPanelWidth<A>;
+  const Cell<S>& cell;
+  const Weights<A>& direction;  // of the weights and the bias
+  const S *ux, *uh, *uc, *gh, *gc;
+  S *dgh, *dgc, *dx, *dh, *dc;
+  WeightSums<A>* sums;
+
+  struct Work {
+    Buffer<A> z, u, sums, along, gates, c, uc, gh, gc, acc;
+    Work(const Cell<S>& cell, const LstmSecond& pass)
+        : z(cell.weights.K * kWidth),
+          u(cell.weights.K * kWidth),
+          sums(4 * cell.H * kWidth),
+          along(4 * cell.H * kWidth),
+          gates(4 * cell.H * kWidth),
+          c(cell.H * kWidth),
+          uc(cell.H * kWidth),
+          gh(cell.H * kWidth),
+          gc(cell.H * kWidth),
+          acc(pass.sums ? 4 * cell.H * cell.weights.K * 64 / int64_t(sizeof(A)) : 0) {}
+    void start() { std::fill(acc.memory.begin(), acc.memory.end(), A(0)); }
+  };
+  template <int B>
+  FM_HD void panel(Work& work, int64_t first, int64_t count) const {
+    using L = Lanes<A, B>;
+    const int64_t F = cell.F, H = cell.H, K = cell.weights.K;
+    const Rows<S, B> rows{H};
+    const L one = L::all(A(1));
+    cell.read_rows(cell.x, cell.h, first, count, A(1), work.z.data);
+    cell.read_rows(ux, uh, first, count, A(0), work.u.data);
+    to_lanes(row_of(cell.c, first, H), count, H, work.c.data);
+    to_lanes(row_of(uc, first, H), count, H, work.uc.data);
+    to_lanes(row_of(gh, first, H), count, H, work.gh.data);
+    to_lanes(row_of(gc, first, H), count, H, work.gc.data);
+    const A* const w = cell.weights.rows.data();
+    mix<B, false>(4 * H, K, w, work.z.data, work.sums.data);
+    mix<B, false>(4 * H, K, w, work.u.data, work.along.data);
+    mix<B, true>(4 * H, K, direction.rows.data(), work.z.data, work.along.data);
+    for (int64_t j = 0; j < H; ++j) {
+      for (int64_t l = 0; l < kWidth; l += L::kCount) {
+        const auto unit = rows.unit(work.sums.data, work.c.data, j, l);
+        const L own_gh = rows.at(work.gh.data, j, l);
+        L q, d_gh, d_gc;
+        const auto of = lstm_gradient(unit, one, own_gh, rows.at(work.gc.data, j, l), q);
+        const LstmParts<L> d{rows.at(work.along.data, j, l), rows.at(work.along.data, H + j, l),
+                             rows.at(work.along.data, 2 * H + j, l),
+                             rows.at(work.along.data, 3 * H + j, l), rows.at(work.uc.data, j, l)};
+        const auto second = lstm_second(unit, one, own_gh, q, d, d_gh, d_gc);
+        rows.put_gates(work.gates.data, j, l, of);
+        rows.put_gates(work.sums.data, j, l, second);
+        rows.put(work.c.data, j, l, second.c);
+        rows.put(work.gh.data, j, l, d_gh);
+        rows.put(work.gc.data, j, l, d_gc);
+      }
+    }
+    from_lanes(work.gh.data, count, H, row_of(dgh, first, H));
+    from_lanes(work.gc.data, count, H, row_of(dgc, first, H));
+    from_lanes(work.c.data, count, H, row_of(dc, first, H));
+    if (sums != nullptr) {
+      outer<B>(4 * H, K, work.sums.data, work.z.data, work.acc.data);
+      outer<B>(4 * H, K, work.gates.data, work.u.data, work.acc.data);
+    }
+    if (dx != nullptr || dh != nullptr) {
+      const A* const back = cell.weights.columns.data();
+      mix<B, false>(F + H, 4 * H, back, work.sums.data, work.z.data);
+      mix<B, true>(F + H, 4 * H, direction.columns.data(), work.gates.data, work.z.data);
+      cell.write_rows(work.z.data, first, count, dx, dh);
+    }
+  }
+  void finish(int64_t part, const Work& work) const {
+    if (sums != nullptr) sums->keep(part, work.acc.data);
+  }
+};
+
+template <typename F>
+void with_type(const Tensor& t, const F& f) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::Double:
+      return f(double{});
+    case ScalarType::BFloat16:
+      return f(BFloat16{});
+    case ScalarType::Half:
+      return f(Half{});
+    default:
+      STD_TORCH_CHECK(false, "coordinate_lstm: expected a floating-point tensor");
+  }
+}
+
+Tensor if_wanted(int64_t wanted, std::initializer_list<int64_t> sizes, const Tensor& like) {
+  return empty_rows(wanted ? sizes : std::initializer_list<int64_t>{0}, like.scalar_type(), like);
+}
+
+std::tuple<Tensor, Tensor> forward(Tensor x, Tensor h, Tensor c, Tensor w_ih, Tensor w_hh,
+                                   Tensor bias) {
+  const int64_t M = x.size(0), H = h.size(1);
+  const Tensor new_h = if_wanted(1, {M, H}, x), new_c = if_wanted(1, {M, H}, x);
+  with_type(x, [&](auto zero) {
+    using S = decltype(zero);
+    const Cell<S> cell(x, h, c, w_ih, w_hh, bias);
+    cell.run(LstmForward<S>{cell, data_of<S>(new_h), data_of<S>(new_c)});
+  });
+  return {new_h, new_c};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(Optional gh, Optional gc,
+                                                                    Tensor x, Tensor h, Tensor c,
+                                                                    Tensor w_ih, Tensor w_hh,
+                                                                    Tensor bias, int64_t needs) {
+  const int64_t M = x.size(0), F = x.size(1), H = h.size(1);
+  const Tensor dx = if_wanted(needs & kX, {M, F}, x), dh = if_wanted(needs & kH, {M, H}, x);
+  const Tensor dc = if_wanted(needs & kC, {M, H}, x);
+  const Tensor dw_ih = if_wanted(needs & kW, {4 * H, F}, x);
+  const Tensor dw_hh = if_wanted(needs & kW, {4 * H, H}, x);
+  const Tensor db = if_wanted(needs & kW, {4 * H}, x);
+  with_type(x, [&](auto zero) {
+    using S = decltype(zero);
+    const Cell<S> cell(x, h, c, w_ih, w_hh, bias);
+    WeightSums<acc_t<S>> sums(F, H, M, needs & kW);
+    cell.run(LstmBackward<S>{cell, data_of<S>(gh), data_of<S>(gc), data_of<S>(dx), data_of<S>(dh),
+                             data_of<S>(dc), needs & kW ? &sums : nullptr});
+    sums.finish(data_of<S>(dw_ih), data_of<S>(dw_hh), data_of<S>(db));
+  });
+  return {dx, dh, dc, dw_ih, dw_hh, db};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> double_backward(
+    Optional ux, Optional uh, Optional uc, Optional uw_ih, Optional uw_hh, Optional ub, Optional gh,
+    Optional gc, Tensor x, Tensor h, Tensor c, Tensor w_ih, Tensor w_hh, Tensor bias,
+    int64_t needs) {
+  const int64_t M = x.size(0), F = x.size(1), H = h.size(1);
+  const Tensor dgh = if_wanted(needs & kG, {M, H}, x), dgc = if_wanted(needs & kG, {M, H}, x);
+  const Tensor dx = if_wanted(needs & kX, {M, F}, x), dh = if_wanted(needs & kH, {M, H}, x);
+  const Tensor dc = if_wanted(needs & kC, {M, H}, x);
+  const Tensor dw_ih = if_wanted(needs & kW, {4 * H, F}, x);
+  const Tensor dw_hh = if_wanted(needs & kW, {4 * H, H}, x);
+  const Tensor db = if_wanted(needs & kW, {4 * H}, x);
+  with_type(x, [&](auto zero) {
+    using S = decltype(zero);
+    const Cell<S> cell(x, h, c, w_ih, w_hh, bias);
+    const Weights<acc_t<S>> direction(F, H, uw_ih, uw_hh, ub, S{});
+    WeightSums<acc_t<S>> sums(F, H, M, needs & kW);
+    cell.run(LstmSecond<S>{cell, direction, data_of<S>(ux), data_of<S>(uh), data_of<S>(uc),
+                           data_of<S>(gh), data_of<S>(gc), data_of<S>(dgh), data_of<S>(dgc),
+                           data_of<S>(dx), data_of<S>(dh), data_of<S>(dc),
+                           needs & kW ? &sums : nullptr});
+    sums.finish(data_of<S>(dw_ih), data_of<S>(dw_hh), data_of<S>(db));
+  });
+  return {dgh, dgc, dx, dh, dc, dw_ih, dw_hh, db};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastmeta, CPU, m) {
+  m.impl("coordinate_lstm", TORCH_BOX(&forward));
+  m.impl("coordinate_lstm_backward", TORCH_BOX(&backward));
+  m.impl("coordinate_lstm_double_backward", TORCH_BOX(&double_backward));
+}
+
+}  // namespace fastmeta
