@@ -4,6 +4,7 @@ from fastmeta import data, models, ops, optim, training
 from fastmeta.algorithms.anil import ANIL
 from fastmeta.algorithms.candidates import Candidate
 from fastmeta.algorithms.imaml import IMAML
+from fastmeta.algorithms.lstm_meta_learner import LSTMMetaLearner
 from fastmeta.algorithms.maml import MAML
 from fastmeta.algorithms.matchingnet import MatchingNet
 from fastmeta.algorithms.metasgd import MetaSGD
@@ -12,10 +13,12 @@ from fastmeta.algorithms.protonet import ProtoNet
 from fastmeta.algorithms.relationnet import RelationNet
 from fastmeta.algorithms.reptile import Reptile
 from fastmeta.algorithms.selection import Selection, select_models
+from fastmeta.algorithms.unrolls import PES, TruncatedUnroll
 from fastmeta.batch import TaskBatch
 from fastmeta.engine import optimizers as rules
 from fastmeta.engine.adaptation import Adapted, adapt
 from fastmeta.engine.episode import MetaOutput
+from fastmeta.engine.learned import LearnedOptimizer
 from fastmeta.engine.rates import LearnedRate
 from fastmeta.patching import (
     Bias,
@@ -39,10 +42,13 @@ __all__ = [
     "ANIL",
     "IMAML",
     "MAML",
+    "PES",
     "Adapted",
     "Bias",
     "Candidate",
     "Head",
+    "LSTMMetaLearner",
+    "LearnedOptimizer",
     "LearnedRate",
     "LoRA",
     "MatchingNet",
@@ -63,6 +69,7 @@ __all__ = [
     "Spec",
     "TaskBatch",
     "TaskParams",
+    "TruncatedUnroll",
     "adapt",
     "data",
     "models",

@@ -38,7 +38,7 @@ class GradientLearner(nn.Module):
         steps: Inner steps K, at least 1. Default 5.
         order: 2 differentiates through the inner gradients, 1 treats them as constants.
         optimizer: ``"sgd" | "momentum" | "adam" | "adamw" |
-            "rmsprop" | "adagrad"`` or a rule object.
+            "rmsprop" | "adagrad"`` or a rule object; a `fm.LearnedOptimizer` learns as well.
         memory: ``"unroll"`` keeps the graph of all K steps; ``"recompute"`` keeps the fast weights
             of all steps and one step's graph, of half the tasks at a time (of all under dropout);
             ``"auto"`` measures a few small episodes for every new input shape and
@@ -92,7 +92,7 @@ class GradientLearner(nn.Module):
         self.rates = Rates(lr, patched.layout, steps, patched.slots.initial[0])
         self.steps = steps
         self.order = order
-        self.rule = resolve_rule(optimizer)
+        self.rule = resolve_rule(optimizer).bound(patched.layout)
         self.memory = memory
         self.task_chunk = task_chunk
         self.loss_fn = resolve_loss(loss_fn)
@@ -114,8 +114,13 @@ class GradientLearner(nn.Module):
     ) -> Iterator[tuple[str, nn.Parameter]]:
         """The meta-parameters by name."""
         yield from self.patched.named_parameters(prefix)
-        for name, parameter in self.rates.named_parameters():
-            yield (f"{prefix}." if prefix else "") + f"inner_lr.{name}", parameter
+        lead = f"{prefix}." if prefix else ""
+        yield from ((lead + name, parameter) for name, parameter in self._own().items())
+
+    def _own(self) -> dict[str, nn.Parameter]:
+        """Meta-parameters that are not the model's, by name."""
+        found = {f"inner_lr.{n}": p for n, p in self.rates.named_parameters()}
+        return found | {f"optimizer.{n}": p for n, p in self.rule.named_parameters()}
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
         """The meta-parameters, detached, by name."""
@@ -123,21 +128,19 @@ class GradientLearner(nn.Module):
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, **_: Any):  # type: ignore[override]
         """Copy meta-parameters in place, into the user's model where they are its own."""
-        rates = {f"inner_lr.{n}": p for n, p in self.rates.named_parameters()}
-        missing = rates.keys() - state_dict.keys()
+        own = self._own()
+        missing = own.keys() - state_dict.keys()
         if strict and missing:
-            raise ValueError(f"the state lacks the learned rates {sorted(missing)}")
-        rest = {k: v for k, v in state_dict.items() if k not in rates}
-        for name in rates.keys() & state_dict.keys():
-            if rates[name].shape != state_dict[name].shape:
+            raise ValueError(f"the state lacks {sorted(missing)[:4]}, which this learner learns")
+        rest = {k: v for k, v in state_dict.items() if k not in own}
+        for name in own.keys() & state_dict.keys():
+            if own[name].shape != state_dict[name].shape:
                 raise ValueError(
-                    f"expected shape {list(rates[name].shape)} for {name!r}, "
+                    f"expected shape {list(own[name].shape)} for {name!r}, "
                     f"got {list(state_dict[name].shape)}"
                 )
         self.patched.load_state_dict(rest, strict)
-        with torch.no_grad():
-            for name in rates.keys() & state_dict.keys():
-                rates[name].copy_(state_dict[name])
+        copy_parameters(own, {n: t for n, t in state_dict.items() if n in own}, strict)
 
     # -- running -----------------------------------------------------------------------------
 

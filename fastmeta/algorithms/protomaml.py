@@ -14,7 +14,7 @@ from fastmeta.algorithms.embedding import Embedding
 from fastmeta.algorithms.learner import GradientLearner, copy_parameters
 from fastmeta.algorithms.pooled import PooledClassifier
 from fastmeta.batch import TaskBatch
-from fastmeta.engine.checks import check_support_of_queries
+from fastmeta.engine.checks import check_classes, check_support_of_queries
 from fastmeta.engine.episode import MetaOutput, adapt_tasks, with_ways
 from fastmeta.engine.inner import InnerLoop
 from fastmeta.engine.losses import mask_ways
@@ -144,7 +144,8 @@ class ProtoMAML(GradientLearner):
         if isinstance(batch, TaskBatch) and _are_classes(batch):
             check_support_of_queries(batch.support["labels"], batch.query["labels"])
         super().check(batch)
-        self._check_classes(batch.support["labels"], batch.ways)
+        most = self.patched.layout.shapes[self.head.bias][0]
+        check_classes(batch.support["labels"], batch.ways, most)
 
     def _with_ways(self, batch: TaskBatch) -> TaskBatch:
         """The batch with each task's number of classes: those of its support set."""
@@ -154,19 +155,6 @@ class ProtoMAML(GradientLearner):
             return batch  # for `check` to say what is wrong
         ways = (batch.support["labels"].amax(1) + 1).clamp_min(1)
         return TaskBatch(batch.support, batch.query, ways)
-
-    def _check_classes(self, labels: Tensor, ways: Tensor) -> None:
-        """Raise unless every class of every task fits the head and has support rows."""
-        most = self.patched.layout.shapes[self.head.bias][0]
-        if int(ways.max()) > most:
-            raise ValueError(f"a task has {int(ways.max())} classes, but the head {most}")
-        classes = torch.arange(most, device=labels.device)
-        without = (classes < ways.unsqueeze(1)) & ~(labels.unsqueeze(2) == classes).any(1)
-        if bool(without.any()):
-            task, missing = without.nonzero()[0].tolist()
-            raise ValueError(
-                f"task {task} has {int(ways[task])} classes, but no support row of class {missing}"
-            )
 
     # -- for services ------------------------------------------------------------------------
 

@@ -60,7 +60,7 @@ def adapt(
         steps: Inner steps, at least 1.
         lr: Learning rate, positive.
         optimizer: ``"sgd" | "momentum" | "adam" | "adamw" |
-            "rmsprop" | "adagrad"`` or a rule object.
+            "rmsprop" | "adagrad"`` or a rule object, such as a `fm.LearnedOptimizer`.
         loss_fn: ``"classification"``, ``"causal_lm"`` or a callable ``(outputs, batch) -> [T]``.
         clip_norm: Bound on each task's gradient norm, positive, or None.
         task_chunk: Tasks adapted at once, at least 1, or None for all.
@@ -97,7 +97,7 @@ def adapt(
         support = {**support, WAYS: ways}
     loop = InnerLoop(
         patched=patched,
-        rule=resolve_rule(optimizer),
+        rule=resolve_rule(optimizer).bound(patched.layout),
         rates=rates,
         steps=steps,
         loss_fn=resolve_loss(loss_fn),

@@ -116,3 +116,21 @@ def check_support_of_queries(support: Tensor, query: Tensor) -> None:
         raise ValueError(
             f"task {task} has a query row of class {int(query[wrong][0])}, but no support row of it"
         )
+
+
+def check_classes(labels: Tensor, ways: Tensor, most: int) -> None:
+    """Raise unless every class of every task fits a head of `most` and has support rows.
+
+    Args:
+        labels: Of the support sets, ``[T, N]``.
+        ways: Number of classes of each task, ``[T]``.
+    """
+    if int(ways.max()) > most:
+        raise ValueError(f"a task has {int(ways.max())} classes, but the head {most}")
+    classes = torch.arange(most, device=labels.device)
+    without = (classes < ways.unsqueeze(1)) & ~(labels.unsqueeze(2) == classes).any(1)
+    if bool(without.any()):
+        task, missing = without.nonzero()[0].tolist()
+        raise ValueError(
+            f"task {task} has {int(ways[task])} classes, but no support row of class {missing}"
+        )

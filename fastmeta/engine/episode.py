@@ -148,7 +148,8 @@ def _run(
         logits = getattr(outputs, "logits", None)
         if logits is None:
             logits = losses.new_zeros(losses.shape[0], 0)
-        support_losses = torch.stack(trajectory.losses, 1)
+        none = losses.new_zeros(losses.shape[0], 0)
+        support_losses = torch.stack(trajectory.losses, 1) if trajectory.losses else none
         return TaskResults(losses, trajectory.params, logits, trajectory.active, support_losses)
 
     return run_chunks(loop, run, packed, plan)
@@ -173,6 +174,9 @@ def adapt_tasks(
     """
     shared = loop.patched.shared_parameters()
     differentiated = torch.is_grad_enabled()
+    if loop.steps == 0:
+        active = torch.ones(packed.shape[0], dtype=torch.bool, device=packed.device)
+        return Trajectory(packed, active, [])
     if head_may_serve(loop):
         support = _support(loop, packed, inputs, tasks)
         trajectory = adapt_head(loop, TaskParams(loop.patched.layout, packed), support)

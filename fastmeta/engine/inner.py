@@ -25,7 +25,7 @@ class InnerLoop:
         patched: The model.
         rule: Update rule.
         rates: Learning rate of every step.
-        steps: K, at least 1.
+        steps: K, at least 1, or 0 for weights that are generated.
         loss_fn: Task losses, ``(outputs, batch) -> [T]``.
         second_order: Steps whose gradient is itself differentiated: the last this many.
         clip_norm: Per-task bound on the gradient's norm, or None.
@@ -46,9 +46,9 @@ class InnerLoop:
     head: PrototypeHead | None = None
 
     def added_parameters(self) -> list[Tensor]:
-        """Meta-parameters that are not the model's: learned rates, a learned temperature."""
+        """Meta-parameters that are not the model's: of rates, the update rule, a temperature."""
         head = [] if self.head is None else list(self.head.parameters())
-        return [*self.rates.parameters(), *head]
+        return [*self.rates.parameters(), *self.rule.parameters(), *head]
 
     def create_graph(self, step: int) -> bool:
         """Whether this step's gradient is differentiated."""
@@ -180,6 +180,7 @@ def inner_step(
         segments=loop.rates.segments,
         clip_norm=loop.clip_norm,
         in_place=in_place,
+        losses=losses,
     )
     return packed, state, active & finite, losses
 

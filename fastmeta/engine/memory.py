@@ -145,7 +145,7 @@ def predict(loop: InnerLoop, batch: TaskBatch, mode: str) -> Need:
         per_step = _measure(loop, batch, mode, 1, steps + 1) - base if all_steps > 1 else 0
     else:
         row = loop.patched.init(1).packed
-        per_step = row.nbytes * (1 + len(loop.rule.init(row[:, :1])))
+        per_step = row.nbytes + sum(t.nbytes for t in loop.rule.init(row))
     per_task = base / few
     if batch.num_tasks >= 2 * few:
         per_task = (_measure(loop, batch, mode, 2 * few, steps) - base) / few

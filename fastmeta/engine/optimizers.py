@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastmeta import ops
 from fastmeta.patching import ParamLayout
@@ -23,7 +23,24 @@ class UpdateRule:
     Subclass it for a rule of your own: every tensor is ``[T, P]``; `lr` is a number or
     ``[1 or T, 1 or S or P]``, per layer where `segments` is given; a task whose `active` is False
     must come back unchanged.
+
+    Attributes:
+        reads_losses: Whether :meth:`update` takes the support losses before the step as ``losses``,
+            ``[T]`` without gradient.
     """
+
+    reads_losses: ClassVar[bool] = False
+
+    def bound(self, layout: ParamLayout) -> UpdateRule:
+        """The rule for fast weights of this layout: itself, unless it looks at it."""
+        return self
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Meta-parameters of the rule itself, which only a learned one has."""
+        return iter(())
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return (parameter for _, parameter in self.named_parameters())
 
     def init(self, params: Tensor) -> State:
         """State before the first step, tensors ``[T, P]`` that share no memory with `params`."""
@@ -68,6 +85,7 @@ class UpdateRule:
         segments: ParamLayout | None,
         clip_norm: float | None,
         in_place: bool,
+        losses: Tensor,
     ) -> tuple[Tensor, State, Tensor]:
         """:meth:`update` as the engine calls it: each task's gradient clipped to `clip_norm`, tasks
         whose gradient is not finite frozen.
@@ -76,6 +94,7 @@ class UpdateRule:
             active: bool ``[T]``, or None where every task is active.
             clip_norm: Bound on each task's gradient norm, or None.
             in_place: `params` and `state` may be overwritten.
+            losses: Support losses before the step, ``[T]``.
 
         Returns:
             Parameters, state, and bool ``[T]``: False where the gradient is not finite.
@@ -87,7 +106,10 @@ class UpdateRule:
         if clip_norm is not None:
             grads = grads * ops.clip_scale(grads, clip_norm).to(grads.dtype).unsqueeze(1)
         active = finite if active is None else finite & active
-        new, state = self.update(params, grads, state, lr, step, active=active, segments=segments)
+        options = {"losses": losses.detach()} if self.reads_losses else {}
+        new, state = self.update(
+            params, grads, state, lr, step, active=active, segments=segments, **options
+        )
         return new, state, finite
 
 
@@ -109,7 +131,7 @@ class FusedRule(UpdateRule):
         return new, tuple(state)
 
     def checked_update(
-        self, params, grads, state, lr, step, *, active, segments, clip_norm, in_place
+        self, params, grads, state, lr, step, *, active, segments, clip_norm, in_place, losses
     ):
         op = type(self).op_in_place if in_place else type(self).op
         scale = 1.0 if clip_norm is None else ops.clip_scale(grads, clip_norm)

@@ -46,13 +46,13 @@ def joined(parts: Sequence[Trajectory]) -> Trajectory:
 def recompute(
     loop: InnerLoop, packed: Tensor, support: Support, shared: Sequence[Tensor]
 ) -> Trajectory:
-    """All K steps, differentiable once to `packed`, the rates, `shared` weights and the prefix.
+    """All K steps, differentiable once to `packed`, rates, rule, `shared` weights and prefix.
 
     Args:
         packed: Initial fast weights ``[T, P]``.
         shared: Weights of the model that are meta-parameters but not adapted.
     """
-    weights = [*loop.rates.parameters(), *shared]
+    weights = [*loop.rates.parameters(), *loop.rule.parameters(), *shared]
     stored = support.stored()
     carrying = [t for t in stored if t.requires_grad]
     params, active, *losses = _Recompute.apply(

@@ -262,6 +262,7 @@ class Trainer:
             "config": self.config,
             "fingerprint": fingerprint(self.learner),
             "meta": dict(self.learner.state_dict()),
+            "progress": self.learner.progress() if hasattr(self.learner, "progress") else {},
             "outer": self.outer.state_dict(),
             "schedule": None if self.schedule is None else self.schedule.state_dict(),
             "episodes": self.episodes.state_dict(),
@@ -307,6 +308,8 @@ class Trainer:
         folder = find_checkpoint(self.out if checkpoint is None else checkpoint)
         state = read_checkpoint(folder)
         load_learner(self.learner, state, folder)
+        if hasattr(self.learner, "load_progress"):
+            self.learner.load_progress(state.get("progress", {}))
         # What can fail comes first, and the random states, which cannot, last.
         self._load_outer(state, folder)
         try:
