@@ -3,6 +3,7 @@
 from fastmeta import data, models, ops, optim, training
 from fastmeta.algorithms.anil import ANIL
 from fastmeta.algorithms.candidates import Candidate
+from fastmeta.algorithms.hypernetwork import HyperNetwork
 from fastmeta.algorithms.imaml import IMAML
 from fastmeta.algorithms.lstm_meta_learner import LSTMMetaLearner
 from fastmeta.algorithms.maml import MAML
@@ -47,6 +48,7 @@ __all__ = [
     "Bias",
     "Candidate",
     "Head",
+    "HyperNetwork",
     "LSTMMetaLearner",
     "LearnedOptimizer",
     "LearnedRate",

@@ -168,9 +168,49 @@ def _learner(config: Config, model: fm.Patched | nn.Module) -> nn.Module:
         settings |= _temperature(config)
         if not isinstance(model, fm.Patched):
             settings |= {"ways": config.ways} | _features(config)
+    if config.inner_optimizer == "learned":
+        settings["optimizer"] = fm.LearnedOptimizer(
+            config.learned_kind,
+            hidden=config.learned_hidden,
+            layers=config.learned_layers,
+            seed=config.seed,
+        ).to(model.device)
+    if config.method == "lstmmeta":
+        return _lstm_meta_learner(config, model, settings)
+    if config.method == "learnedopt":
+        return _unrolled(config, fm.MAML(model, **settings))
+    if config.method == "hypernet":
+        return fm.HyperNetwork(
+            model,
+            train_encoder=config.train_encoder,
+            latent=config.hyper_latent,
+            hidden=config.hyper_hidden,
+            seed=config.seed,
+            **settings | {"steps": config.refine_steps},
+        )
     methods = {"maml": fm.MAML, "fomaml": fm.MAML, "anil": fm.ANIL, "reptile": fm.Reptile}
     methods |= {"metasgd": fm.MetaSGD, "imaml": fm.IMAML, "protomaml": fm.ProtoMAML}
     return methods[config.method](model, **settings)
+
+
+def _lstm_meta_learner(config: Config, model: fm.Patched, settings: dict) -> fm.LSTMMetaLearner:
+    """Its input gate starts at the inner rate; a learned rate is a factor that starts at 1."""
+    lr, _ = settings.pop("lr"), settings.pop("optimizer")
+    lr = fm.LearnedRate(per=lr.per, init=1.0) if isinstance(lr, fm.LearnedRate) else 1.0
+    hidden = config.learned_hidden or 20
+    return fm.LSTMMetaLearner(
+        model, hidden=hidden, rate=config.inner_lr, lr=lr, seed=config.seed, **settings
+    )
+
+
+def _unrolled(config: Config, learner: fm.MAML) -> nn.Module:
+    window = {"horizon": config.horizon, "truncation": config.truncation}
+    if config.unroll == "truncated":
+        return fm.TruncatedUnroll(learner, **window)
+    if config.unroll == "pes":
+        draws = {"pairs": config.pes_pairs, "std": config.pes_std, "seed": config.seed}
+        return fm.PES(learner, **window, **draws)
+    return learner
 
 
 def _metric_learner(config: Config, model: fm.Patched | nn.Module) -> nn.Module:
@@ -300,7 +340,7 @@ def build_trainer(config: Config, parts: Parts, *, progress: bool = True) -> Tra
 def _outer(config: Config, learner: nn.Module) -> torch.optim.Optimizer:
     rates, values = [], []
     for name, parameter in learner.named_parameters():
-        added = name.startswith(("inner_lr.", "metric."))
+        added = name.startswith(("inner_lr.", "metric.", "optimizer.", "hypernet."))
         (rates if added else values).append(parameter)
     if not rates and not values:
         raise UserError(

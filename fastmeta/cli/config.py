@@ -15,11 +15,12 @@ from fastmeta.algorithms.comparison import PRECISIONS
 from fastmeta.algorithms.embedding import POOLINGS
 from fastmeta.algorithms.relationnet import LOSSES
 from fastmeta.cli.errors import UserError, near
+from fastmeta.engine.learned import KINDS
 from fastmeta.ops.pairwise import METRICS
 
-GRADIENT = ("maml", "fomaml", "anil", "reptile", "metasgd", "imaml")
+GRADIENT = ("maml", "fomaml", "anil", "reptile", "metasgd", "imaml", "lstmmeta", "learnedopt")
 METRIC = ("protonet", "matchingnet", "relationnet")
-METHODS = (*GRADIENT, *METRIC, "protomaml")
+METHODS = (*GRADIENT, *METRIC, "protomaml", "hypernet")
 
 
 def _key(
@@ -69,8 +70,8 @@ class Config:
         None,
         "what a task may change: all, head, bias, norm, prefix:length=16, params:GLOB+GLOB, "
         "lora:r=8,alpha=16,targets=query+value, joined by ' + ' (or a YAML list); default: head "
-        "for anil, none for protomaml (a new head on the pooled features adapts) and for metric "
-        "methods (where it says what learns), else all",
+        "for anil, lora:r=4 + head for hypernet, none for protomaml (a new head on the pooled "
+        "features adapts) and for metric methods (where it says what learns), else all",
     )
     inner_steps: int = _key(5, "inner steps K", least=1)
     inner_lr: float = _key(0.05, "inner learning rate, or its initial value", above=0)
@@ -80,11 +81,13 @@ class Config:
     inner_optimizer: str = _key(
         "sgd",
         "inner update rule",
-        choices=("sgd", "momentum", "adam", "adamw", "rmsprop", "adagrad"),
+        choices=("sgd", "momentum", "adam", "adamw", "rmsprop", "adagrad", "learned"),
     )
     inner_clip: float | None = _key(None, "bound on each task's inner gradient norm", above=0)
     order: int | None = _key(
-        None, "1 or 2; default: 1 for fomaml and reptile, else 2", choices=(1, 2)
+        None,
+        "1 or 2; default: 1 for fomaml, reptile, lstmmeta and learnedopt, else 2",
+        choices=(1, 2),
     )
     memory: str = _key("auto", "memory mode", choices=("auto", "unroll", "recompute"))
     task_chunk: int | str | None = _key(
@@ -93,6 +96,24 @@ class Config:
     truncate: int | None = _key(None, "differentiate the last this many inner steps", least=0)
     lam: float = _key(1.0, "imaml: strength of the pull to the initial values", above=0)
     cg_steps: int = _key(5, "imaml: iterations of conjugate gradients", least=1)
+    # learned optimizers: inner_optimizer=learned, which method learnedopt implies, and lstmmeta
+    learned_kind: str = _key("lstm", "network of the learned optimizer", choices=KINDS)
+    learned_hidden: int | None = _key(None, "its width; default: 20, or 32 for mlp", least=1)
+    learned_layers: int = _key(2, "its layers (lstmmeta has one)", least=1)
+    unroll: str = _key(
+        "whole",
+        "learnedopt: differentiate all inner steps, windows of a longer unroll, or none (pes)",
+        choices=("whole", "truncated", "pes"),
+    )
+    horizon: int = _key(100, "inner steps of a task with unroll: truncated or pes", least=1)
+    truncation: int = _key(10, "inner steps of a window", least=1)
+    pes_pairs: int = _key(4, "pes: pairs of particles", least=1)
+    pes_std: float = _key(0.01, "pes: deviation of the draws", above=0)
+    # hypernet
+    refine_steps: int = _key(0, "hypernet: inner steps from the generated weights", least=0)
+    hyper_latent: int = _key(64, "hypernet: length of a task's vector", least=1)
+    hyper_hidden: int = _key(128, "hypernet: width of its networks", least=1)
+    train_encoder: bool = _key(False, "hypernet: whether gradients flow through its encoder")
     # metric methods, and protomaml without a spec
     metric: str | None = _key(
         None, "distance; default: cosine for matchingnet, else sqeuclidean", choices=METRICS
@@ -112,7 +133,7 @@ class Config:
     outer: str = _key("adamw", "outer optimizer", choices=("adamw", "adam", "sgd"))
     outer_lr: float = _key(1e-3, "outer learning rate", above=0)
     rates_lr: float | None = _key(
-        None, "outer rate of learned inner rates and of what a metric method adds", above=0
+        None, "outer rate of what the method itself adds: rates, metrics, networks", above=0
     )
     weight_decay: float = _key(0.0, "outer weight decay, not on those", least=0)
     momentum: float = _key(0.0, "momentum of outer sgd", least=0)
@@ -140,6 +161,8 @@ class Config:
         """The configuration with every default that depends on the method filled in."""
         anil = self.method == "anil"
         first = self.method in ("fomaml", "reptile")
+        learned = self.method == "learnedopt"
+        hyper = self.method == "hypernet"
         pooled = self.method in METRIC or self.method == "protomaml"
         if first and self.order == 2:
             raise UserError(f"{self.method} is first-order: expected order 1, got 2")
@@ -147,12 +170,19 @@ class Config:
             raise UserError(
                 f"pooling: expected null or mean for {self.method}, got {self.pooling!r}"
             )
-        spec = self.spec or ("head" if anil else None if pooled else "all")
+        if self.unroll != "whole" and not learned:
+            raise UserError(f"unroll: expected whole for {self.method}, got {self.unroll!r}")
+        if self.inner_optimizer == "learned" and (hyper or self.method == "lstmmeta"):
+            raise UserError(f"inner_optimizer: expected another for {self.method}, got 'learned'")
+        default = "head" if anil else None if pooled else "lora:r=4 + head" if hyper else "all"
+        spec = self.spec or default
         return replace(
             self,
             train=self.train or ("all" if anil or spec is None else "adapted"),
             spec=spec,
-            order=self.order or (1 if first else 2),
+            order=self.order or (1 if first or learned or self.method == "lstmmeta" else 2),
+            inner_optimizer="learned" if learned else self.inner_optimizer,
+            pooling=self.pooling or ("mean" if hyper else None),
             metric=self.metric or ("cosine" if self.method == "matchingnet" else "sqeuclidean"),
         )
 

@@ -24,7 +24,8 @@ from fastmeta.training import (
 from fastmeta.training.files import check_writable, whole_file
 
 SUMMARY = "Evaluate a checkpoint on episodes of classes it has not seen."
-KEYS = tuple("model data split valid test shots queries tasks inner_steps device threads".split())
+_KEYS = "model data split valid test shots queries tasks inner_steps refine_steps device threads"
+KEYS = tuple(_KEYS.split())
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +50,8 @@ def run(arguments: argparse.Namespace) -> int:
     seed = arguments.episode_seed
     episodes = build_episodes(config, parts.tokenizer, arguments.part, seed=seed)
     start = time.perf_counter()
-    steps = "" if config.method in METRIC else f", {config.inner_steps} inner steps"
+    taken = config.refine_steps if config.method == "hypernet" else config.inner_steps
+    steps = "" if config.method in METRIC else f", {taken} inner steps"
     results = {
         f"{config.method}{steps}": adapted(
             parts, episodes, arguments.episodes, quiet=arguments.quiet
