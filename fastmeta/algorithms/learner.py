@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from fastmeta.batch import TaskBatch
 from fastmeta.engine.allocator import reuse_large_buffers
+from fastmeta.engine.capture import capture_of
 from fastmeta.engine.checks import check_clip_norm, check_sets, check_steps
 from fastmeta.engine.episode import MetaOutput, run_episode, with_ways
 from fastmeta.engine.inner import InnerLoop
@@ -50,6 +52,14 @@ class GradientLearner(nn.Module):
         clip_norm: Bound on each task's inner gradient norm, positive, or None.
         truncate: Differentiate through the last this many inner gradients only, 0 to K; None for
             all.
+        compile: Capture one inner step's gradient and its derivative as graphs, used for every
+            step and every batch of the same shapes. True takes what is best on the device:
+            ``"trace"`` (the operators alone, without autograd and Python; seconds to capture) on
+            a CPU, ``"inductor"`` (compiled; a minute) on a GPU. The same numbers; the loss is
+            then differentiable once. Numbers that a model or loss reads from Python are fixed
+            when they are captured. What cannot be captured runs eagerly, with one warning.
+        compile_cache: Folder of what Inductor compiles; None for Inductor's own, from which other
+            processes of the user read too.
 
     Raises:
         TypeError: `patched` is no patched model, or a setting is of the wrong type.
@@ -72,6 +82,8 @@ class GradientLearner(nn.Module):
         loss_fn: str | LossFn = "classification",
         clip_norm: float | None = None,
         truncate: int | None = None,
+        compile: bool | str = False,
+        compile_cache: str | Path | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(patched, Patched):
@@ -98,6 +110,7 @@ class GradientLearner(nn.Module):
         self.loss_fn = resolve_loss(loss_fn)
         self.clip_norm = clip_norm
         self.truncate = truncate
+        self.capture = capture_of(patched, compile, compile_cache)
         self._memory_plans: dict[Any, MemoryPlan] = {}
         self.train(patched.training)
         if patched.device.type == "cpu":
@@ -156,6 +169,7 @@ class GradientLearner(nn.Module):
             loss_fn=self.loss_fn,
             second_order=exact if self.truncate is None else min(exact, self.truncate),
             clip_norm=self.clip_norm,
+            capture=self.capture,
         )
 
     def forward(self, batch: TaskBatch, *, steps: int | None = None) -> MetaOutput:

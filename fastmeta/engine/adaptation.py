@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from fastmeta.batch import check_set, check_ways
+from fastmeta.engine.capture import capture_of
 from fastmeta.engine.checks import check_clip_norm, check_sets, check_steps
 from fastmeta.engine.chunks import split
 from fastmeta.engine.episode import adapt_tasks
@@ -48,6 +50,8 @@ def adapt(
     task_chunk: int | None = None,
     params: TaskParams | None = None,
     ways: Tensor | None = None,
+    compile: bool | str = False,
+    compile_cache: str | Path | None = None,
 ) -> Adapted:
     """Adapt T tasks in one batch and keep no graph.
 
@@ -66,6 +70,7 @@ def adapt(
         task_chunk: Tasks adapted at once, at least 1, or None for all.
         params: Fast weights of T tasks to start from; default the model's own initial values.
         ways: Number of classes of each task, int64 ``[T]``, when fewer than the head has.
+        compile, compile_cache: Captured steps, as for `fm.MAML`; later calls use them too.
 
     Returns:
         The adapted fast weights: ``patched(adapted.params, **query_inputs)``.
@@ -103,6 +108,7 @@ def adapt(
         loss_fn=resolve_loss(loss_fn),
         second_order=0,
         clip_norm=clip_norm,
+        capture=capture_of(patched, compile, compile_cache),
     )
     check_sets(patched, loop.loss_fn, {"support": support})
     with torch.no_grad():

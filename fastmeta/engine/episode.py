@@ -102,6 +102,7 @@ def _without(
     good: Tensor,
 ) -> tuple[TaskResults, Tensor]:
     """The episode of the good tasks, with the others' detached values put back; who is good."""
+    loop = replace(loop, capture=None)  # a number of tasks that is not worth graphs of its own
     while bool(good.any()):
         index = good.nonzero().flatten()
         again = _run(loop, packed[index], batch.select(index), plan, index)

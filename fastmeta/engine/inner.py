@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from fastmeta.engine.prototype_head import PrototypeHead
 from fastmeta.engine.rates import Rates
 from fastmeta.patching import Patched, TaskParams
 from fastmeta.patching.prefix import PrefixCache
+
+if TYPE_CHECKING:
+    from fastmeta.engine.capture import Capture
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class InnerLoop:
         proximal: Weight of ``1/2 |phi - theta|^2`` added to the inner loss (iMAML), or 0.
         implicit: Iterations of conjugate gradients of an implicit meta-gradient, or 0.
         head: Starts the head from each task's prototypes (ProtoMAML), or None.
+        capture: Runs gradients from captured graphs, or None.
     """
 
     patched: Patched
@@ -44,6 +49,7 @@ class InnerLoop:
     proximal: float = 0.0
     implicit: int = 0
     head: PrototypeHead | None = None
+    capture: Capture | None = None
 
     def added_parameters(self) -> list[Tensor]:
         """Meta-parameters that are not the model's: of rates, the update rule, a temperature."""
@@ -132,6 +138,10 @@ def gradient(
     loop: InnerLoop, packed: Tensor, support: Support, create_graph: bool
 ) -> tuple[Tensor, Tensor]:
     """Support losses ``[T]`` and their gradient ``[T, P]``, one batched pass for all tasks."""
+    if loop.capture is not None:
+        found = loop.capture.gradient(loop, packed, support, create_graph)
+        if found is not None:
+            return found
     with torch.enable_grad():
         if not create_graph:
             packed = packed.detach().requires_grad_()

@@ -157,7 +157,7 @@ def _measure(loop: InnerLoop, batch: TaskBatch, mode: str, tasks: int, steps: in
     from fastmeta.engine.episode import run_episode
 
     patched = loop.patched
-    small = replace(loop, steps=steps, second_order=steps)
+    small = replace(loop, steps=steps, second_order=steps, capture=None)
     devices = [patched.device] if patched.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), PeakMemory() as meter:
         packed = patched.init(tasks).packed

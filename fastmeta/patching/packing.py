@@ -8,7 +8,9 @@ buffer, and add to what is there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,10 +20,28 @@ from fastmeta._autograd import Function, transformed
 from fastmeta.patching.layout import ParamLayout
 
 
+class _Local(threading.local):
+    by_copies = False
+
+
+_local = _Local()
+
+
+@contextmanager
+def by_copies() -> Iterator[None]:
+    """Within, in this thread, nothing is written in place: for compilers that take such code apart
+    and put it together again."""
+    before, _local.by_copies = _local.by_copies, True
+    try:
+        yield
+    finally:
+        _local.by_copies = before
+
+
 def unpack(layout: ParamLayout, packed: Tensor) -> list[Tensor]:
     """``[T, P]`` -> one view ``[T, *shape]`` per segment, differentiable to any order."""
     plain = not (packed.requires_grad and torch.is_grad_enabled())
-    if plain or transformed():
+    if plain or _local.by_copies or transformed():
         return layout.unpack(packed)
     sink = Sink(layout)
     views = _Unpack.call(layout, sink, packed)

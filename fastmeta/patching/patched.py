@@ -62,6 +62,7 @@ class Patched(nn.Module):
         self.layout = self.slots.layout
         self._plans: dict[tuple[str, ...], Plan] = {}
         self._lock = threading.RLock()
+        self.captures: dict[Any, Any] = {}  # what the engine has captured of this model
         super().train(model.training)
 
     # -- meta-parameters ---------------------------------------------------------------------

@@ -1,0 +1,256 @@
+"""Captured inner gradients: one inner step's gradient and its derivative as compiled graphs.
+
+A graph serves every step k of every batch of the same shapes, so the time to compile it does not
+depend on K. What differs between steps (update rule, learned rates, frozen tasks) stays outside.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, fx
+from torch._guards import TracingContext, tracing
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from tqdm import tqdm
+
+from fastmeta import _backend
+from fastmeta.engine import graphs
+from fastmeta.engine.inner import InnerLoop, Support, gradient
+from fastmeta.patching import Patched
+from fastmeta.patching.packing import by_copies
+
+HOW = ("trace", "inductor")
+_MOST = 32
+"""Signatures captured of one model; more shapes than this run eagerly."""
+
+
+def capture_of(
+    patched: Patched, compile: bool | str, cache: str | Path | None = None
+) -> Capture | None:
+    """The capture that all learners of a patched model share, or None without one.
+
+    Args:
+        compile: False, True (``"trace"`` on a CPU, ``"inductor"`` on a GPU), or one of
+            :data:`HOW`.
+        cache: Folder of what Inductor compiles, or None for its own, one for every user.
+
+    Raises:
+        TypeError: `cache` is no path.
+        ValueError: `compile` is none of these.
+    """
+    if not (isinstance(compile, bool) or compile in HOW):
+        raise ValueError(
+            f"compile must be False, True, {' or '.join(map(repr, HOW))}; got {compile!r}"
+        )
+    if cache is not None and not isinstance(cache, str | Path):
+        raise TypeError(f"compile_cache must be the path of a folder or None, got {cache!r}")
+    if compile is False:
+        return None
+    if compile is True:
+        compile = "inductor" if patched.device.type == "cuda" else "trace"
+    folder = None if cache is None else str(Path(cache).expanduser().absolute())
+    return patched.captures.setdefault((compile, folder), Capture(compile, folder))
+
+
+class Capture:
+    """The captured gradients of one patched model.
+
+    Args:
+        how: ``"trace"`` runs the operators that eager code ran, without autograd and Python around
+            them; ``"inductor"`` has Inductor fuse what lies between our operators and products.
+        folder: Of Inductor's cache, or None for its own.
+    """
+
+    def __init__(self, how: str, folder: str | None) -> None:
+        self.how, self.folder = how, folder
+        self.steps: dict[Hashable, _Step | None] = {}  # None: runs eagerly
+        self.lock = threading.Lock()
+        self.warned = False
+
+    def __reduce__(self):
+        return Capture, (self.how, self.folder)  # graphs hold the tensors of one model
+
+    def gradient(
+        self, loop: InnerLoop, packed: Tensor, support: Support, create_graph: bool
+    ) -> tuple[Tensor, Tensor] | None:
+        """What :func:`fastmeta.engine.inner.gradient` returns, or None where eager code serves."""
+        if self.how == "inductor":
+            packed = packed.contiguous()  # the first step's rows are one: no graph of its own
+        shared = loop.patched.shared_parameters() if create_graph else []
+        operands = [packed, *support.stored(), *support.inputs.values()]
+        if loop.proximal:
+            operands.append(support.start)
+        key = _signature(loop, support, operands, shared, create_graph)
+        if key not in self.steps:
+            with self.lock:
+                if key not in self.steps:
+                    self.steps[key] = self._captured(loop, support, operands, shared, create_graph)
+        step = self.steps[key]
+        return None if step is None else step.run(packed.device, operands)
+
+    def _captured(
+        self,
+        loop: InnerLoop,
+        support: Support,
+        operands: list[Tensor],
+        shared: list[Tensor],
+        create_graph: bool,
+    ) -> _Step | None:
+        if len(self.steps) >= _MOST:
+            self._warn(f"{_MOST} shapes are captured already; pad texts to a few lengths")
+            return None
+        try:
+            with (
+                tqdm(desc="capturing", total=2, leave=False, disable=None) as bar,
+                by_copies() if self.how == "inductor" else nullcontext(),
+            ):
+                compiler = partial(self._compile, bar)
+                return _Step.make(loop, support, operands, shared, create_graph, compiler)
+        except Exception as error:  # whatever a model, a loss or a compiler may raise
+            self._warn(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+            return None
+
+    def _warn(self, reason: str) -> None:
+        if not self.warned:
+            self.warned = True
+            warnings.warn(
+                f"an inner step could not be captured and runs eagerly ({reason})",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def _compile(self, bar: tqdm, graph: fx.GraphModule, examples: Callable) -> Callable:
+        bar.update()
+        if self.how == "trace":
+            return graph
+        # Inductor keeps no graph that comes without one of these.
+        context = TracingContext(FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True))
+        with torch.no_grad(), _cache_in(self.folder), tracing(context):
+            return torch._inductor.compile(graph, [t.detach() for t in examples()])
+
+
+@contextmanager
+def _cache_in(folder: str | None) -> Iterator[None]:
+    """Within, Inductor keeps its files there; it takes the folder from the environment only."""
+    with nullcontext() if folder is None else patch.dict(os.environ, {_INDUCTOR: folder}):
+        yield
+
+
+_INDUCTOR = "TORCHINDUCTOR_CACHE_DIR"
+
+
+def _signature(loop, support, operands, shared, create_graph) -> Hashable:
+    """Everything that a trace fixes."""
+    device = operands[0].device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return (
+        create_graph,
+        loop.patched.training,
+        loop.loss_fn,
+        loop.proximal,
+        autocast,
+        _backend.requested(),
+        tuple(support.inputs),
+        tuple((t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in operands),
+        tuple(id(t) for t in shared),
+    )
+
+
+class _Step:
+    """A captured gradient, for operands of one signature.
+
+    Attributes:
+        pair: The graphs.
+        pulled: For each gradient that the backward graph returns: the operand or constant it
+            belongs to.
+    """
+
+    def __init__(self, pair: graphs.Pair, pulled: list[int]) -> None:
+        self.pair = pair
+        self.pulled = pulled
+
+    @classmethod
+    def make(
+        cls,
+        loop: InnerLoop,
+        support: Support,
+        operands: list[Tensor],
+        shared: list[Tensor],
+        create_graph: bool,
+        compiler: graphs.Compiler,
+    ) -> _Step:
+        loop = replace(loop, capture=None)
+        stored = len(support.stored())
+        names = list(support.inputs)
+        carrying = [i for i in range(1, 1 + stored) if operands[i].requires_grad]
+
+        def function(*args: Tensor) -> list[Tensor | None]:
+            leaves = [t.detach().requires_grad_(t.requires_grad) for t in args[: 1 + stored]]
+            packed = leaves[0].requires_grad_()
+            given = args[1 + stored :]
+            own = replace(
+                support.with_stored(leaves[1:]),
+                inputs=dict(zip(names, given, strict=False)),
+                start=given[len(names)] if loop.proximal else None,
+            )
+            losses, grad = gradient(loop, packed, own, create_graph)
+            results = [losses, grad.detach()]  # before the cotangent is read
+            if not create_graph:
+                return results
+            wanted = [packed, *(leaves[i] for i in carrying), *shared]
+            found = [None] * len(wanted)
+            if grad.requires_grad:
+                found = torch.autograd.grad(grad, wanted, args[-1], allow_unused=True)
+            return [*results, *found]
+
+        cotangent = torch.ones_like(operands[0], memory_format=torch.contiguous_format)
+        pair = graphs.capture(function, operands, cotangent if create_graph else None, 2, compiler)
+        places = {id(t): len(operands) + i for i, t in enumerate(pair.constants)}
+        pulled = [0, *carrying, *(places.get(id(t), -1) for t in shared)]
+        return cls(pair, pulled if create_graph else [])
+
+    def run(self, device: torch.device, operands: list[Tensor]) -> tuple[Tensor, Tensor]:
+        tensors = [*operands, *self.pair.constants]
+        with torch.autocast(device.type, enabled=False):
+            if self.pair.backward is None:
+                with torch.no_grad():
+                    losses, grad = self.pair.forward(*tensors)
+                return losses, grad
+            return _Gradient.apply(self, *tensors)
+
+
+class _Gradient(torch.autograd.Function):
+    """``(step, *operands, *constants) -> (losses [T], gradient [T, P])`` by captured graphs."""
+
+    @staticmethod
+    def forward(ctx: Any, step: _Step, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        losses, grad, *computed = step.pair.forward(*tensors)
+        ctx.save_for_backward(*(tensors[i] for i in step.pair.kept), *computed)
+        ctx.step, ctx.count = step, len(tensors)
+        ctx.mark_non_differentiable(losses)
+        ctx.set_materialize_grads(False)
+        return losses, grad
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, _: Tensor | None, d_grad: Tensor | None) -> tuple:
+        found: list[Tensor | None] = [None] * (1 + ctx.count)
+        if d_grad is not None:
+            step = ctx.step
+            with torch.autocast(d_grad.device.type, enabled=False):
+                pulled = step.pair.backward(*ctx.saved_tensors, d_grad.contiguous())
+            for place, value in zip(step.pulled, pulled, strict=True):
+                if place >= 0 and ctx.needs_input_grad[1 + place]:
+                    found[1 + place] = value
+        return tuple(found)
