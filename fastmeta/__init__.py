@@ -1,6 +1,6 @@
 """Task-batched meta-learning over transformers: exact, fused, on the model you already have."""
 
-from fastmeta import data, models, ops, optim, training
+from fastmeta import data, models, ops, optim, search, training
 from fastmeta.algorithms.anil import ANIL
 from fastmeta.algorithms.candidates import Candidate
 from fastmeta.algorithms.hypernetwork import HyperNetwork
@@ -79,6 +79,7 @@ __all__ = [
     "optim",
     "patch",
     "rules",
+    "search",
     "select_models",
     "training",
 ]

@@ -16,17 +16,18 @@ _HEAD_FILE = "head.safetensors"
 
 
 class SentenceClassifier(nn.Module):
-    """Mean-pooled, normalised token states of an encoder under a linear head.
+    """Pooled, normalised token states of an encoder under a linear head.
 
-    ``logits = W s e / |e| + b`` with e the mean of the token states under the attention mask. The
-    head starts at zero, so that label permutations of a task are equivalent to it, and the first
-    inner step sets each class's weights from that class's examples.
+    ``logits = W s e / |e| + b`` with e the mean of the token states under the attention mask, or the
+    first token's state. The head starts at zero, so that label permutations of a task are
+    equivalent to it, and the first inner step sets each class's weights from that class's examples.
 
     Args:
         encoder: A transformers model whose output has ``last_hidden_state``.
         num_labels: Number of logits C.
         scale: s, the norm of the pooled features. With SGD and rate ``lr`` one step on a balanced
             C-way task yields logits ``lr s^2 / C`` times a difference of cosines.
+        pooling: ``"mean"`` or ``"cls"``.
 
     Attributes:
         base_model_prefix: ``"encoder"``, so that ``fm.Head()`` is the classifier.
@@ -34,8 +35,16 @@ class SentenceClassifier(nn.Module):
 
     base_model_prefix = "encoder"
 
-    def __init__(self, encoder: nn.Module, num_labels: int = 5, scale: float = 30.0) -> None:
+    def __init__(
+        self,
+        encoder: nn.Module,
+        num_labels: int = 5,
+        scale: float = 30.0,
+        pooling: str = "mean",
+    ) -> None:
         super().__init__()
+        if pooling not in ("mean", "cls"):
+            raise ValueError(f"pooling must be 'mean' or 'cls', got {pooling!r}")
         if num_labels < 2:
             raise ValueError(f"num_labels must be at least 2, got {num_labels}")
         if not scale > 0:
@@ -43,23 +52,30 @@ class SentenceClassifier(nn.Module):
         self.encoder = encoder
         self.encoder.config.num_labels = num_labels
         self.scale = float(scale)
+        self.pooling = pooling
         self.classifier = nn.Linear(encoder.config.hidden_size, num_labels)
         nn.init.zeros_(self.classifier.weight)
         nn.init.zeros_(self.classifier.bias)
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, num_labels: int = 5, scale: float = 30.0, **settings: Any
+        cls,
+        path: str | Path,
+        num_labels: int = 5,
+        scale: float = 30.0,
+        pooling: str = "mean",
+        **settings: Any,
     ) -> SentenceClassifier:
         """Load the encoder from a folder or hub name, and the head where one was saved with it.
 
         Args:
             path: Whatever `transformers.AutoModel` takes.
-            num_labels, scale: As for the class; a saved head keeps its own scale.
+            num_labels, scale, pooling: As for the class; a saved head keeps its own scale and
+                pooling.
             **settings: Passed to `AutoModel.from_pretrained`.
         """
         encoder = load_encoder(path, **settings)
-        model = cls(encoder, num_labels, scale)
+        model = cls(encoder, num_labels, scale, pooling)
         head = Path(path, _HEAD_FILE)
         if head.is_file():
             tensors = load_file(head)
@@ -69,6 +85,8 @@ class SentenceClassifier(nn.Module):
                     f"expected num_labels={num_labels}"
                 )
             model.scale = float(tensors.pop("scale"))
+            if "cls" in tensors:
+                model.pooling = "cls" if bool(tensors.pop("cls")) else "mean"
             model.classifier.load_state_dict(tensors)
         return model
 
@@ -85,7 +103,8 @@ class SentenceClassifier(nn.Module):
         """Write the encoder as transformers does, and the head beside it."""
         self.encoder.save_pretrained(path)
         head = {n: p.detach().contiguous() for n, p in self.classifier.named_parameters()}
-        save_file({**head, "scale": torch.tensor(self.scale)}, Path(path, _HEAD_FILE))
+        head |= {"scale": torch.tensor(self.scale), "cls": torch.tensor(self.pooling == "cls")}
+        save_file(head, Path(path, _HEAD_FILE))
 
     def embed(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any
@@ -94,12 +113,11 @@ class SentenceClassifier(nn.Module):
         states = self.encoder(
             input_ids=input_ids, attention_mask=attention_mask, **inputs
         ).last_hidden_state
-        if attention_mask is None:
-            pooled = states.mean(1)
-        else:
-            weight = attention_mask.to(states.dtype).unsqueeze(-1)
-            pooled = (states * weight).sum(1) / weight.sum(1).clamp_min(1)
-        return F.normalize(pooled, dim=-1) * self.scale
+        return F.normalize(self.pool(states, attention_mask), dim=-1) * self.scale
+
+    def pool(self, states: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Token states ``[B, L, D]`` as one vector of each text, ``[B, D]``."""
+        return pooled(states, attention_mask, self.pooling)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any
@@ -107,6 +125,16 @@ class SentenceClassifier(nn.Module):
         """Logits ``[B, C]`` as ``output.logits``."""
         features = self.embed(input_ids, attention_mask, **inputs)
         return SequenceClassifierOutput(logits=self.classifier(features))
+
+
+def pooled(states: Tensor, attention_mask: Tensor | None, pooling: str) -> Tensor:
+    """Token states ``[B, L, D]`` as ``[B, D]``: their mean under the mask, or the first one."""
+    if pooling == "cls":
+        return states[:, 0]
+    if attention_mask is None:
+        return states.mean(1)
+    weight = attention_mask.to(states.dtype).unsqueeze(-1)
+    return (states * weight).sum(1) / weight.sum(1).clamp_min(1)
 
 
 def load_encoder(path: str | Path, **settings: Any) -> nn.Module:

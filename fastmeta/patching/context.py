@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -30,6 +30,7 @@ class Call:
         prefix: Outputs of the frozen prefix, being recorded or replayed.
         only_prefix: Stop at the first adapted module.
         tap: Notes what the adapted modules with a rule are called on, where wanted.
+        gates: What a search's candidates leave of the layers (see `fastmeta.search.gates`).
     """
 
     views: list[Tensor]
@@ -38,6 +39,7 @@ class Call:
     prefix: Replay | None = None
     only_prefix: bool = False
     tap: Tap | None = None
+    gates: Any = None
 
 
 class _Local(threading.local):

@@ -47,6 +47,9 @@ class Patched(nn.Module):
     other weight of the model that requires grad. Several threads may call it at once.
     """
 
+    boundaries: frozenset[str] = frozenset()
+    """Modules at which the frozen prefix ends, adapted or not."""
+
     def __init__(self, model: nn.Module, spec: Spec, *, seed: int = 0) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
@@ -157,7 +160,7 @@ class Patched(nn.Module):
                         self._model_inputs(_few(inputs, probe.TASKS, rows))
                         for rows in (probe.ROWS, probe.ROWS + 1)
                     )
-                    plan = make_plan(self.model, self.slots, small, large)
+                    plan = make_plan(self.model, self.slots, small, large, self.boundaries)
                     plan.train(self.training)
                     self._plans[key] = plan
         return plan

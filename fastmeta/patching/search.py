@@ -41,12 +41,19 @@ _LOW_PRECISION_TOLERANCE = 0.1
 _VMAP_LEAVES = 8
 
 
-def make_plan(model: nn.Module, slots: Slots, small: Mapping, large: Mapping) -> Plan:
+def make_plan(
+    model: nn.Module,
+    slots: Slots,
+    small: Mapping,
+    large: Mapping,
+    boundaries: frozenset[str] = frozenset(),
+) -> Plan:
     """The plan for inputs like `small` and `large`.
 
     Args:
         small: ``TASKS * ROWS`` rows of real model inputs.
         large: ``TASKS * (ROWS + 1)`` rows of them.
+        boundaries: Modules at which the frozen prefix ends, adapted or not; none is shortened.
 
     Raises:
         ValueError: The model itself does not run on these inputs.
@@ -58,13 +65,14 @@ def make_plan(model: nn.Module, slots: Slots, small: Mapping, large: Mapping) ->
         plan = search.try_modes()
         if plan is not None:
             break
-    plan = search.try_first_token(plan)
+    if not boundaries:
+        plan = search.try_first_token(plan)
     for name, mode in plan.modes.items():
         if mode == "loop":
             module = model.get_submodule(split_key(name)[0])
             probe.warn_loop(name, module)
     entered = {n for n, mode in plan.modes.items() if mode != "skip"} | slots.prefixes.keys()
-    plan.prefix = probe.prefix_modules(search.trace, entered)
+    plan.prefix = probe.prefix_modules(search.trace, entered | boundaries)
     prefix.install_in(plan.structure, plan.prefix)
     return plan
 

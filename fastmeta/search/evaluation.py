@@ -1,0 +1,270 @@
+"""Evaluate C candidates on T tasks in one batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastmeta.batch import TaskBatch
+from fastmeta.engine.losses import WAYS, accuracy, classification
+from fastmeta.patching import Params, Patched, TaskParams
+from fastmeta.patching import patch as patch_model
+from fastmeta.patching.context import Call, running
+from fastmeta.patching.head import Tap
+from fastmeta.patching.spec import Head
+from fastmeta.search.adaptation import adapt_candidates
+from fastmeta.search.passes import FrozenPass, LivePass
+from fastmeta.search.proposal import Proposal
+from fastmeta.search.space import Space
+from fastmeta.search.supernet import Supernet, repeated
+
+TOKENS = 1 << 16
+"""Tokens times adapted layers that a batch of candidates holds: what bounds its memory."""
+
+
+@dataclass
+class Score:
+    """What one candidate reached.
+
+    Attributes:
+        proposal: The candidate.
+        accuracies: Query accuracy of each task it was evaluated on; 0 where it diverged.
+        losses: Query loss of each of them.
+        diverged: On how many of them it diverged.
+        stopped: Whether successive halving ended it before the last rung.
+        cost: Numbers by name, see `CostModel`; empty without one.
+    """
+
+    proposal: Proposal
+    accuracies: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    diverged: int = 0
+    stopped: bool = False
+    cost: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def accuracy(self) -> float:
+        """Mean over tasks."""
+        return sum(self.accuracies) / len(self.accuracies)
+
+    @property
+    def interval(self) -> float:
+        """Half width of the 95 % interval of the mean over tasks, or 0 for a single task."""
+        n = len(self.accuracies)
+        if n < 2:
+            return 0.0
+        variance = sum((a - self.accuracy) ** 2 for a in self.accuracies) / (n - 1)
+        return 1.96 * math.sqrt(variance / n)
+
+
+class _FeatureHead(nn.Module):
+    """The model's head, on the features that it reads."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.head(features)
+
+
+class Evaluator:
+    """Adapts candidates to tasks and judges them on the tasks' query sets.
+
+    Args:
+        space: Where the candidates come from.
+        seed: Of the LoRA terms' initial values and of smaller batches' rows.
+        tokens: Bound on tokens times adapted layers of one batch of candidates; more candidates are
+            evaluated in several batches. Never changes a result.
+
+    Attributes:
+        net: The network that holds every candidate.
+    """
+
+    def __init__(self, space: Space, *, seed: int = 0, tokens: int = TOKENS) -> None:
+        self.space, self.seed, self.tokens = space, seed, tokens
+        self.net = Supernet(space, seed=seed)
+        self._head = self._feature_head()
+
+    @torch.no_grad()
+    def evaluate(
+        self,
+        candidates: Sequence[Proposal],
+        batches: TaskBatch | Sequence[TaskBatch],
+        *,
+        keep: float | None = None,
+    ) -> list[Score]:
+        """Adapt each candidate to each task's support set and score it on the query set.
+
+        Args:
+            candidates: C of them, at least 1.
+            batches: Tasks, each batch a rung: ``[T, N, ...]``, labels within the model's classes.
+            keep: Successive halving: the share of candidates, in (0, 1), that goes on from each
+                batch to the next, by mean accuracy (equal ones: the smaller loss). None keeps all.
+
+        Returns:
+            One `Score` for each candidate, in their order. A candidate's numbers do not depend on
+            the others.
+
+        Raises:
+            ValueError: No candidate, `keep` out of its range.
+        """
+        if not candidates:
+            raise ValueError("expected at least one candidate to evaluate, got none")
+        if keep is not None and not 0 < keep < 1:
+            raise ValueError(f"keep must be a share in (0, 1) or None, got {keep!r}")
+        batches = [batches] if isinstance(batches, TaskBatch) else list(batches)
+        scores = [Score(c) for c in candidates]
+        alive = list(range(len(candidates)))
+        for number, batch in enumerate(batches):
+            self._rung([scores[i] for i in alive], batch)
+            if keep is not None and number + 1 < len(batches):
+                order = sorted(alive, key=lambda i: _rank(scores[i]))
+                going_on = set(order[: max(1, math.ceil(keep * len(alive)))])
+                for i in alive:
+                    scores[i].stopped = i not in going_on
+                alive = [i for i in alive if i in going_on]
+        return scores
+
+    def _rung(self, scores: list[Score], batch: TaskBatch) -> None:
+        batch = batch.to(self.net.device)
+        support, query = (
+            {k: v for k, v in s.items() if k != "labels"} for s in (batch.support, batch.query)
+        )
+        order = sorted(range(len(scores)), key=lambda i: scores[i].proposal.first_adapted)
+        for some in self._chunks([scores[i] for i in order], batch):
+            proposals = [s.proposal for s in some]
+            frozen = FrozenPass(self.net, support, proposals)
+            judged = FrozenPass(self.net, query, proposals)
+            depth = len(self.space.anatomy.layers)
+            count = sum(p.first_adapted < depth for p in proposals)
+            if self._head is None:
+                count = len(some)
+            if count:
+                self._live(some[:count], range(count), frozen, judged, batch)
+            if count < len(some):
+                self._heads(some[count:], range(count, len(some)), frozen, judged, batch)
+
+    def _chunks(self, scores: list[Score], batch: TaskBatch) -> list[list[Score]]:
+        """Scores in their order, divided so that each batch fits."""
+        depth = len(self.space.anatomy.layers)
+        rows = max(t.numel() for t in (batch.support["labels"], batch.query["labels"]))
+        ids = next(v for v in batch.support.values() if v.dim() > 2)
+        size = rows * ids.shape[2]
+        chunks: list[list[Score]] = [[]]
+        used = 0
+        for score in scores:
+            mine = size * max(1, depth - score.proposal.first_adapted)
+            if chunks[-1] and used + mine > self.tokens:
+                chunks.append([])
+                used = 0
+            chunks[-1].append(score)
+            used += mine
+        return chunks
+
+    def _live(self, scores, members: Sequence[int], frozen, judged, batch: TaskBatch) -> None:
+        """Candidates whose layers adapt."""
+        proposals = [s.proposal for s in scores]
+        support = {k: v for k, v in batch.support.items() if k != "labels"}
+
+        def inputs_of(left: Sequence[int], rows: Tensor):
+            chosen = {k: _rows(v, rows) for k, v in support.items()}
+            return repeated(chosen, len(left)), LivePass(frozen, [members[i] for i in left], rows)
+
+        fast, finite = adapt_candidates(
+            self.net, proposals, self.net.start(proposals, batch.num_tasks),
+            batch.support["labels"], batch.ways, inputs_of, seed=self.seed,
+        )  # fmt: skip
+        query = {k: v for k, v in batch.query.items() if k != "labels"}
+        logits = self.net(
+            fast,
+            prefix_cache=LivePass(judged, list(members)),
+            **repeated(query, len(scores)),
+        )
+        _judge(scores, logits, finite, batch)
+
+    def _heads(self, scores, members: Sequence[int], frozen, judged, batch: TaskBatch) -> None:
+        """Candidates whose head alone adapts, on features that are computed once."""
+        proposals = [s.proposal for s in scores]
+        nodes: dict[tuple, int] = {}
+        own = [
+            nodes.setdefault((frozen.entries[m], p.pooling), len(nodes))
+            for m, p in zip(members, proposals, strict=True)
+        ]
+        chosen = [members[own.index(n)] for n in range(len(nodes))]
+        read = torch.tensor(own, device=self.net.device)
+        features = self._features(chosen, frozen, batch.support)[read]  # [C, T, N, D]
+
+        def inputs_of(left: Sequence[int], rows: Tensor):
+            every = torch.stack([_rows(features[i], rows) for i in left])
+            return {"features": every.flatten(0, 1)}, None
+
+        head: Patched = self._head
+        start = head.init(len(scores) * batch.num_tasks)
+        fast, finite = adapt_candidates(
+            head, proposals, TaskParams(head.layout, start.packed.detach().contiguous()),
+            batch.support["labels"], batch.ways, inputs_of, seed=self.seed,
+        )  # fmt: skip
+        rows = self._features(chosen, judged, batch.query)[read]
+        _judge(scores, head(fast, features=rows.flatten(0, 1)), finite, batch)
+
+    def _features(self, chosen, frozen: FrozenPass, rows: Mapping[str, Tensor]) -> Tensor:
+        """What the head reads, ``[nodes, T, N, D]``."""
+        inputs = {k: v for k, v in rows.items() if k != "labels"}
+        tasks, count = frozen.tasks, len(chosen)
+        tap = Tap()
+        params = self.net.init(count * tasks)
+        flat, units, n = self.net._flatten(params, repeated(inputs, count))
+        plan = self.net.plan(inputs)
+        gates = LivePass(frozen, chosen)
+        with running(Call(params.views, units, n, prefix=gates.stem, gates=gates, tap=tap)):
+            plan.run(flat)
+        name = _head_name(self.net)
+        features = next(x for called, x, _, _ in tap.calls if called == name)
+        return features.view(count, tasks, n, -1)
+
+    def _feature_head(self) -> Patched | None:
+        """The head alone, or None where it is more than one linear layer."""
+        name = _head_name(self.net)
+        if name is None:
+            return None
+        head = self.net.model.get_submodule(name)
+        return patch_model(_FeatureHead(head), Params("*"))
+
+
+def _head_name(net: Supernet) -> str | None:
+    owners = {r.name.rpartition(".")[0] for r in Head().resolve(net.model)}
+    if len(owners) != 1:
+        return None
+    name = owners.pop()
+    plain = type(net.model.get_submodule(name)).forward is nn.Linear.forward
+    return name if plain else None
+
+
+def _judge(scores: list[Score], logits: Tensor, finite: Tensor, batch: TaskBatch) -> None:
+    tasks = batch.num_tasks
+    rows: dict[str, Any] = {"labels": batch.query["labels"].repeat(len(scores), 1)}
+    if batch.ways is not None:
+        rows[WAYS] = batch.ways.repeat(len(scores))
+    right, losses = accuracy(logits, rows), classification(logits, rows)
+    good = finite & torch.isfinite(losses)
+    for i, score in enumerate(scores):
+        own = slice(i * tasks, (i + 1) * tasks)
+        score.accuracies += torch.where(good[own], right[own], 0.0).tolist()
+        score.losses += losses[own].nan_to_num(math.inf).tolist()
+        score.diverged += int((~good[own]).sum())
+
+
+def _rows(t: Tensor, index: Tensor) -> Tensor:
+    """``[T, N, ...]`` and ``[T, b]`` -> ``[T, b, ...]``."""
+    tasks = torch.arange(len(t), device=t.device).unsqueeze(1)
+    return t[tasks, index]
+
+
+def _rank(score: Score) -> tuple[float, float]:
+    return -score.accuracy, sum(score.losses)
