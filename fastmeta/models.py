@@ -18,9 +18,9 @@ _HEAD_FILE = "head.safetensors"
 class SentenceClassifier(nn.Module):
     """Pooled, normalised token states of an encoder under a linear head.
 
-    ``logits = W s e / |e| + b`` with e the mean of the token states under the attention mask, or the
-    first token's state. The head starts at zero, so that label permutations of a task are
-    equivalent to it, and the first inner step sets each class's weights from that class's examples.
+    ``logits = W s e / |e| + b`` with e the mean of the token states under the attention mask, or
+    the first token's state. The head starts at zero, so that label permutations of a task are
+    equivalent to it, and the first inner step sets each class's weights from its examples.
 
     Args:
         encoder: A transformers model whose output has ``last_hidden_state``.
@@ -79,14 +79,16 @@ class SentenceClassifier(nn.Module):
         head = Path(path, _HEAD_FILE)
         if head.is_file():
             tensors = load_file(head)
+            if "cls" in tensors:
+                model.pooling = "cls" if bool(tensors.pop("cls")) else "mean"
+            model.scale = float(tensors.pop("scale"))
+            if not bool(tensors["weight"].any() or tensors["bias"].any()):
+                return model  # untrained: as good for any number of classes
             if tensors["weight"].shape != model.classifier.weight.shape:
                 raise ValueError(
                     f"the head saved in {path} has {tensors['weight'].shape[0]} classes, "
                     f"expected num_labels={num_labels}"
                 )
-            model.scale = float(tensors.pop("scale"))
-            if "cls" in tensors:
-                model.pooling = "cls" if bool(tensors.pop("cls")) else "mean"
             model.classifier.load_state_dict(tensors)
         return model
 

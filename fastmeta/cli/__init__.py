@@ -1,4 +1,4 @@
-"""The command line: ``fastmeta train | eval | adapt | info | demo``."""
+"""The command line: ``fastmeta train | eval | adapt | search | info | demo``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     from fastmeta import __version__
-    from fastmeta.cli import adapt, demo, evaluate, info, train
+    from fastmeta.cli import adapt, demo, evaluate, info, search, train
 
     parser = _Parser(
         prog="fastmeta",
@@ -36,6 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("train", train),
         ("eval", evaluate),
         ("adapt", adapt),
+        ("search", search),
         ("info", info),
         ("demo", demo),
     ):
@@ -59,12 +60,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     from fastmeta.data import DataError
     from fastmeta.patching import PatchError
+    from fastmeta.search import SearchError
     from fastmeta.training import CheckpointError, Interrupted, TrainingError
 
+    mine = (UserError, DataError, PatchError, CheckpointError, TrainingError, SearchError, OSError)
     try:
         arguments = _parse(build_parser(), argv)
         return arguments.run(arguments)
-    except (UserError, DataError, PatchError, CheckpointError, TrainingError, OSError) as error:
+    except mine as error:
         # OSErrors come from the files and folders that the user named: full, missing, forbidden.
         print(f"fastmeta: error: {_sentence(error)}", file=sys.stderr)
         return 2
@@ -81,7 +84,9 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpa
     given = list(sys.argv[1:] if argv is None else argv)
     arguments, unknown = parser.parse_known_args(given)
     if arguments.command is None:
-        raise UserError("expected a command: train, eval, adapt, info or demo; see fastmeta --help")
+        raise UserError(
+            "expected a command: train, eval, adapt, search, info or demo; see fastmeta --help"
+        )
     if unknown:
         first = unknown[0]
         flags = [f for action in arguments.parser._actions for f in action.option_strings]

@@ -156,7 +156,7 @@ def _learner(config: Config, model: fm.Patched | nn.Module) -> nn.Module:
         "lr": lr,
         "steps": config.inner_steps,
         "order": config.order,
-        "optimizer": config.inner_optimizer,
+        "optimizer": _inner_rule(config),
         "memory": config.memory,
         "task_chunk": config.task_chunk,
         "clip_norm": config.inner_clip,
@@ -212,6 +212,14 @@ def _unrolled(config: Config, learner: fm.MAML) -> nn.Module:
         draws = {"pairs": config.pes_pairs, "std": config.pes_std, "seed": config.seed}
         return fm.PES(learner, **window, **draws)
     return learner
+
+
+def _inner_rule(config: Config) -> str | fm.rules.UpdateRule:
+    if config.inner_weight_decay is None:
+        return config.inner_optimizer
+    if config.inner_optimizer == "learned":
+        raise UserError("inner_weight_decay: a learned optimizer has none")
+    return fm.rules.RULES[config.inner_optimizer](weight_decay=config.inner_weight_decay)
 
 
 def _metric_learner(config: Config, model: fm.Patched | nn.Module) -> nn.Module:

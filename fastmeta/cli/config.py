@@ -83,6 +83,9 @@ class Config:
         "inner update rule",
         choices=("sgd", "momentum", "adam", "adamw", "rmsprop", "adagrad", "learned"),
     )
+    inner_weight_decay: float | None = _key(
+        None, "weight decay of the inner update rule; default: the rule's own", least=0
+    )
     inner_clip: float | None = _key(None, "bound on each task's inner gradient norm", above=0)
     order: int | None = _key(
         None,
@@ -214,7 +217,23 @@ def make_config(*tables: Mapping[str, Any]) -> Config:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a configuration file.
+    """Read a configuration file of a run.
+
+    Raises:
+        UserError: The file cannot be read, is no YAML table (names the line), or has keys or values
+            that a run does not know.
+    """
+    table = read_table(path)
+    try:
+        for key, value in table.items():
+            _checked(key, value)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return table
+
+
+def read_table(path: str | Path) -> dict[str, Any]:
+    """Read a YAML table.
 
     Raises:
         UserError: The file cannot be read, or is no YAML table (names the line).
@@ -234,12 +253,17 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(table, dict):
         got = "an empty file" if table is None else type(table).__name__
         raise UserError(f"{path}: expected a table of 'key: value' lines, got {got}")
-    try:
-        for key, value in table.items():
-            _checked(key, value)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
     return table
+
+
+def parse_value(text: str) -> Any:
+    """What a flag gives, as YAML reads it; ``none`` is null, too."""
+    if text in ("null", "none"):
+        return None
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
 
 
 def write_yaml(config: Config, path: Path) -> None:

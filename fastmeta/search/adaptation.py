@@ -1,4 +1,4 @@
-"""The inner loop of many candidates at once: each its rate, optimizer, number of steps and batch."""
+"""The inner loop of many candidates at once: each its rate, optimizer, steps and batch."""
 
 from __future__ import annotations
 

@@ -23,11 +23,11 @@ COSTS = ("flops", "parameters", "latency")
 class CostModel:
     """Cost of a candidate's architecture on texts of one length.
 
-    ``flops``: of matrix products, per text. ``parameters``: all that are left. ``latency``: seconds
-    for one batch of texts: the time of the model around its layers plus, for every layer that is
-    left, the time of a layer of its sizes, from a table that is measured once for each combination of
-    sizes. LoRA terms cost nothing: they are added to the weights for serving. Each number is also
-    given over that of the whole model, as ``relative_flops`` and so on.
+    ``flops``: of the layers' matrix products, per text. ``parameters``: all that are left.
+    ``latency``: seconds for one batch of texts: the time of the model around its layers plus, for
+    every layer that is left, the time of a layer of its sizes, from a table that is measured once
+    for each combination of sizes. LoRA terms cost nothing: they are added to the weights for
+    serving. Each number is also given over that of the whole model, as ``relative_flops`` etc.
 
     Args:
         space: Whose candidates are priced.
@@ -157,3 +157,11 @@ class CostModel:
                     torch.cuda.synchronize()
                 times.append(time.perf_counter() - start)
         return median(times[2:])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The measurements, so that a search that goes on prices as before."""
+        return {"table": dict(self.table), "outside": self._outside}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.table, self._outside = dict(state["table"]), state["outside"]
+        self.whole = self._costs([(x.heads, x.width) for x in self.space.anatomy.layers])

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,9 @@ from fastmeta.search.supernet import Supernet, repeated
 
 TOKENS = 1 << 16
 """Tokens times adapted layers that a batch of candidates holds: what bounds its memory."""
+
+KEPT_FEATURES = 1024
+"""Architectures whose features of a batch are remembered, for candidates with other recipes."""
 
 
 @dataclass
@@ -79,6 +83,8 @@ class Evaluator:
     Args:
         space: Where the candidates come from.
         seed: Of the LoRA terms' initial values and of smaller batches' rows.
+        calibration: Inputs ``[T, N, ...]`` on which the importance of heads and units is measured;
+            without, it is that of the weights alone.
         tokens: Bound on tokens times adapted layers of one batch of candidates; more candidates are
             evaluated in several batches. Never changes a result.
 
@@ -86,10 +92,18 @@ class Evaluator:
         net: The network that holds every candidate.
     """
 
-    def __init__(self, space: Space, *, seed: int = 0, tokens: int = TOKENS) -> None:
+    def __init__(
+        self,
+        space: Space,
+        *,
+        seed: int = 0,
+        calibration: Mapping[str, Tensor] | None = None,
+        tokens: int = TOKENS,
+    ) -> None:
         self.space, self.seed, self.tokens = space, seed, tokens
-        self.net = Supernet(space, seed=seed)
+        self.net = Supernet(space, seed=seed, calibration=calibration)
         self._head = self._feature_head()
+        self._features: WeakKeyDictionary[TaskBatch, dict] = WeakKeyDictionary()
 
     @torch.no_grad()
     def evaluate(
@@ -132,23 +146,17 @@ class Evaluator:
         return scores
 
     def _rung(self, scores: list[Score], batch: TaskBatch) -> None:
-        batch = batch.to(self.net.device)
-        support, query = (
-            {k: v for k, v in s.items() if k != "labels"} for s in (batch.support, batch.query)
-        )
-        order = sorted(range(len(scores)), key=lambda i: scores[i].proposal.first_adapted)
-        for some in self._chunks([scores[i] for i in order], batch):
-            proposals = [s.proposal for s in some]
-            frozen = FrozenPass(self.net, support, proposals)
-            judged = FrozenPass(self.net, query, proposals)
-            depth = len(self.space.anatomy.layers)
-            count = sum(p.first_adapted < depth for p in proposals)
-            if self._head is None:
-                count = len(some)
-            if count:
-                self._live(some[:count], range(count), frozen, judged, batch)
-            if count < len(some):
-                self._heads(some[count:], range(count, len(some)), frozen, judged, batch)
+        depth = len(self.space.anatomy.layers)
+        heads: list[Score] = []
+        live: list[Score] = []
+        for score in scores:
+            alone = self._head is not None and score.proposal.first_adapted == depth
+            (heads if alone else live).append(score)
+        if heads and not self._heads(heads, batch):
+            live += heads
+        live.sort(key=lambda s: s.proposal.first_adapted)
+        for some in self._chunks(live, batch):
+            self._live(some, batch.to(self.net.device))
 
     def _chunks(self, scores: list[Score], batch: TaskBatch) -> list[list[Score]]:
         """Scores in their order, divided so that each batch fits."""
@@ -156,53 +164,60 @@ class Evaluator:
         rows = max(t.numel() for t in (batch.support["labels"], batch.query["labels"]))
         ids = next(v for v in batch.support.values() if v.dim() > 2)
         size = rows * ids.shape[2]
-        chunks: list[list[Score]] = [[]]
+        chunks: list[list[Score]] = []
         used = 0
         for score in scores:
             mine = size * max(1, depth - score.proposal.first_adapted)
-            if chunks[-1] and used + mine > self.tokens:
+            if not chunks or used + mine > self.tokens:
                 chunks.append([])
                 used = 0
             chunks[-1].append(score)
             used += mine
         return chunks
 
-    def _live(self, scores, members: Sequence[int], frozen, judged, batch: TaskBatch) -> None:
+    def _live(self, scores: list[Score], batch: TaskBatch) -> None:
         """Candidates whose layers adapt."""
         proposals = [s.proposal for s in scores]
-        support = {k: v for k, v in batch.support.items() if k != "labels"}
+        support, query = _inputs(batch.support), _inputs(batch.query)
+        frozen = FrozenPass(self.net, support, proposals)
 
         def inputs_of(left: Sequence[int], rows: Tensor):
             chosen = {k: _rows(v, rows) for k, v in support.items()}
-            return repeated(chosen, len(left)), LivePass(frozen, [members[i] for i in left], rows)
+            return repeated(chosen, len(left)), LivePass(frozen, left, rows)
 
         fast, finite = adapt_candidates(
             self.net, proposals, self.net.start(proposals, batch.num_tasks),
             batch.support["labels"], batch.ways, inputs_of, seed=self.seed,
         )  # fmt: skip
-        query = {k: v for k, v in batch.query.items() if k != "labels"}
+        judged = FrozenPass(self.net, query, proposals)
         logits = self.net(
             fast,
-            prefix_cache=LivePass(judged, list(members)),
+            prefix_cache=LivePass(judged, range(len(scores))),
             **repeated(query, len(scores)),
         )
         _judge(scores, logits, finite, batch)
 
-    def _heads(self, scores, members: Sequence[int], frozen, judged, batch: TaskBatch) -> None:
-        """Candidates whose head alone adapts, on features that are computed once."""
+    def _heads(self, scores: list[Score], batch: TaskBatch) -> bool:
+        """Candidates whose head alone adapts, on features that are computed once.
+
+        Returns:
+            False where the head reads anything but one row per text.
+        """
+        known = self._features.setdefault(batch, {})
+        missing = {_shape_key(s.proposal): s for s in scores if _shape_key(s.proposal) not in known}
+        for some in self._chunks(list(missing.values()), batch):
+            proposals = [s.proposal for s in some]
+            pairs = [self._read(proposals, rows) for rows in (batch.support, batch.query)]
+            if None in pairs:
+                self._head = None
+                return False
+            known |= dict(zip(map(_shape_key, proposals), zip(*pairs, strict=True), strict=True))
+        batch = batch.to(self.net.device)
         proposals = [s.proposal for s in scores]
-        nodes: dict[tuple, int] = {}
-        own = [
-            nodes.setdefault((frozen.entries[m], p.pooling), len(nodes))
-            for m, p in zip(members, proposals, strict=True)
-        ]
-        chosen = [members[own.index(n)] for n in range(len(nodes))]
-        read = torch.tensor(own, device=self.net.device)
-        features = self._features(chosen, frozen, batch.support)[read]  # [C, T, N, D]
+        support, query = zip(*(known[_shape_key(p)] for p in proposals), strict=True)
 
         def inputs_of(left: Sequence[int], rows: Tensor):
-            every = torch.stack([_rows(features[i], rows) for i in left])
-            return {"features": every.flatten(0, 1)}, None
+            return {"features": torch.cat([_rows(support[i], rows) for i in left])}, None
 
         head: Patched = self._head
         start = head.init(len(scores) * batch.num_tasks)
@@ -210,23 +225,26 @@ class Evaluator:
             head, proposals, TaskParams(head.layout, start.packed.detach().contiguous()),
             batch.support["labels"], batch.ways, inputs_of, seed=self.seed,
         )  # fmt: skip
-        rows = self._features(chosen, judged, batch.query)[read]
-        _judge(scores, head(fast, features=rows.flatten(0, 1)), finite, batch)
+        _judge(scores, head(fast, features=torch.cat(query)), finite, batch)
+        while len(known) > KEPT_FEATURES:
+            del known[next(iter(known))]
+        return True
 
-    def _features(self, chosen, frozen: FrozenPass, rows: Mapping[str, Tensor]) -> Tensor:
-        """What the head reads, ``[nodes, T, N, D]``."""
-        inputs = {k: v for k, v in rows.items() if k != "labels"}
-        tasks, count = frozen.tasks, len(chosen)
+    def _read(self, proposals: list[Proposal], rows: Mapping[str, Tensor]) -> list[Tensor] | None:
+        """What the head reads of each candidate's states, ``[T, N, D]``."""
+        inputs = {k: v.to(self.net.device) for k, v in _inputs(rows).items()}
+        gates = LivePass(FrozenPass(self.net, inputs, proposals), range(len(proposals)))
+        params = self.net.init(len(proposals) * gates.tasks)
+        flat, units, n = self.net._flatten(params, repeated(inputs, len(proposals)))
         tap = Tap()
-        params = self.net.init(count * tasks)
-        flat, units, n = self.net._flatten(params, repeated(inputs, count))
-        plan = self.net.plan(inputs)
-        gates = LivePass(frozen, chosen)
         with running(Call(params.views, units, n, prefix=gates.stem, gates=gates, tap=tap)):
-            plan.run(flat)
-        name = _head_name(self.net)
-        features = next(x for called, x, _, _ in tap.calls if called == name)
-        return features.view(count, tasks, n, -1)
+            out = self.net.plan(inputs).run(flat)
+        logits = getattr(out, "logits", out)
+        for name, x, y, version in tap.calls:
+            if name == _head_name(self.net) and x.dim() == 2 and y is logits:
+                if y._version == version:
+                    return list(x.view(len(proposals), gates.tasks, n, -1).unbind(0))
+        return None
 
     def _feature_head(self) -> Patched | None:
         """The head alone, or None where it is more than one linear layer."""
@@ -258,6 +276,15 @@ def _judge(scores: list[Score], logits: Tensor, finite: Tensor, batch: TaskBatch
         score.accuracies += torch.where(good[own], right[own], 0.0).tolist()
         score.losses += losses[own].nan_to_num(math.inf).tolist()
         score.diverged += int((~good[own]).sum())
+
+
+def _inputs(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k: v for k, v in rows.items() if k != "labels"}
+
+
+def _shape_key(proposal: Proposal) -> tuple:
+    """Candidates of one key have the same frozen features."""
+    return proposal.shape, proposal.pooling
 
 
 def _rows(t: Tensor, index: Tensor) -> Tensor:

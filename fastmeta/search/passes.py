@@ -32,7 +32,25 @@ class _Done(Exception):
     """No candidate needs a higher layer."""
 
 
-class FrozenPass:
+class Pass:
+    """How a call of the supernet runs its layers; `Call.gates` of the whole model.
+
+    Attributes:
+        stem: Stored outputs of the modules below the layers, or None to run them.
+    """
+
+    stem: Any = None
+
+    def layer(self, number: int, hidden: Tensor, args: tuple, kwargs: dict) -> Any:
+        """Called in place of a layer of the model."""
+        raise NotImplementedError
+
+    def pool(self, structure: SentenceClassifier, states: Tensor, mask: Tensor | None) -> Tensor:
+        """Called in place of a SentenceClassifier's pooling."""
+        raise NotImplementedError
+
+
+class FrozenPass(Pass):
     """States of C candidates at their first adapted layers, on T tasks of N rows.
 
     Args:
@@ -120,11 +138,8 @@ class FrozenPass:
             out = self.layers.frozen[number](states.flatten(0, 1), *args, **kwargs)
         return self.layers.states(out).view(states.shape)
 
-    def pool(self, structure: SentenceClassifier, states: Tensor, mask: Tensor | None) -> Tensor:
-        raise _Done
 
-
-class LivePass:
+class LivePass(Pass):
     """Adapted layers of some candidates, in the order of their first adapted layers.
 
     Args:

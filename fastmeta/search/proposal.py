@@ -14,7 +14,7 @@ class Proposal:
     Attributes:
         decisions: Name -> value, all that the space decides.
         kept: Which layers are left, from the bottom.
-        heads, widths: Attention heads and feed-forward units of every layer, also of those left out.
+        heads, widths: Attention heads and feed-forward units of every layer, kept or not.
         pooling: ``"mean"``, ``"cls"``, or ``"model"``: whatever the model does.
         ranks: LoRA target -> rank, 0 for none.
         adapted_layers: How many of the kept layers, from the top, have LoRA terms.

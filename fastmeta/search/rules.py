@@ -80,7 +80,7 @@ class RowRules(UpdateRule):
     def _states(self, state: State) -> list[State]:
         """The state of each group."""
         found, rest = [], list(state)
-        for index, rule in self.groups:
+        for _, rule in self.groups:
             count = len(rule.init(torch.empty(1, 1)))
             found.append(tuple(rest[:count]))
             rest = rest[count:]

@@ -75,7 +75,7 @@ class Space:
         optimizer: str | Sequence[str] = "sgd",
         weight_decay: float | Sequence[float] | Range = 0.0,
         steps: int | Sequence[int] | Range = 5,
-        batch_size: int | None | Sequence[int | None] = None,
+        batch_size: int | Sequence[int | None] | None = None,
         conditions: Sequence[When] = (),
         constraint: Callable[[Proposal], bool] | None = None,
         seed: int = 0,
@@ -289,7 +289,8 @@ class Space:
             if self.allows(proposal):
                 return proposal
         raise ValueError(
-            f"the space is contradictory: of {_TRIES} candidates drawn none satisfies its constraint"
+            f"the space is contradictory: of {_TRIES} candidates drawn none satisfies the "
+            "constraint"
         )
 
     def sample(self, count: int = 1, *, seed: int = 0) -> list[Proposal]:
@@ -352,7 +353,7 @@ class Space:
         return tuple(d for d in self.decisions if isinstance(d.domain, Range) or len(d.domain) > 1)
 
     def spec(self) -> Spec:
-        """What a task may change in any candidate: LoRA terms of the largest ranks, and the head."""
+        """What a task may change: LoRA terms of the largest ranks, and the head."""
         spec: Spec = Head()
         domains = {d.name: d.domain for d in self.decisions}
         lowest = max(

@@ -15,7 +15,7 @@ from fastmeta.patching.context import Call, current_call, running
 from fastmeta.patching.plan import Plan
 from fastmeta.search.gates import Layers
 from fastmeta.search.importance import ordered_copy
-from fastmeta.search.passes import LivePass
+from fastmeta.search.passes import Pass
 from fastmeta.search.proposal import Proposal
 from fastmeta.search.space import Space
 
@@ -26,10 +26,16 @@ class Supernet(Patched):
     Args:
         space: Its model is copied: heads and units are put in order of importance.
         seed: Of the LoRA terms' initial values.
+        calibration: Inputs for the measure of importance, ``[T, N, ...]``, or None.
     """
 
-    def __init__(self, space: Space, *, seed: int = 0) -> None:
-        super().__init__(ordered_copy(space.model, space.anatomy), space.spec(), seed=seed)
+    def __init__(
+        self, space: Space, *, seed: int = 0, calibration: Mapping[str, Tensor] | None = None
+    ) -> None:
+        if calibration is not None:
+            rows = {k: v.flatten(0, 1) for k, v in calibration.items() if k != "labels"}
+        model = ordered_copy(space.model, space.anatomy, None if calibration is None else rows)
+        super().__init__(model, space.spec(), seed=seed)
         self.space = space
         self.anatomy = space.anatomy
         self.boundaries = frozenset(layer.name for layer in space.anatomy.layers)
@@ -53,7 +59,7 @@ class Supernet(Patched):
                 model with its LoRA terms.
             inputs: ``[C * T, N, ...]``.
         """
-        if not isinstance(prefix_cache, LivePass):
+        if not isinstance(prefix_cache, Pass):
             return super().forward(params, prefix_cache=prefix_cache, **inputs)
         flat, tasks, rows = self._flatten(params, inputs)
         plan = self.plan(inputs)

@@ -1,0 +1,63 @@
+"""Bounds on a candidate's cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fastmeta.search.cost import CostModel
+from fastmeta.search.errors import SearchError
+from fastmeta.search.proposal import Proposal
+from fastmeta.search.space import Space
+
+
+class Budget:
+    """Which candidates cost little enough.
+
+    Args:
+        space: Where they come from.
+        cost: What they cost.
+        bounds: Name of a cost -> its largest value.
+
+    Raises:
+        SearchError: An unknown cost, a bound that is not positive, or one that not even the
+            smallest candidate meets.
+    """
+
+    def __init__(self, space: Space, cost: CostModel, bounds: Mapping[str, float]) -> None:
+        self.cost, self.bounds = cost, dict(bounds)
+        for name, bound in self.bounds.items():
+            if name not in cost.names():
+                raise SearchError(f"a budget bounds one of {', '.join(cost.names())}, got {name!r}")
+            if not bound > 0:
+                raise SearchError(f"the budget of {name} must be positive, got {bound!r}")
+        if not self.bounds:
+            return
+        smallest = smallest_candidates(space)
+        for name, bound in self.bounds.items():
+            least = min(cost(p)[name] for p in smallest)
+            if least > bound:
+                raise SearchError(
+                    f"no candidate meets the budget {name} <= {bound:g}: the smallest one has "
+                    f"{least:.4g}; raise the budget or allow fewer layers, heads or units"
+                )
+
+    def __call__(self, proposal: Proposal) -> bool:
+        if not self.bounds:
+            return True
+        found = self.cost(proposal)
+        return all(found[name] <= bound for name, bound in self.bounds.items())
+
+
+def smallest_candidates(space: Space) -> list[Proposal]:
+    """Candidates of which one is the cheapest, whatever is counted."""
+    least = {
+        d.name: min(d.domain)
+        for d in space.decisions
+        if d.name == "layers" or d.name.partition(".")[0] in ("heads", "width")
+    }
+    layers = [d.name for d in space.decisions if d.name.startswith("layer.")]
+    found = [
+        space.proposal(least | {name: name == only for name in layers})
+        for only in (layers or [None])
+    ]
+    return [p for p in found if any(p.kept)]
