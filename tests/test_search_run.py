@@ -169,7 +169,9 @@ def gated_logits(evaluator, proposal, inputs) -> torch.Tensor:
 def test_the_export_is_an_ordinary_checkpoint(parts, tmp_path, kind, head):
     model, tokenizer, batch = parts
     if head == "sentence":
-        model = fm.models.SentenceClassifier(oracle.tiny_bert()[0].bert, 5, 10.0).double()
+        encoder = oracle.tiny_bert()[0].bert
+        encoder.pooler = None  # as load_encoder leaves it
+        model = fm.models.SentenceClassifier(encoder, 5, 10.0).double()
     stock = kind == "stock"
     more = {} if stock else {"heads": [4, 2], "layers": "each", "uniform": False}
     space = make_space(model, **more)
