@@ -53,13 +53,13 @@ class RowRules(UpdateRule):
         return rule, tuple(chosen)
 
     def checked_update(
-        self, params, grads, state, lr, step, *, active, segments, clip_norm, in_place
+        self, params, grads, state, lr, step, *, active, segments, clip_norm, in_place, losses
     ):
         if len(self.groups) == 1:
             return self.groups[0][1].checked_update(
                 *(params, grads, state, lr, step),
                 **{"active": active, "segments": segments},
-                **{"clip_norm": clip_norm, "in_place": in_place},
+                **{"clip_norm": clip_norm, "in_place": in_place, "losses": losses},
             )
         new = torch.empty_like(params)
         finite = torch.ones(len(params), dtype=torch.bool, device=params.device)
@@ -72,6 +72,7 @@ class RowRules(UpdateRule):
                 segments=segments,
                 clip_norm=clip_norm,
                 in_place=True,  # indexing made copies
+                losses=losses[index],
             )
             new[index], finite[index] = part, good
             states += after
