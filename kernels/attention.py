@@ -317,7 +317,8 @@ def blocks_of(q: Tensor, v: Tensor, keys: int, most: int) -> dict:
             "attention: the Triton kernels take head sizes up to 256, got D = "
             f"{width} and E = {width_v}"
         )
-    most = min(most, max(16, 8192 // max(bd, be)))
+    # whole rows of the operands of a product lie in registers
+    most = min(most, max(16, 32 * most // max(bd, be)))
     if q.dtype == torch.float64:
         most = min(most, 16)
     bm, bn = (max(16, power_of_2(n, most)) for n in (q.shape[2], keys))
@@ -329,6 +330,7 @@ def constants_of(
 ) -> dict:
     """What is compiled in; numbers among it, because as arguments they would be float32."""
     found = blocks_of(q, v, keys, most) | {"scale": scale, "factor": 1 / (1 - dropout_p)}
+    found["num_warps"] = 4 if max(found["BD"], found["BE"]) <= 32 else 8
     found["BOOLEAN"] = mask is not None and mask.dtype in (torch.bool, torch.uint8)
     return found | {"ACC": accumulator(q)}
 
@@ -347,7 +349,6 @@ def attention(q, k, v, mask, seed, scale, lower, upper, dropout_p, period) -> tu
         *steps(q, k, v, out),
         *numbers(mask, lower, upper, dropout_p, period),
         blocks,
-        num_warps=4,
         **constants,
     )
     return out, lse
@@ -371,7 +372,6 @@ def attention_backward(
         *steps(d_out, q, k, v, dq, dk, dv),
         *setting,
         blocks,
-        num_warps=4,
         WHOLE=whole,
         **constants,
     )
@@ -385,7 +385,6 @@ def attention_backward(
             *steps(d_out, q, k, v, dk, dv),
             *setting,
             blocks,
-            num_warps=4,
             **constants,
         )
     return dq, dk, dv

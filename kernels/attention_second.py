@@ -272,7 +272,6 @@ def attention_double_backward(
         *steps(*strided, dd, dq, dk, dv),
         *setting,
         *(blocks, lse.numel()),
-        num_warps=4,
         WHOLE=whole,
         **constants,
     )
@@ -286,7 +285,6 @@ def attention_double_backward(
             *steps(*strided, dk, dv),
             *setting,
             *(blocks, lse.numel()),
-            num_warps=4,
             **constants,
         )
     return dd, dq, dk, dv

@@ -205,9 +205,11 @@ def check(launches: list[Launch], architecture: int, tmp_path: Path) -> None:
         print(
             f"{what}: {registers} registers, {binary.metadata.shared} bytes shared, {stack} stack"
         )
-        # not in the loops: a few registers around a branch, or a power or exponential of doubles
+        # a few registers around a branch, or a power or exponential of doubles; second derivatives
+        # of heads of 128 and more hold eight tiles and spill up to 300 bytes
         doubles = launch.constants.get("ACC") == triton.language.float64
-        if local or stack > (64 if doubles else 16):
+        wide = launch.name.startswith("second_") and launch.constants["BD"] > 64
+        if local or stack > (320 if wide else 64 if doubles else 16):
             spilled.append(f"{what}: {registers} registers, {stack} bytes of stack")
         assert_vectors(launch, binary, what)
     assert launches and not spilled, "\n".join(spilled)
