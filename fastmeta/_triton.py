@@ -30,6 +30,11 @@ KERNELS = {  # raw operators by file of kernels/; the launcher of each has its n
     "classes": ("class_sums", "class_gather"),
     "prototypical": ("prototypical", "prototypical_backward", "prototypical_rows_"),
     "nearest": ("nearest_select_",),
+    "coordinate_lstm": (
+        "coordinate_lstm",
+        "coordinate_lstm_backward",
+        "coordinate_lstm_double_backward",
+    ),
     "lora_linear": (
         "lora_linear",
         "lora_linear_backward",

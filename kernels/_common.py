@@ -65,6 +65,20 @@ def exp(a):
 
 
 @triton.jit
+def tanh(a):
+    if INTERPRETED:
+        e = tl.exp(-2 * tl.abs(a))
+        return tl.where(a < 0, e - 1, 1 - e) / (1 + e)
+    else:
+        return libdevice.tanh(a)
+
+
+@triton.jit
+def sigmoid(a):
+    return 1 / (1 + exp(-a))
+
+
+@triton.jit
 def log(a):
     if INTERPRETED:
         return tl.log(a)

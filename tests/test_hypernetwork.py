@@ -51,7 +51,7 @@ def batch(seed: int = 0, ways: int = WAYS) -> fm.TaskBatch:
 def learner_of(spec=SPEC, model=None, spoil: bool = True, **settings) -> fm.HyperNetwork:
     """A small one that has been trained a little: nothing is zero."""
     patched = fm.patch(make_model() if model is None else model, spec)
-    sizes = {"latent": 5, "hidden": 6, "embedding": 3, "rank": 2}
+    sizes = {"latent": 5, "hidden": 6, "embedding": 3, "rank": 2, "scale": 1.0}
     learner = fm.HyperNetwork(patched, **sizes, **settings)
     if spoil:
         generator = torch.Generator().manual_seed(2)

@@ -100,6 +100,15 @@ def test_nearest(metric: str, k: int):
     assert torch.equal(indices, expected[1])
 
 
+@pytest.mark.parametrize("shape", [(100_000, 2, 20), (257, 4, 32), (33, 7, 5)])
+def test_coordinate_lstm(shape):
+    rows, features, hidden = shape
+    given = [(rows, features), (rows, hidden), (rows, hidden)]
+    given += [(4 * hidden, features), (4 * hidden, hidden), (4 * hidden,)]
+    tensors = [torch.randn(s, device="cuda") / s[-1] ** 0.5 for s in given]
+    agree("coordinate_lstm", lambda *t: torch.cat(ops.coordinate_lstm(*t), 1), tensors)
+
+
 @pytest.mark.parametrize("shape", [(5, 30, 40, 70, 8), (3, 200, 384, 384, 16), (2, 1, 5, 3, 1)])
 @pytest.mark.parametrize("ragged", [False, True])
 def test_lora_linear(shape, ragged: bool):

@@ -86,6 +86,7 @@ class Generator(nn.Module):
         hidden: Width of the trunk.
         embedding: Length of the embeddings.
         rank: Of generated products, at least 1.
+        scale: Factor of what the heads return.
     """
 
     def __init__(
@@ -97,8 +98,10 @@ class Generator(nn.Module):
         hidden: int,
         embedding: int,
         rank: int,
+        scale: float,
     ) -> None:
         super().__init__()
+        self.scale = scale
         self.slots = [i for i in range(len(layout)) if i not in skip]
         self.names = [layout.names[i] for i in self.slots]
         self.shapes = [layout.shapes[i] for i in self.slots]
@@ -154,7 +157,7 @@ class Generator(nn.Module):
         x = self.norm(x)
         found: dict[str, Tensor] = {}
         for group, head in zip(self.groups, self.heads, strict=True):
-            values = head(x[:, group])  # [T, tensors of this kind, outputs]
+            values = self.scale * head(x[:, group])  # [T, tensors of this kind, outputs]
             shape = self.shapes[group[0]]
             if math.prod(shape) > _DIRECT:
                 u, v = values.split(
@@ -182,10 +185,14 @@ class ClassHead(nn.Module):
         hidden: Width of the network.
         reads: Width of the head.
         gain: Where the gain starts.
+        scale: Factor of what the network returns.
     """
 
-    def __init__(self, width: int, latent: int, hidden: int, reads: int, gain: float) -> None:
+    def __init__(
+        self, width: int, latent: int, hidden: int, reads: int, *, gain: float, scale: float
+    ) -> None:
         super().__init__()
+        self.scale = scale
         self.project = nn.Identity() if reads == width else nn.Linear(width, reads, bias=False)
         self.gain = nn.Parameter(torch.tensor(float(gain)))
         self.net = nn.Sequential(
@@ -197,7 +204,9 @@ class ClassHead(nn.Module):
     def forward(self, means: Tensor, present: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         """Weight ``[T, C, reads]`` and bias ``[T, C]``; zeros for classes that are not present."""
         unit = F.normalize(means, dim=-1)
-        more = self.net(torch.cat([unit, z.unsqueeze(1).expand(-1, unit.shape[1], -1)], dim=-1))
+        more = self.scale * self.net(
+            torch.cat([unit, z.unsqueeze(1).expand(-1, unit.shape[1], -1)], dim=-1)
+        )
         weight = self.gain * self.project(unit) + more[..., :-1]
         here = present.to(weight.dtype)
         return weight * here.unsqueeze(-1), more[..., -1] * here

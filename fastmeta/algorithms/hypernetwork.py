@@ -23,7 +23,7 @@ from fastmeta.batch import TaskBatch
 from fastmeta.engine.checks import check_classes
 from fastmeta.engine.episode import MetaOutput, adapt_tasks, run_episode, with_ways, zero_loss
 from fastmeta.engine.inner import InnerLoop
-from fastmeta.engine.learned import at_least_1
+from fastmeta.engine.learned import above_0, at_least_1
 from fastmeta.engine.losses import classification, mask_ways
 from fastmeta.engine.memory import MemoryPlan
 from fastmeta.patching import Patched, TaskParams
@@ -56,6 +56,8 @@ class HyperNetwork(GradientLearner):
         latent, hidden, embedding, rank: Sizes of the task's vector, of the networks, of layer and
             module embeddings, and the rank of what is generated for large matrices.
         gain: Where the factor of class means in the classifying layer starts.
+        scale: Factor of what is generated, above 0: with Adam it sets how fast that moves beside
+            everything else. Default 0.01, the order of trained LoRA factors.
         pooling: Of token states, ``"mean"``, ``"cls"`` or ``"last"``.
         generator: None, or a module of yours from ``[T, latent]`` to a mapping name -> ``[T,
             *shape]`` of what is to be added; tensors left out keep their initial values.
@@ -86,6 +88,7 @@ class HyperNetwork(GradientLearner):
         embedding: int = 32,
         rank: int = 4,
         gain: float = 1.0,
+        scale: float = 0.01,
         pooling: str = "mean",
         generator: Callable[[Tensor], Mapping[str, Tensor]] | None = None,
         seed: int = 0,
@@ -96,6 +99,7 @@ class HyperNetwork(GradientLearner):
         sizes = {"latent": latent, "hidden": hidden, "embedding": embedding, "rank": rank}
         for name, value in sizes.items():
             at_least_1(name, value)
+        scale = above_0("scale", scale)
         super().__init__(patched, steps=max(_count(steps), 1), **settings)
         self.steps = steps
         self.reads = reads
@@ -128,12 +132,13 @@ class HyperNetwork(GradientLearner):
                     hidden=hidden,
                     embedding=embedding,
                     rank=rank,
+                    scale=scale,
                 )
             elif isinstance(generator, nn.Module):
                 net["generator"] = generator
             if self.head is not None:
                 shape = patched.layout.shapes[self.head.slots["weight"]]
-                net["head"] = ClassHead(width, latent, hidden, shape[1], gain)
+                net["head"] = ClassHead(width, latent, hidden, shape[1], gain=gain, scale=scale)
         self.net = net.to(patched.device, patched.dtype)
         self.generator = net["generator"] if generator is None and "generator" in net else generator
         self.limit = _most_tokens(embed.source)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from second_order import derivatives
 
 from fastmeta import ops
 from fastmeta.ops import QuantizedWeight, use_impl
@@ -19,14 +20,6 @@ SHAPES = (
     (3, 40, 9, 6, 3),
 )
 F64 = (torch.float64, torch.float64)
-
-
-def derivatives(call, tensors):
-    leaves = [t.detach().requires_grad_() for t in tensors]
-    out = call(*leaves)
-    first = torch.autograd.grad(out.sin().sum(), leaves, create_graph=True)
-    second = torch.autograd.grad(sum(f.square().sum() for f in first), leaves)
-    return [t.detach() for t in (out, *first, *second)]
 
 
 @pytest.mark.parametrize("index", range(len(SHAPES)))
