@@ -34,6 +34,15 @@ def transformed(*tensors: Tensor | None) -> bool:
     return any(t is not None and torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors)
 
 
+def autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
+    """All in the dtype of the autocast region, if in one and not float64: before a Function, whose
+    backward runs outside of the region on what it saved."""
+    if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
+        return x, *others
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return tuple(None if t is None else t.to(dtype) for t in (x, *others))
+
+
 class Function(torch.autograd.Function):
     """``torch.autograd.Function`` with :meth:`call`, a cheaper ``apply``."""
 

@@ -372,6 +372,10 @@ WRONG = [
     (["train", "--spec=lor"], "expected one of lora, prefix, params"),
     (["train", "--spec=head + "], "expected terms such as"),
     (["train", "--spec=params:clasifier.*"], "near matches: classifier.bias"),
+    (
+        ["train", "--spec=params:classifier.*+norm"],
+        "expected spaces around + before 'norm'",
+    ),
     (["train", "--method=anil", "--spec=all"], "ANIL adapts the head only"),
     (["train", "--learn-lr=depth"], "a learned rate is per step, task, layer, param; got 'depth'"),
     (["train", "--model=/no/such/model"], "model '/no/such/model': no such folder"),

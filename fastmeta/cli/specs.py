@@ -73,6 +73,11 @@ def _term(text: str) -> fm.Spec:
         patterns = [p for p in re.split(r"[+,\s]+", rest) if p]
         if not patterns:
             raise UserError(f"{what}: expected params:GLOB, for example params:classifier.*")
+        terms = [p for p in patterns if p.partition(":")[0] in NAMES]
+        if terms:
+            raise UserError(
+                f"{what}: expected spaces around + before the term {terms[0]!r}, got none"
+            )
         return fm.Params(*patterns)
     if name in _PLAIN:
         if colon:

@@ -62,14 +62,6 @@ def has_kernel(device: torch.device) -> bool:
     return not by_reference(_FORWARD, device)
 
 
-def autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-    """All in the dtype of the autocast region, if in one: the backward pass runs outside of it."""
-    if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
-        return x, *others
-    dtype = torch.get_autocast_dtype(x.device.type)
-    return tuple(None if t is None else t.to(dtype) for t in (x, *others))
-
-
 def lora_rows(
     x: Tensor,
     weight: Tensor,

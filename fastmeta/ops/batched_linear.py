@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastmeta import _backend, _checks
-from fastmeta._autograd import Function, fold, needs_autograd, transformed, unfold
+from fastmeta._autograd import Function, autocast, fold, needs_autograd, transformed, unfold
 from fastmeta._library import define, dispatched
 from fastmeta.reference import batched_linear as reference
 
@@ -116,11 +116,7 @@ def affine(
     `landing` is where gradients of the weight may be written; those that are reach it without
     passing through autograd, unless they are differentiated themselves.
     """
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        # Before the Function, whose backward runs outside the autocast region on what it saved.
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
-        base = base if base is None else base.to(dtype)
+    x, weight, base = autocast(x, weight, base)
     if needs_autograd(x, weight, base):
         return _Affine.call(x, weight, base, nt, landing)
     return _affine(x, weight, base, nt)

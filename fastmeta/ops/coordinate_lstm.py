@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from fastmeta._autograd import autocast
 from fastmeta._checks import FLOATING, describe
 from fastmeta.ops._coordinate_lstm import cell
-from fastmeta.ops._lora_linear import autocast
 
 _OP = "coordinate_lstm"
 

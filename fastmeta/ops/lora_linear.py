@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from fastmeta import _checks
+from fastmeta._autograd import autocast
 from fastmeta._checks import describe
-from fastmeta.ops._lora_linear import autocast, lora_rows
+from fastmeta.ops._lora_linear import lora_rows
 from fastmeta.ops.quantized_weight import QuantizedWeight
 
 _OP = "lora_linear"

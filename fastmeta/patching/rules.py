@@ -17,7 +17,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
-from fastmeta.ops._lora_linear import autocast, has_kernel, lora_rows
+from fastmeta._autograd import autocast
+from fastmeta.ops._lora_linear import has_kernel, lora_rows
 from fastmeta.ops.batched_linear import affine
 from fastmeta.patching.bind import bind
 from fastmeta.patching.context import Call
