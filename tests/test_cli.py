@@ -374,7 +374,7 @@ WRONG = [
     (["train", "--spec=params:clasifier.*"], "near matches: classifier.bias"),
     (
         ["train", "--spec=params:classifier.*+norm"],
-        "expected spaces around + before 'norm'",
+        "expected spaces around + before the term 'norm'",
     ),
     (["train", "--method=anil", "--spec=all"], "ANIL adapts the head only"),
     (["train", "--learn-lr=depth"], "a learned rate is per step, task, layer, param; got 'depth'"),
