@@ -208,3 +208,35 @@ def test_without_optuna_the_error_says_so(space, monkeypatch):
 def test_settings_out_of_range(space, make, message):
     with pytest.raises(ValueError, match=message):
         make(space)
+
+
+def test_a_conditioned_search_learns_what_suits_which_tasks():
+    """Tasks of few and of many classes whose best candidates differ by construction."""
+    bert, tokenizer = oracle.tiny_bert(num_labels=6)
+    model = fm.models.SentenceClassifier(bert.bert, 6, 5.0).double()
+    space = Space(model, layers=[1, 3], lr=[0.05, 0.2], steps=1)
+    texts = fm.data.builtin_tasks()
+    small = {n: t.restrict(t.classes[:w]) for (n, t), w in zip(texts.items(), (2, 6), strict=False)}
+
+    class Judge(fm.search.Evaluator):
+        def evaluate(self, candidates, batch, **more):
+            scores = super().evaluate(candidates, batch, **more)
+            deep = int(batch.ways[0]) == 6
+            for s in scores:
+                s.accuracies = [float((sum(s.proposal.kept) == 3) == deep)]
+            return scores
+
+    loader = fm.data.TaskDataset(small, tokenizer, 1, 1, 2, num_batches=25, prefetch=0)
+    found = fm.search.run_conditioned(
+        space, loader, candidates=8, evaluator=Judge(space), progress=False, hidden=16
+    )
+    batch = next(iter(loader))
+    depths = [sum(p.kept) for p in found.propose(batch.support, batch.ways)]
+    assert depths == [3 if w == 6 else 1 for w in batch.ways.tolist()]
+    assert found.rewards[-1] > found.rewards[0]
+    embedding = fm.search.task_embedding(found.evaluator, batch.support, batch.ways)
+    assert embedding.shape == (2, 2 * 32 + 2)
+    first = {k: v[:1] for k, v in batch.support.items()}
+    torch.testing.assert_close(
+        fm.search.task_embedding(found.evaluator, first, batch.ways[:1]), embedding[:1]
+    )

@@ -1,5 +1,6 @@
 """Architecture and recipe search over many tasks: every candidate is one more task of a batch."""
 
+from fastmeta.search.conditioned import Conditioned, run_conditioned, task_embedding
 from fastmeta.search.controller import Controller, Evolution, RandomSearch
 from fastmeta.search.cost import CostModel
 from fastmeta.search.decisions import Decision, Range, When
@@ -16,6 +17,7 @@ from fastmeta.search.run import Result, run
 from fastmeta.search.space import Space
 
 __all__ = [
+    "Conditioned",
     "Controller",
     "CostModel",
     "Decision",
@@ -37,4 +39,6 @@ __all__ = [
     "pareto_front",
     "prune",
     "run",
+    "run_conditioned",
+    "task_embedding",
 ]

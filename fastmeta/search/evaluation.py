@@ -207,7 +207,7 @@ class Evaluator:
         missing = {_shape_key(s.proposal): s for s in scores if _shape_key(s.proposal) not in known}
         for some in self._chunks(list(missing.values()), batch):
             proposals = [s.proposal for s in some]
-            pairs = [self._read(proposals, rows) for rows in (batch.support, batch.query)]
+            pairs = [self.features(proposals, rows) for rows in (batch.support, batch.query)]
             if None in pairs:
                 self._head = None
                 return False
@@ -230,8 +230,20 @@ class Evaluator:
             del known[next(iter(known))]
         return True
 
-    def _read(self, proposals: list[Proposal], rows: Mapping[str, Tensor]) -> list[Tensor] | None:
-        """What the head reads of each candidate's states, ``[T, N, D]``."""
+    def features(
+        self, proposals: Sequence[Proposal], rows: Mapping[str, Tensor]
+    ) -> list[Tensor] | None:
+        """What the head reads before adaptation, ``[T, N, D]`` of each candidate.
+
+        Args:
+            proposals: Candidates whose LoRA terms, if any, are as they start.
+            rows: ``[T, N, ...]``.
+
+        Returns:
+            None where the head is more than one linear layer on one row of each text.
+        """
+        if self._head is None:
+            return None
         inputs = {k: v.to(self.net.device) for k, v in _inputs(rows).items()}
         gates = LivePass(FrozenPass(self.net, inputs, proposals), range(len(proposals)))
         params = self.net.init(len(proposals) * gates.tasks)

@@ -41,7 +41,8 @@ class Policy(nn.Module):
         """Input and state before the first decision; context ``[D]`` or ``[n, D]``."""
         x = self.first.expand(count, -1)
         if self.read is not None and context is not None:
-            x = x + torch.tanh(self.read(F.normalize(context.float(), dim=-1)))
+            context = F.layer_norm(context.float(), context.shape[-1:])
+            x = x + torch.tanh(self.read(context))
         zero = x.new_zeros(count, x.shape[1])
         return x, (zero, zero)
 
@@ -80,7 +81,7 @@ class LSTMController(Controller):
     Args:
         space, seed, allowed: As for `Controller`.
         hidden: Width of the LSTM.
-        lr: Rate of Adam.
+        lr, eps: Of Adam; a larger eps keeps steps small where rewards have come to agree.
         epochs: Passes over each step's candidates, at least 1.
         clip: PPO's bound on the change of a ratio, above 0.
         entropy: Weight of the entropy bonus, per decision, at least 0.
@@ -99,6 +100,7 @@ class LSTMController(Controller):
         *,
         hidden: int = 64,
         lr: float = 0.02,
+        eps: float = 1e-8,
         epochs: int = 4,
         clip: float = 0.2,
         entropy: float = 0.01,
@@ -131,7 +133,7 @@ class LSTMController(Controller):
             torch.default_generator.manual_seed(self.seed)
             self.policy = Policy([d.options for d in self.decisions], hidden, context)
         self.generator = torch.Generator().manual_seed(self.seed)
-        self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=lr)
+        self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=lr, eps=eps)
 
     @torch.no_grad()
     def propose(self, count: int, context: Tensor | None = None) -> list[Proposal]:
@@ -169,6 +171,11 @@ class LSTMController(Controller):
     def observe(self, proposals, rewards, context=None) -> None:
         """One step of the policy.
 
+        Args:
+            proposals, rewards: As for `Controller`.
+            context: ``[D]``, or ``[n, D]`` for each candidate its own task; those of one task are
+                compared with each other.
+
         Raises:
             ValueError: As many rewards as candidates were expected, two or more.
         """
@@ -178,7 +185,13 @@ class LSTMController(Controller):
             )
         self._check(context)
         taken, free = self._coded(proposals)
-        advantage = leave_one_out(torch.tensor(rewards, dtype=torch.float32))
+        advantage = torch.tensor(rewards, dtype=torch.float32)
+        if context is None or context.dim() == 1:
+            advantage = leave_one_out(advantage)
+        else:
+            _, tasks = torch.unique(context, dim=0, return_inverse=True)
+            for task in range(int(tasks.max()) + 1):
+                advantage[tasks == task] = leave_one_out(advantage[tasks == task])
         with torch.no_grad():
             before, _ = self.policy(taken, free, context)
         self._remember(proposals, rewards)

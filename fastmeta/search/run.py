@@ -98,6 +98,7 @@ def run(
     valid: TaskBatch | Sequence[TaskBatch] | None = None,
     finalists: int = 8,
     cost: CostModel | None = None,
+    evaluator: Evaluator | None = None,
     seed: int = 0,
     out: str | Path | None = None,
     resume: bool = False,
@@ -125,6 +126,8 @@ def run(
         finalists: How many of the best candidates go there, at least 1.
         cost: What candidates cost; default a `CostModel` that measures latency only where the
             budget or the weights name it.
+        evaluator: Of this space; default a new one of this seed, with importance measured on the
+            first batch's support sets.
         seed: Of the controller, the LoRA terms and smaller batches.
         out: Folder of the state, which is written after every step.
         resume: Go on with the state in `out`.
@@ -177,7 +180,8 @@ def run(
         raise SearchError(f"{folder} already holds a search: resume it, or choose another folder")
     within = Budget(space, cost, bounds)
     pilot = make_controller(controller, space, seed=seed, allowed=within, **settings)
-    evaluator = Evaluator(space, seed=seed)
+    if evaluator is None:
+        evaluator = Evaluator(space, seed=seed, calibration=batches[0].support)
     records: list[Score] = []
     if state is not None:
         records = [_score(space, r) for r in state["records"]]
