@@ -130,7 +130,7 @@ def test_auto_follows_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (plan.mode, plan.task_chunk) == ("unroll", None)
     for free, mode, chunk in (
         (0.99 * unroll.bytes(4), "recompute", None),
-        (1.01 * again.bytes(2), "recompute", 2),
+        (1.01 * again.chunk(2, 4), "recompute", 2),
         (1, "recompute", 1),
     ):
         plan, found = plan_with(free)
@@ -168,12 +168,12 @@ class Limit:
         self.tried: list[tuple[str, int, str]] = []  # mode, tasks, pass
         original = episode.adapt_tasks
 
-        def limited(loop, packed, inputs, mode, tasks=None):
+        def limited(loop, packed, inputs, mode, tasks=None, *, keep=0):
             now = "forward" if torch._C._current_graph_task_id() == -1 else "backward"
             self.tried.append((mode, len(packed), now))
             if now == when and len(packed) > self.tasks * (2 if mode == "recompute" else 1):
                 raise error
-            return original(loop, packed, inputs, mode, tasks)
+            return original(loop, packed, inputs, mode, tasks, keep=keep)
 
         monkeypatch.setattr(episode, "adapt_tasks", limited)
 

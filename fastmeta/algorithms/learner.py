@@ -44,7 +44,9 @@ class GradientLearner(nn.Module):
         memory: ``"unroll"`` keeps the graph of all K steps; ``"recompute"`` keeps the fast weights
             of all steps and one step's graph, of half the tasks at a time (of all under dropout);
             ``"auto"`` measures a few small episodes for every new input shape and
-            chooses by the free memory. All give the same numbers.
+            chooses by the free memory (or `memory_budget`): ``"unroll"``, or ``"recompute"`` with
+            the graphs of as many of the last steps kept as fit, or fewer tasks at a time. A pass
+            that runs out of memory is done again with less. All give the same numbers.
         task_chunk: Tasks differentiated at once: None (all), an integer of at least 1, or
             ``"auto"``. Chunks give the same numbers; under dropout each draws its own masks.
         loss_fn: ``"classification"``, ``"causal_lm"`` or a callable ``(outputs, batch) -> [T]``
@@ -52,6 +54,9 @@ class GradientLearner(nn.Module):
         clip_norm: Bound on each task's inner gradient norm, positive, or None.
         truncate: Differentiate through the last this many inner gradients only, 0 to K; None for
             all.
+        memory_budget: Bytes that a meta-step may take beyond what is allocated before it: an
+            integer, or a text such as ``"8GiB"``; needs ``memory="auto"`` or
+            ``task_chunk="auto"``. None: most of what is free on the device.
         compile: Capture one inner step's gradient and its derivative as graphs, used for every
             step and every batch of the same shapes. True takes what is best on the device:
             ``"trace"`` (the operators alone, without autograd and Python; seconds to capture) on
@@ -82,6 +87,7 @@ class GradientLearner(nn.Module):
         loss_fn: str | LossFn = "classification",
         clip_norm: float | None = None,
         truncate: int | None = None,
+        memory_budget: int | str | None = None,
         compile: bool | str = False,
         compile_cache: str | Path | None = None,
     ) -> None:
@@ -93,7 +99,7 @@ class GradientLearner(nn.Module):
         steps = check_steps(steps)
         if order not in (1, 2):
             raise ValueError(f"order must be 1 or 2, got {order!r}")
-        check_memory(memory, task_chunk)
+        self.memory_budget = check_memory(memory, task_chunk, memory_budget)
         check_clip_norm(clip_norm)
         if truncate is not None:
             if isinstance(truncate, bool) or not isinstance(truncate, int):
@@ -217,7 +223,7 @@ class GradientLearner(nn.Module):
         )
         plan = self._memory_plans.get(key)
         if plan is None:
-            plan = choose_plan(loop, batch, self.memory, self.task_chunk)
+            plan = choose_plan(loop, batch, self.memory, self.task_chunk, self.memory_budget)
             self._memory_plans[key] = plan
         while True:
             try:

@@ -161,6 +161,7 @@ def _learner(config: Config, model: fm.Patched | nn.Module) -> nn.Module:
         "task_chunk": config.task_chunk,
         "clip_norm": config.inner_clip,
         "truncate": config.truncate,
+        "memory_budget": config.memory_budget,
         "compile": config.compile,
     }
     if config.method == "imaml":

@@ -96,6 +96,9 @@ class Config:
     task_chunk: int | str | None = _key(
         None, "tasks differentiated at once: null (all), a number, or auto"
     )
+    memory_budget: int | str | None = _key(
+        None, "memory of an outer step beyond the model: bytes or a text such as 8GiB"
+    )
     compile: bool = _key(False, "capture inner steps as graphs (gradient-based methods)")
     truncate: int | None = _key(None, "differentiate the last this many inner steps", least=0)
     lam: float = _key(1.0, "imaml: strength of the pull to the initial values", above=0)
@@ -198,7 +201,7 @@ KEYS: dict[str, Field] = {f.name: f for f in fields(Config)}
 _TYPES = get_type_hints(Config)
 
 _WHERE_AND_HOW_LONG = "steps eval_every eval_episodes checkpoint_every keep out"
-_HOW = "device threads memory task_chunk compile"
+_HOW = "device threads memory task_chunk memory_budget compile"
 FREE = frozenset(f"{_WHERE_AND_HOW_LONG} {_HOW}".split())
 """Keys that may change when a run is resumed: they change a step by rounding at most."""
 

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from fastmeta.engine.conditions import Conditions
 from fastmeta.engine.inner import InnerLoop
+from fastmeta.engine.losses import causal_lm, classification
 from fastmeta.engine.memory import MemoryPlan, is_out_of_memory
+from fastmeta.engine.optimizers import FusedRule
 from fastmeta.engine.recompute import add, backpropagate
 
 
@@ -40,22 +42,27 @@ def run_chunks(loop: InnerLoop, run: Run, packed: Tensor, plan: MemoryPlan) -> T
     """Run all tasks, in chunks where the plan says so.
 
     With gradients, a chunk's graph is dropped after the forward pass and built again in the
-    backward pass, which draws the same random numbers. A chunk whose backward pass runs out of
-    memory is split as the plan allows; under dropout it cannot be split without changing its
-    masks, and only the memory mode changes.
+    backward pass, which draws the same random numbers; that of all tasks at once is kept. A chunk
+    whose backward pass runs out of memory is split as the plan allows; under dropout it cannot be
+    split without changing its masks, and only the memory mode changes. All tasks at once by a loss
+    or an update rule that is not the library's own are left to autograd, since they may hold
+    meta-parameters of their own.
     """
-    total = packed.shape[0]
-    pieces = split(slice(0, total), plan.task_chunk)
-    if len(pieces) == 1:
+    pieces = split(slice(0, packed.shape[0]), plan.task_chunk)
+    whole, free = len(pieces) == 1, plan.free_mode or plan.free_chunk
+    if whole and not (torch.is_grad_enabled() and free and _closed(loop)):
         return run(pieces[0], packed, plan.mode)
     if torch.is_grad_enabled():
         weights = [*loop.added_parameters(), *loop.patched.shared_parameters()]
+        rows = packed.split([s.stop - s.start for s in pieces])
         results = [
-            TaskResults(*_Chunk.apply(loop, run, plan, s, weights, packed[s], *weights))
-            for s in pieces
+            TaskResults(*_Chunk.apply(loop, run, plan, s, whole, weights, mine, *weights))
+            for s, mine in zip(pieces, rows, strict=True)
         ]
     else:
         results = [run(s, packed[s], plan.mode) for s in pieces]
+    if whole:
+        return results[0]
     return TaskResults(*(torch.cat(tensors) for tensors in zip(*results, strict=True)))
 
 
@@ -65,17 +72,32 @@ def split(tasks: slice, size: int | None) -> list[slice]:
     return [slice(i, min(i + size, tasks.stop)) for i in range(tasks.start, tasks.stop, size)]
 
 
+def _closed(loop: InnerLoop) -> bool:
+    """Whether only fast weights, rates and the model's own weights can receive a gradient."""
+    settings = vars(loop.rule).values()
+    own = isinstance(loop.rule, FusedRule) and not any(isinstance(s, Tensor) for s in settings)
+    return own and loop.loss_fn in (classification, causal_lm)
+
+
 class _Chunk(torch.autograd.Function):
-    """``run(tasks, packed, plan.mode)``, its graph built only in the backward pass."""
+    """``run(tasks, packed, plan.mode)``, its graph built in the backward pass, or kept for it."""
 
     @staticmethod
-    def forward(ctx, loop, run, plan, tasks, weights, packed, *_):
+    def forward(ctx, loop, run, plan, tasks, keep, weights, packed, *_):
         ctx.loop, ctx.run, ctx.plan, ctx.tasks, ctx.weights = loop, run, plan, tasks, weights
         ctx.conditions = Conditions(loop.patched, packed.device)
         # The weights are saved only so that changing them before backward() raises.
         ctx.save_for_backward(packed, *weights)
         ctx.set_materialize_grads(False)
-        results = run(tasks, packed, plan.mode)
+        ctx.kept = None
+        if keep:
+            alias = packed.detach().requires_grad_()
+            with torch.enable_grad():
+                results = run(tasks, alias, plan.mode)
+            ctx.kept = (alias, results)
+            results = results.detach()
+        else:
+            results = run(tasks, packed, plan.mode)
         ctx.conditions.finish()
         ctx.mark_non_differentiable(results.active, results.support_losses)
         return tuple(results)
@@ -108,13 +130,25 @@ class _Chunk(torch.autograd.Function):
             pending.pop(0)
             d_packed.append(torch.zeros_like(packed[rows]) if found[0] is None else found[0])
             d_weights = [add(a, b) for a, b in zip(d_weights, found[1:], strict=True)]
-        return None, None, None, None, None, torch.cat(d_packed), *d_weights
+        d_packed = d_packed[0] if len(d_packed) == 1 else torch.cat(d_packed)
+        return None, None, None, None, None, None, d_packed, *d_weights
 
 
 def _pull_back(
     ctx, tasks: slice, packed: Tensor, gradients: list[Tensor | None]
 ) -> list[Tensor | None]:
-    """Gradients of `packed` and the weights, by building the graph of these tasks."""
+    """Gradients of `packed` and the weights, by the graph of these tasks: kept, or built now."""
+    if ctx.kept is not None:
+        alias, results = ctx.kept
+        retain = torch._C._autograd._get_current_graph_task_keep_graph()
+        if not retain:
+            ctx.kept = None
+        wanted = [alias, *ctx.weights]
+        try:
+            return backpropagate(results, gradients, wanted, retain_graph=retain)
+        except (RuntimeError, MemoryError):
+            ctx.kept = None  # spent
+            raise
     alias = packed.detach().requires_grad_()
     with ctx.conditions.restored(ctx.loop.patched):
         results = ctx.run(tasks, alias, ctx.plan.mode)

@@ -144,7 +144,7 @@ def _run(
 
     def run(tasks: slice, packed: Tensor, mode: str) -> TaskResults:
         support_inputs, query_inputs = with_ways(batch[tasks])
-        trajectory = adapt_tasks(loop, packed, support_inputs, mode, index[tasks])
+        trajectory = adapt_tasks(loop, packed, support_inputs, mode, index[tasks], keep=plan.keep)
         losses, outputs = task_losses(loop, trajectory.params, query_inputs)
         logits = getattr(outputs, "logits", None)
         if logits is None:
@@ -162,6 +162,8 @@ def adapt_tasks(
     inputs: Mapping[str, Tensor],
     mode: str,
     tasks: Tensor | None = None,
+    *,
+    keep: int = 0,
 ) -> Trajectory:
     """The inner loop on a support set, with the frozen prefix computed once.
 
@@ -172,6 +174,7 @@ def adapt_tasks(
         inputs: The support set, each ``[T, N, ...]``.
         mode: ``"unroll"`` or ``"recompute"``.
         tasks: Where these tasks are in the learner's batch, int64 ``[T]``.
+        keep: Of a recomputed loop: the last this many steps keep their graphs.
     """
     shared = loop.patched.shared_parameters()
     differentiated = torch.is_grad_enabled()
@@ -190,7 +193,8 @@ def adapt_tasks(
         for part, mine in zip(parts, rows, strict=True):
             texts = {k: v[part] for k, v in inputs.items()}
             support = _support(loop, mine, texts, None if tasks is None else tasks[part])
-            found.append(recompute(loop, with_prototypes(loop, mine, support), support, shared))
+            start = with_prototypes(loop, mine, support)
+            found.append(recompute(loop, start, support, shared, keep))
         return joined(found)
     support = _support(loop, packed, inputs, tasks)
     if loop.implicit and differentiated:

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from fastmeta.batch import TaskBatch
-from fastmeta.engine.inner import InnerLoop
+from fastmeta.engine.budget import budget_bytes, readable
+from fastmeta.engine.inner import InnerLoop, model_inputs
 from fastmeta.engine.meter import PeakMemory
 from fastmeta.engine.recompute import SLICES
 
@@ -16,6 +17,9 @@ MODES = ("unroll", "recompute", "auto")
 
 _USABLE = 0.7
 """Share of the free memory that a plan may fill; the rest is for temporaries and fragmentation."""
+
+_TRUSTED = 0.9
+"""Share of a given budget that a prediction may fill."""
 
 
 @dataclass
@@ -29,6 +33,7 @@ class MemoryPlan:
         free_chunk: Whether the chunk may change.
         predicted_bytes: Predicted peak of one chunk beyond what is already allocated, 0 where not
             measured.
+        keep: Of a recomputed loop: the last this many steps keep their graphs.
     """
 
     mode: str
@@ -36,6 +41,7 @@ class MemoryPlan:
     free_mode: bool = False
     free_chunk: bool = False
     predicted_bytes: int = 0
+    keep: int = 0
 
     def shrink(self, tasks: int) -> bool:
         """After running out of memory with `tasks` at once: recompute, and half the tasks.
@@ -44,31 +50,52 @@ class MemoryPlan:
             False where nothing is left to shrink.
         """
         changed = False
-        if self.free_mode and self.mode == "unroll":
-            self.mode, changed = "recompute", True
+        if self.free_mode and (self.mode == "unroll" or self.keep):
+            self.mode, self.keep, changed = "recompute", 0, True
         if self.free_chunk and tasks > 1:
             self.task_chunk, changed = min(self.task_chunk or tasks, (tasks + 1) // 2), True
         return changed
 
 
-def check_memory(memory: str, task_chunk: int | str | None) -> None:
-    """Raise ValueError for a mode or chunk that does not exist."""
+def check_memory(
+    memory: str, task_chunk: int | str | None, memory_budget: int | str | None = None
+) -> int | None:
+    """Raise for a mode, chunk or budget that does not exist; returns the budget's bytes."""
     if memory not in MODES:
         raise ValueError(f"memory must be one of {', '.join(MODES)}; got {memory!r}")
-    if task_chunk is None or task_chunk == "auto":
-        return
-    if isinstance(task_chunk, bool) or not isinstance(task_chunk, int) or task_chunk < 1:
+    if not (task_chunk is None or task_chunk == "auto") and (
+        isinstance(task_chunk, bool) or not isinstance(task_chunk, int) or task_chunk < 1
+    ):
         raise ValueError(
             f"task_chunk must be None, 'auto' or an integer of at least 1, got {task_chunk!r}"
         )
+    budget = budget_bytes(memory_budget)
+    if budget is not None and memory != "auto" and task_chunk != "auto":
+        raise ValueError(
+            "memory_budget needs memory='auto' or task_chunk='auto', "
+            f"got memory={memory!r} and task_chunk={task_chunk!r}"
+        )
+    return budget
 
 
 def choose_plan(
-    loop: InnerLoop, batch: TaskBatch, memory: str, task_chunk: int | str | None
+    loop: InnerLoop,
+    batch: TaskBatch,
+    memory: str,
+    task_chunk: int | str | None,
+    memory_budget: int | None = None,
 ) -> MemoryPlan:
     """Fill in what the user left to ``"auto"``: measure small episodes, choose what fits.
 
-    Unrolling is preferred where all tasks fit, then recomputing, then chunks of tasks.
+    Unrolling is preferred where all tasks fit, then recomputing with as many steps kept as fit,
+    then chunks of tasks.
+
+    Args:
+        memory_budget: Bytes that a meta-step may take beyond what is allocated before it; None:
+            most of what is free on the device.
+
+    Raises:
+        ValueError: One task at a time needs more than `memory_budget`.
     """
     plan = MemoryPlan(
         mode="unroll" if memory == "auto" else memory,
@@ -77,24 +104,50 @@ def choose_plan(
         free_chunk=memory == "auto" or task_chunk == "auto",
     )
     exact = torch.is_grad_enabled() and loop.second_order > 0
-    if not exact or not (plan.free_mode or plan.free_chunk):
+    if not (plan.free_mode or plan.free_chunk) or not (exact or memory_budget):
         return plan
     budget = int(_USABLE * free_bytes(loop.patched.device))
-    tasks = plan.task_chunk or batch.num_tasks
+    if memory_budget is not None:
+        budget = min(budget, int(_TRUSTED * memory_budget))
+    total = batch.num_tasks
+    tasks = min(plan.task_chunk or total, total)
     try:
-        need = predict(loop, batch, plan.mode)
-        if plan.free_mode and need.bytes(tasks) > budget:
+        need = unrolled = predict(loop, batch, plan.mode)
+        if plan.free_mode and exact and need.chunk(tasks, total) > budget:
             plan.mode = "recompute"
             need = predict(loop, batch, plan.mode)
+            if not loop.implicit:
+                need, plan.keep = _keeping(loop, need, unrolled, tasks, budget)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         plan.shrink(2)  # not even two tasks fit: one at a time
         return plan
-    if plan.task_chunk is None and need.bytes(tasks) > budget:
-        plan.task_chunk = tasks = need.fitting(budget, batch.num_tasks)
-    plan.predicted_bytes = need.bytes(tasks)
+    if plan.task_chunk is None and need.chunk(tasks, total) > budget:
+        fitting = (n for n in range(total, 0, -1) if need.chunk(n, total) <= budget)
+        plan.task_chunk = tasks = next(fitting, 1)
+    plan.predicted_bytes = need.chunk(tasks, total)
+    if memory_budget is not None and need.chunk(1, total) > memory_budget:
+        raise ValueError(
+            f"memory_budget must hold one task at a time, which needs about "
+            f"{readable(need.chunk(1, total))}, got {readable(memory_budget)}"
+        )
     return plan
+
+
+def _keeping(
+    loop: InnerLoop, recomputed: Need, unrolled: Need, tasks: int, budget: int
+) -> tuple[Need, int]:
+    """What a recomputed loop needs with as many steps kept as fit, and how many those are."""
+    row = unrolled.row
+    for keep in range(loop.second_order - 1, 0, -1):
+        # Kept graphs are gone when the first step is rebuilt: the larger of both.
+        gone = loop.second_order - keep
+        kept = unrolled.bytes(tasks) - gone * (unrolled.per_step - row) * tasks
+        if max(kept, recomputed.bytes(tasks)) <= budget:
+            more = max(0, kept - recomputed.bytes(tasks))
+            return replace(recomputed, fixed=recomputed.fixed + more), keep
+    return recomputed, 0
 
 
 @dataclass(frozen=True)
@@ -105,18 +158,30 @@ class Need:
         fixed: Whatever the number of tasks, such as gradients of shared weights.
         per_task: What every task adds.
         least: Fewer tasks than this need as much as this many.
+        per_step: Share of `per_task` that every differentiated step adds.
+        row: Fast weights of one task.
+        others: What a task takes while others are run.
+        shared: Gradients of shared weights.
     """
 
     fixed: float
     per_task: float
     least: int = 1
+    per_step: float = 0.0
+    row: int = 0
+    others: int = 0
+    shared: int = 0
 
     def bytes(self, tasks: int) -> int:
+        """Of a batch of so many tasks."""
         return int(self.fixed + self.per_task * max(tasks, self.least))
 
-    def fitting(self, budget: int, most: int) -> int:
-        """How many tasks fit, at least 1."""
-        return min(most, max(1, int((budget - self.fixed) // max(self.per_task, 1))))
+    def chunk(self, tasks: int, total: int) -> int:
+        """Of a batch of `total` tasks, so many at a time: also what is there of all the others
+        (fast weights and their gradient) and the sum of earlier gradients of shared weights."""
+        if tasks >= total:
+            return self.bytes(total)
+        return self.bytes(tasks) + self.others * (total - tasks) + self.shared
 
 
 def predict(loop: InnerLoop, batch: TaskBatch, mode: str) -> Need:
@@ -125,7 +190,7 @@ def predict(loop: InnerLoop, batch: TaskBatch, mode: str) -> Need:
     The peak is linear in tasks and in steps. One and two tasks give the one slope (``recompute``
     works in two slices: two tasks and four); the other is measured from a step more (``unroll``),
     or known (``recompute`` stores weights and state). The global random state and ``.grad`` are
-    left alone.
+    left alone. Without gradients a step's memory is free for the next.
 
     Args:
         loop: The inner loop in question.
@@ -133,37 +198,49 @@ def predict(loop: InnerLoop, batch: TaskBatch, mode: str) -> Need:
         mode: ``"unroll"`` or ``"recompute"``.
     """
     few = 1
-    if mode == "unroll":
-        steps, all_steps = 1, loop.second_order
+    exact = torch.is_grad_enabled() and loop.second_order > 0
+    if mode == "unroll" or not exact:
+        steps, all_steps = 1, loop.second_order or loop.steps
     else:
         # From the second step on, gradients of two steps meet.
         steps, all_steps = min(2, loop.steps), loop.steps
         if batch.num_tasks >= 2 * SLICES:
             few = SLICES
+    for task_set in (batch.support, batch.query):
+        loop.patched.plan(model_inputs(task_set))  # made once, and not part of an episode
+    row = loop.patched.init(1).packed
     base = _measure(loop, batch, mode, few, steps)
-    if mode == "unroll":
+    if mode == "unroll" or not exact:
         per_step = _measure(loop, batch, mode, 1, steps + 1) - base if all_steps > 1 else 0
+        if not torch.is_grad_enabled():
+            base, all_steps = base + max(per_step, 0), steps
     else:
-        row = loop.patched.init(1).packed
-        per_step = row.nbytes + sum(t.nbytes for t in loop.rule.init(row))
+        per_step = row.nbytes * (1 + len(loop.rule.init(row[:, :1])))
     per_task = base / few
     if batch.num_tasks >= 2 * few:
         per_task = (_measure(loop, batch, mode, 2 * few, steps) - base) / few
-    return Need(base - few * per_task, per_task + (all_steps - steps) * per_step, few)
+    more = (all_steps - steps) * per_step
+    others, shared = row.nbytes, 0
+    if torch.is_grad_enabled():
+        others, shared = 2 * others, sum(p.nbytes for p in loop.patched.shared_parameters())
+    return Need(base - few * per_task, per_task + more, few, per_step, row.nbytes, others, shared)
 
 
 def _measure(loop: InnerLoop, batch: TaskBatch, mode: str, tasks: int, steps: int) -> int:
-    """Peak bytes of one episode with its backward pass."""
+    """Peak bytes of one episode, with its backward pass where gradients are enabled."""
     from fastmeta.engine.episode import run_episode
 
     patched = loop.patched
-    small = replace(loop, steps=steps, second_order=steps, capture=None)
+    exact = min(loop.second_order, steps)
+    small = replace(loop, steps=steps, second_order=exact, capture=None)
     devices = [patched.device] if patched.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), PeakMemory() as meter:
         packed = patched.init(tasks).packed
         meta = [*patched.shared_parameters(), *loop.added_parameters()]
         out = run_episode(small, packed, batch[:tasks], MemoryPlan(mode))
-        torch.autograd.grad(out.loss, [packed, *meta], allow_unused=True)
+        if torch.is_grad_enabled():
+            wanted = [t for t in (packed, *meta) if t.requires_grad]
+            torch.autograd.grad(out.loss, wanted, allow_unused=True)
     return meter.peak
 
 

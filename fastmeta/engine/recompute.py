@@ -3,12 +3,14 @@ same numbers.
 
 Forward runs first-order steps and keeps only the fast weights and optimizer state of each.
 Backward walks the steps from last to first, rebuilds one step's graph, and applies its
-vector-Jacobian product.
+vector-Jacobian product. Steps whose graph was kept need not be rebuilt: the more memory, the less
+is computed twice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -44,19 +46,25 @@ def joined(parts: Sequence[Trajectory]) -> Trajectory:
 
 
 def recompute(
-    loop: InnerLoop, packed: Tensor, support: Support, shared: Sequence[Tensor]
+    loop: InnerLoop,
+    packed: Tensor,
+    support: Support,
+    shared: Sequence[Tensor],
+    keep: int = 0,
 ) -> Trajectory:
     """All K steps, differentiable once to `packed`, rates, rule, `shared` weights and prefix.
 
     Args:
         packed: Initial fast weights ``[T, P]``.
         shared: Weights of the model that are meta-parameters but not adapted.
+        keep: The last this many steps keep their graphs from the forward pass.
     """
     weights = [*loop.rates.parameters(), *loop.rule.parameters(), *shared]
     stored = support.stored()
     carrying = [t for t in stored if t.requires_grad]
     params, active, *losses = _Recompute.apply(
         loop,
+        keep,
         support.with_stored([None] * len(stored)),
         weights,
         stored,
@@ -68,23 +76,30 @@ def recompute(
 
 
 class _Recompute(torch.autograd.Function):
-    """``(loop, support without its prefix, weights, stored prefix, packed, *meta)``, where meta
-    are the weights and those stored tensors that carry a gradient."""
+    """``(loop, keep, support without its prefix, weights, stored prefix, packed, *meta)``, where
+    meta are the weights and those stored tensors that carry a gradient."""
 
     @staticmethod
-    def forward(ctx, loop, empty, weights, stored, packed, *meta):
+    def forward(ctx, loop, keep, empty, weights, stored, packed, *meta):
         support = empty.with_stored(stored)
         state = loop.rule.init(packed)
         active = torch.ones(packed.shape[0], dtype=torch.bool, device=packed.device)
         ctx.loop, ctx.support, ctx.weights = loop, empty, weights
-        ctx.conditions = []
+        ctx.conditions, ctx.kept = [], {}
         saved, losses = [], []
         for step in range(loop.steps):
             saved.append((packed, *state, active))
             ctx.conditions.append(Conditions(loop.patched, packed.device))
-            packed, state, active, loss = inner_step(
-                loop, step, packed, state, support, active, create_graph=False
-            )
+            if step >= loop.steps - keep:
+                with torch.enable_grad():
+                    graph = _Graph.of(loop, step, packed, state, empty, stored, active)
+                ctx.kept[step] = graph
+                packed, *state = (t.detach() for t in graph.outputs)
+                active, loss = graph.active, graph.losses
+            else:
+                packed, state, active, loss = inner_step(
+                    loop, step, packed, state, support, active, create_graph=False
+                )
             ctx.conditions[-1].finish()
             losses.append(loss)
         # The weights are saved only so that changing them before backward() raises.
@@ -99,30 +114,74 @@ class _Recompute(torch.autograd.Function):
         loop: InnerLoop = ctx.loop
         saved, per_step = ctx.saved_tensors, ctx.per_step
         stored = saved[loop.steps * per_step :][: ctx.num_stored]
-        # The prefix's own graph is walked once, by autograd, from the gradients gathered here.
-        stored = [t.detach().requires_grad_(t.requires_grad) for t in stored]
-        support = ctx.support.with_stored(stored)
-        meta = [*ctx.weights, *(t for t in stored if t.requires_grad)]
-        d_meta: list[Tensor | None] = [None] * len(meta)
+        d_meta: list[Tensor | None] = [None] * (
+            len(ctx.weights) + sum(t.requires_grad for t in stored)
+        )
         d_state: Sequence[Tensor | None] = [None] * (per_step - 2)
+        retain = torch._C._autograd._get_current_graph_task_keep_graph()
         for step in reversed(range(loop.steps)):
-            packed, *state, active = saved[step * per_step : (step + 1) * per_step]
-            packed = packed.detach().requires_grad_()
-            state = tuple(s.detach().requires_grad_() for s in state)
-            with ctx.conditions[step].restored(loop.patched):
-                new, new_state, _, _ = inner_step(
-                    loop, step, packed, state, support, active, loop.create_graph(step)
-                )
+            graph = ctx.kept.get(step)
+            if graph is None:
+                packed, *state, active = saved[step * per_step : (step + 1) * per_step]
+                with ctx.conditions[step].restored(loop.patched):
+                    graph = _Graph.of(loop, step, packed, state, ctx.support, stored, active)
+            elif not retain:
+                del ctx.kept[step]
             d_params, *rest = backpropagate(
-                (new, *new_state), (d_params, *d_state), [packed, *state, *meta]
+                graph.outputs,
+                (d_params, *d_state),
+                [*graph.inputs, *ctx.weights, *graph.stored],
+                retain_graph=retain and step in ctx.kept,
             )
-            d_state = rest[: len(state)]
-            d_meta = [add(a, b) for a, b in zip(d_meta, rest[len(state) :], strict=True)]
-        return None, None, None, None, d_params, *d_meta
+            d_state = rest[: len(d_state)]
+            d_meta = [add(a, b) for a, b in zip(d_meta, rest[len(d_state) :], strict=True)]
+        return None, None, None, None, None, d_params, *d_meta
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """One step's graph.
+
+    Attributes:
+        inputs: Leaves: fast weights and state before the step.
+        stored: Leaves: those of the stored prefix that carry a gradient, whose own graph autograd
+            walks once, from the gradients gathered here.
+        outputs: Fast weights and state after the step.
+    """
+
+    inputs: list[Tensor]
+    stored: list[Tensor]
+    outputs: list[Tensor]
+    active: Tensor
+    losses: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        loop: InnerLoop,
+        step: int,
+        packed: Tensor,
+        state: Sequence[Tensor],
+        empty: Support,
+        stored: Sequence[Tensor],
+        active: Tensor,
+    ) -> _Graph:
+        packed, *state = (t.detach().requires_grad_() for t in (packed, *state))
+        leaves = [t.detach().requires_grad_(t.requires_grad) for t in stored]
+        new, new_state, active, losses = inner_step(
+            loop, step, packed, tuple(state), empty.with_stored(leaves), active,
+            loop.create_graph(step),
+        )  # fmt: skip
+        carrying = [t for t in leaves if t.requires_grad]
+        return cls([packed, *state], carrying, [new, *new_state], active, losses)
 
 
 def backpropagate(
-    outputs: Sequence[Tensor], gradients: Sequence[Tensor | None], inputs: Sequence[Tensor]
+    outputs: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    inputs: Sequence[Tensor],
+    *,
+    retain_graph: bool = False,
 ) -> list[Tensor | None]:
     """``torch.autograd.grad`` where some outputs have no gradient or depend on no input."""
     pairs = [
@@ -132,7 +191,13 @@ def backpropagate(
     if not pairs or not wanted:
         return [None] * len(inputs)
     found = iter(
-        torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
+        torch.autograd.grad(
+            [o for o, _ in pairs],
+            wanted,
+            [g for _, g in pairs],
+            allow_unused=True,
+            retain_graph=retain_graph,
+        )
     )
     return [next(found) if t.requires_grad else None for t in inputs]
 
