@@ -29,10 +29,17 @@ from transformers import AutoTokenizer
 
 import fastmeta as fm
 from bench.comparison import machine
+from bench.timing import interleave
 from fastmeta.search.run import whole_model
 
 S = fm.search
 DEFAULT = {"lr": 0.05, "steps": 5, "optimizer": "sgd", "weight_decay": 0.0}  # `fastmeta train`'s
+CONTROLLERS = {
+    "lstm": ("lstm", {}),
+    "lstm, entropy 0.01, eps 1e-8": ("lstm", {"entropy": 0.01, "eps": 1e-8}),
+    "random": ("random", {}),
+    "evolution": ("evolution", {}),
+}
 RECIPES = {
     "lr": S.Range(1e-3, 1.0, log=True),
     "steps": [5, 3, 10, 20],
@@ -146,14 +153,15 @@ class Run:
     def controllers(self) -> None:
         found = self.results.get("controllers", {})
         for seed in range(self.args.seeds):
-            for name in ("lstm", "random", "evolution"):
+            for name, (controller, settings) in CONTROLLERS.items():
                 if f"{name} {seed}" in found:
                     continue
                 start = time.perf_counter()
                 result = S.run(
-                    self.space, self.judged, controller=name, evaluations=self.args.evaluations,
-                    population=16, budget={"relative_latency": self.args.budget}, cost=self.cost,
-                    seed=seed, progress=False, evaluator=self.evaluator,
+                    self.space, self.judged, controller=controller, cost=self.cost,
+                    evaluations=self.args.evaluations, population=16, seed=seed, progress=False,
+                    budget={"relative_latency": self.args.budget}, evaluator=self.evaluator,
+                    **settings,
                 )  # fmt: skip
                 order = sorted(result.finished(), key=lambda s: (-s.accuracy, sum(s.losses)))
                 found[f"{name} {seed}"] = {
@@ -166,10 +174,10 @@ class Run:
                 }
                 self.save("controllers", found)
         summary = {}
-        for name in ("lstm", "random", "evolution"):
+        for name in CONTROLLERS:
             best = [found[f"{name} {s}"]["best"] for s in range(self.args.seeds)]
             summary[name] = interval(best)
-        for name in ("lstm", "evolution"):
+        for name in set(CONTROLLERS) - {"random"}:
             pairs = [
                 found[f"{name} {s}"]["best"] - found[f"random {s}"]["best"]
                 for s in range(self.args.seeds)
@@ -180,12 +188,14 @@ class Run:
     def winner(self) -> None:
         if "winner" in self.results:
             return
-        chosen = {}
-        for run in self.results["controllers"].values():
-            for decisions in run["finalists"][:2]:
-                p = self.space.proposal(decisions)
+        chosen, shapes = {}, set()
+        runs = sorted(self.results["controllers"].values(), key=lambda run: -run["best"])
+        for run in runs:
+            p = self.space.proposal(run["finalists"][0])
+            if p.shape in shapes or len(shapes) < 5:
+                shapes.add(p.shape)
                 chosen[p.key] = p
-        valid = batches(self.clinc, self.tokenizer, self.args, count=2, seed=1, tasks=10)
+        valid = batches(self.clinc, self.tokenizer, self.args, count=1, seed=1, tasks=10)
         scores = self.evaluator.evaluate(list(chosen.values()), valid)
         best = min(scores, key=lambda s: (-s.accuracy, sum(s.losses))).proposal
         whole = whole_model(self.space)
@@ -193,7 +203,7 @@ class Run:
         default = S.Proposal(**{**vars(whole), **DEFAULT})
         found = {"proposal": str(best), "decisions": dict(best.decisions), "cost": self.cost(best)}
         for name, data, tasks in (("clinc", self.clinc, 10), ("hwu", self.hwu, len(self.hwu))):
-            fresh = batches(data, self.tokenizer, self.args, count=3, seed=2, tasks=tasks)
+            fresh = batches(data, self.tokenizer, self.args, count=2, seed=2, tasks=tasks)
             a, b, c = self.evaluator.evaluate([best, same, default], fresh)
             found[f"{name}, whole model, same recipe"] = paired(a, b)
             found[f"{name}, whole model, default recipe"] = paired(a, c)
@@ -207,16 +217,34 @@ class Run:
             return
         space = S.Space(self.model, **RECIPES)
         evaluator = S.Evaluator(space)
-        draws = batches(self.clinc, self.tokenizer, self.args, count=2, seed=3, tasks=10)
+        draws = [self.judged]
         result = S.run(
             space, draws, controller="lstm", evaluations=self.args.evaluations, population=16,
             progress=False, evaluator=evaluator,
         )  # fmt: skip
         best = min(result.finished(), key=lambda s: (-s.accuracy, sum(s.losses))).proposal
         default = S.Proposal(**{**vars(space.proposal()), **DEFAULT})
-        fresh = batches(self.hwu, self.tokenizer, self.args, count=12, seed=4, tasks=len(self.hwu))
+        fresh = batches(self.hwu, self.tokenizer, self.args, count=4, seed=4, tasks=len(self.hwu))
         a, b = evaluator.evaluate([best, default], fresh)
         self.save("recipe", {"proposal": str(best), "hwu": paired(a, b)})
+
+    def speed(self) -> None:
+        """Latency and size of the exported winner beside the whole model's, interleaved."""
+        folder = self.args.out / "winner"
+        small = fm.models.SentenceClassifier.from_pretrained(folder, 15, trust_remote_code=True)
+        models = {"winner": small.eval(), "whole model": self.model.eval()}
+        found = {}
+        for rows in (1, 16, 64):
+            ids = torch.randint(1000, 20000, (rows, 16))
+            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            with torch.no_grad():
+                calls = {n: lambda m=m: m(**inputs) for n, m in models.items()}  # noqa: B023
+                times = interleave(calls, rounds=9)
+            found[f"{rows} texts"] = {n: t["seconds"] for n, t in times.items()} | {
+                "ratio": 1 / times["whole model"]["ratio"]
+            }
+        sizes = {n: sum(p.numel() for p in m.parameters()) for n, m in models.items()}
+        self.save("speed", found | {"parameters": sizes})
 
 
 def main() -> None:
@@ -234,10 +262,13 @@ def main() -> None:
     parser.add_argument("--evaluations", type=int, default=256)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--speed", action="store_true", help="only time the exported winner")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     run = Run(args)
     run.save("machine", machine("cpu"))
+    if args.speed:
+        return run.speed()
     for stage in (run.features, run.controllers, run.winner, run.recipe):
         stage()
 

@@ -289,3 +289,23 @@ def test_the_command_says_what_is_wrong(tmp_path, capsys, flags, text, message):
     said = capsys.readouterr().err
     assert said.startswith("fastmeta: error: ") and message in said and said.count("\n") == 1
     assert not out.exists()
+
+
+def test_other_families_keep_their_stock_class(tmp_path):
+    config = transformers.DistilBertConfig(
+        vocab_size=64, dim=32, n_layers=3, n_heads=4, hidden_dim=48, num_labels=3, pad_token_id=0
+    )
+    torch.manual_seed(0)
+    model = transformers.DistilBertForSequenceClassification(config).double().eval()
+    space = Space(model, widths=[1.0, 0.5], layers=[1, 2, 3], lora={"q_lin": [2]})
+    evaluator, proposal = Evaluator(space), space.proposal(layers=2, width=24)
+    folder = fm.search.export(evaluator, proposal, tmp_path / "winner")
+    auto = transformers.AutoModelForSequenceClassification
+    loaded = auto.from_pretrained(folder, dtype=torch.float64).eval()
+    inputs = {"input_ids": torch.arange(1, 13).view(2, 6)}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    with torch.no_grad():
+        logits = loaded(**inputs).logits
+    expected = gated_logits(evaluator, proposal, inputs)
+    torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
+    assert loaded.config.n_layers == 2 and loaded.config.hidden_dim == 24

@@ -1,6 +1,6 @@
 """A small search in Python: which layers and which recipe suit ten classification tasks.
 
-    python examples/search/search.py
+python examples/search/search.py
 """
 
 from __future__ import annotations

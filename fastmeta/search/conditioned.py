@@ -19,8 +19,6 @@ from fastmeta.search.proposal import Proposal
 from fastmeta.search.run import whole_model
 from fastmeta.search.space import Space
 
-_STEADY = {"entropy": 0.03, "eps": 1e-2}
-
 
 @torch.no_grad()
 def task_embedding(
@@ -106,8 +104,7 @@ def run_conditioned(
         batches: Tasks, one batch a step.
         candidates: Candidates of each task, at least 2.
         budget, weights, cost, evaluator, seed, progress: As for `fm.search.run`.
-        **settings: Of `LSTMController`; here its entropy bonus is 0.03 and its eps 0.01, so that a
-            policy for one kind of task does not become that of all.
+        **settings: Of `LSTMController`.
 
     Returns:
         The policy: ``found.propose(support)``.
@@ -132,7 +129,7 @@ def run_conditioned(
                 seed=seed,
                 allowed=within,
                 context=tasks.shape[1],
-                **(_STEADY | settings),
+                **settings,
             )
             found = Conditioned(policy, evaluator)
         every: list[Proposal] = []
