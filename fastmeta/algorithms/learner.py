@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from fastmeta.batch import TaskBatch
 from fastmeta.engine.allocator import reuse_large_buffers
 from fastmeta.engine.capture import capture_of
-from fastmeta.engine.checks import check_clip_norm, check_sets, check_steps
+from fastmeta.engine.checks import check_clip_norm, check_compute_dtype, check_sets, check_steps
 from fastmeta.engine.episode import MetaOutput, run_episode, with_ways
 from fastmeta.engine.inner import InnerLoop
 from fastmeta.engine.losses import LossFn, resolve_loss
@@ -57,6 +58,10 @@ class GradientLearner(nn.Module):
         memory_budget: Bytes that a meta-step may take beyond what is allocated before it: an
             integer, or a text such as ``"8GiB"``; needs ``memory="auto"`` or
             ``task_chunk="auto"``. None: most of what is free on the device.
+        compute_dtype: ``torch.bfloat16`` or ``torch.float16``: matrix products of the model in it,
+            with fast weights, their updates, sums within a product and the meta-gradient in
+            float32, as under ``torch.autocast``; needs float32 weights. The meta-gradient then
+            differs from the exact one by about 1 % of its norm. None: the weights' dtype.
         compile: Capture one inner step's gradient and its derivative as graphs, used for every
             step and every batch of the same shapes. True takes what is best on the device:
             ``"trace"`` (the operators alone, without autograd and Python; seconds to capture) on
@@ -88,6 +93,7 @@ class GradientLearner(nn.Module):
         clip_norm: float | None = None,
         truncate: int | None = None,
         memory_budget: int | str | None = None,
+        compute_dtype: torch.dtype | None = None,
         compile: bool | str = False,
         compile_cache: str | Path | None = None,
     ) -> None:
@@ -116,6 +122,8 @@ class GradientLearner(nn.Module):
         self.loss_fn = resolve_loss(loss_fn)
         self.clip_norm = clip_norm
         self.truncate = truncate
+        check_compute_dtype(compute_dtype, patched.dtype)
+        self.compute_dtype = compute_dtype
         self.capture = capture_of(patched, compile, compile_cache)
         self._memory_plans: dict[Any, MemoryPlan] = {}
         self.train(patched.training)
@@ -200,7 +208,13 @@ class GradientLearner(nn.Module):
         """
         self.check(batch)
         loop = self.inner_loop(steps)
-        return self._with_memory(loop, batch, lambda plan: self._run(loop, batch, plan))
+        with self._computing():
+            return self._with_memory(loop, batch, lambda plan: self._run(loop, batch, plan))
+
+    def _computing(self) -> AbstractContextManager:
+        if self.compute_dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.compute_dtype)
 
     def _run(self, loop: InnerLoop, batch: TaskBatch, plan: MemoryPlan) -> MetaOutput:
         packed = self.patched.init(batch.num_tasks).packed

@@ -134,3 +134,15 @@ def check_classes(labels: Tensor, ways: Tensor, most: int) -> None:
         raise ValueError(
             f"task {task} has {int(ways[task])} classes, but no support row of class {missing}"
         )
+
+
+def check_compute_dtype(dtype: torch.dtype | None, weights: torch.dtype) -> None:
+    """Raise ValueError for a dtype of products that does not exist or does not fit the weights."""
+    if dtype is None:
+        return
+    if dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"compute_dtype must be torch.bfloat16, torch.float16 or None, got {dtype!r}"
+        )
+    if weights != torch.float32:
+        raise ValueError(f"compute_dtype needs a model in float32, got {weights}")

@@ -1,0 +1,84 @@
+"""What is computed, and in which precision: frozen weights, products in bfloat16."""
+
+from __future__ import annotations
+
+import episode_oracle as oracle
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import fastmeta as fm
+from bench import flops
+
+BATCH = oracle.as_batch(oracle.make_tasks(4))
+ADAPTED = "bert.encoder.layer.0.attention.self.query.weight"
+
+
+class Products(TorchDispatchMode):
+    """Shapes of all matrices that products return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            self.shapes.add(tuple(sorted(out.shape)))
+        return out
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("memory", ["unroll", "recompute"])
+def test_weights_that_nobody_learns_have_no_gradient(memory: str, compile: bool) -> None:
+    """Weight gradients of the feed-forward layers would be 24 x 16; nothing else is: three tasks
+    have 9 and 12 rows."""
+    assert flops.counted
+    batch, found = BATCH[:3], {}
+    for trained in (False, True):
+        model = oracle.tiny_bert(layers=2).requires_grad_(trained)
+        learner = fm.MAML(
+            fm.patch(model, fm.Params(ADAPTED)), lr=0.1, steps=2, memory=memory, compile=compile
+        )
+        learner(batch).loss.backward()  # first use: plans and graphs
+        with Products() as products:
+            learner(batch).loss.backward()
+        if memory == "unroll" and not compile:  # the counter's hooks refuse nested passes
+            with FlopCounterMode(display=False) as counter:
+                learner(batch).loss.backward()
+            found[trained] = counter.get_total_flops()
+        assert ((16, 24) in products.shapes) == trained
+    assert not found or found[False] < 0.8 * found[True]
+
+
+def gradient(model: torch.nn.Module, compute_dtype: torch.dtype | None, **settings) -> torch.Tensor:
+    learner = fm.MAML(
+        fm.patch(model, fm.Params("*")), lr=0.1, steps=3, compute_dtype=compute_dtype, **settings
+    )
+    out = learner(BATCH)
+    assert out.params.packed.dtype == model.classifier.weight.dtype
+    return torch.cat([g.flatten().double() for g in oracle.gradients(learner, out.loss).values()])
+
+
+@pytest.mark.parametrize("memory", ["unroll", "recompute", "auto"])
+def test_meta_gradients_in_bfloat16(memory: str) -> None:
+    """Off by the rounding of the products, 2^-9 each, and that is not hidden: float32 is closer."""
+    exact = gradient(oracle.tiny_bert(), None)
+    single = gradient(oracle.tiny_bert().float(), None)
+    half = gradient(oracle.tiny_bert().float(), torch.bfloat16, memory=memory)
+
+    def error(g: torch.Tensor) -> float:
+        return float((g - exact).norm() / exact.norm())
+
+    # The longest chain: three steps and the query pass, some 20 products each, there and back.
+    print(f"relative error: float32 {error(single):.1e}, bfloat16 {error(half):.1e}")
+    assert 10 * error(single) < error(half) < 2**-9 * (3 * 4 + 2) * 20**0.5
+
+
+def test_compute_dtypes() -> None:
+    patched = fm.patch(oracle.tiny_bert(), fm.Head())
+    with pytest.raises(ValueError, match=r"needs a model in float32, got torch.float64"):
+        fm.MAML(patched, compute_dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"must be torch.bfloat16, torch.float16 or None, got 'bf"):
+        fm.MAML(patched, compute_dtype="bf16")
