@@ -14,6 +14,7 @@ from fastmeta.engine.losses import causal_lm, classification
 from fastmeta.engine.memory import MemoryPlan, is_out_of_memory
 from fastmeta.engine.optimizers import FusedRule
 from fastmeta.engine.recompute import add, backpropagate
+from fastmeta.patching import TaskParams
 
 
 class TaskResults(NamedTuple):
@@ -21,8 +22,8 @@ class TaskResults(NamedTuple):
 
     losses: Tensor
     """Query losses ``[T]``."""
-    params: Tensor
-    """Adapted fast weights ``[T, P]``."""
+    params: Tensor | TaskParams
+    """Adapted fast weights ``[T, P]``, or what can be packed to them where tasks run at once."""
     logits: Tensor
     """Query logits ``[T, Q, ...]``; ``[T, 0]`` where the model has none."""
     active: Tensor
@@ -31,7 +32,8 @@ class TaskResults(NamedTuple):
     """``[T, K]``."""
 
     def detach(self) -> TaskResults:
-        return TaskResults(*(t.detach() for t in self))
+        params = self.params.packed if isinstance(self.params, TaskParams) else self.params
+        return TaskResults(*(t.detach() for t in self._replace(params=params)))
 
 
 Run = Callable[[slice, Tensor, str], TaskResults]

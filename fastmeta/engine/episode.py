@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmeta.batch import TaskBatch
+from fastmeta.engine.by_leaf import may_serve, unroll_by_leaf
 from fastmeta.engine.chunks import TaskResults, run_chunks
 from fastmeta.engine.head import adapt_head, head_may_serve, with_prototypes
 from fastmeta.engine.implicit import implicit
@@ -24,6 +25,7 @@ from fastmeta.engine.losses import WAYS, accuracy, classification
 from fastmeta.engine.memory import MemoryPlan
 from fastmeta.engine.recompute import joined, recompute, slices
 from fastmeta.patching import TaskParams
+from fastmeta.patching.task_params import shared_row
 
 
 @dataclass
@@ -78,6 +80,9 @@ def run_episode(loop: InnerLoop, packed: Tensor, batch: TaskBatch, plan: MemoryP
         loss = (results.losses if every else results.losses[good]).mean()
     else:
         loss = zero_loss([packed, *loop.added_parameters(), *loop.patched.shared_parameters()])
+    params = results.params
+    if isinstance(params, Tensor):
+        params = TaskParams(loop.patched.layout, params)
     logits = results.logits if results.logits.numel() else None
     scores = None
     if logits is not None and loop.loss_fn is classification:
@@ -86,7 +91,7 @@ def run_episode(loop: InnerLoop, packed: Tensor, batch: TaskBatch, plan: MemoryP
         loss=loss,
         task_losses=results.losses,
         logits=logits,
-        params=TaskParams(loop.patched.layout, results.params),
+        params=params,
         diverged=~good,
         support_losses=results.support_losses.t(),
         accuracy=scores,
@@ -203,6 +208,11 @@ def adapt_tasks(
         return replace(
             trajectory, params=implicit(loop, packed, trajectory.params, support, shared)
         )
+    row = shared_row(packed)
+    if row is not None and loop.head is None and may_serve(loop, packed):
+        trajectory = unroll_by_leaf(loop, row, packed.shape[0], support)
+        if trajectory is not None:
+            return trajectory
     return unroll(loop, with_prototypes(loop, packed, support), support)
 
 

@@ -106,12 +106,12 @@ class Trajectory:
     """Where the inner loop went.
 
     Attributes:
-        params: ``[T, P]`` after the last step.
+        params: ``[T, P]`` after the last step, or fast weights that can be packed.
         active: bool ``[T]``; False from the step on at which a loss or gradient was not finite.
         losses: Support losses before each step, K tensors ``[T]``.
     """
 
-    params: Tensor
+    params: Tensor | TaskParams
     active: Tensor
     losses: list[Tensor]
 
@@ -121,15 +121,18 @@ def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k: v for k, v in batch.items() if k != WAYS}
 
 
-def task_losses(loop: InnerLoop, packed: Tensor, batch: Mapping[str, Tensor], prefix=None):
-    """Losses ``[T]`` and outputs of the model at fast weights `packed`."""
-    params = TaskParams(loop.patched.layout, packed)
+def task_losses(
+    loop: InnerLoop, params: Tensor | TaskParams, batch: Mapping[str, Tensor], prefix=None
+):
+    """Losses ``[T]`` and outputs of the model at fast weights `params`, packed ``[T, P]`` or not."""
+    if isinstance(params, Tensor):
+        params = TaskParams(loop.patched.layout, params)
     outputs = loop.patched(params, prefix_cache=prefix, **model_inputs(batch))
     losses = loop.loss_fn(outputs, batch)
-    if not isinstance(losses, Tensor) or losses.shape != (packed.shape[0],):
+    if not isinstance(losses, Tensor) or losses.shape != (params.num_tasks,):
         got = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
         raise ValueError(
-            f"loss_fn must return one loss per task, shape [{packed.shape[0]}], got {got}"
+            f"loss_fn must return one loss per task, shape [{params.num_tasks}], got {got}"
         )
     return losses, outputs
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fastmeta.patching import attention
 from fastmeta.patching.bind import install
 from fastmeta.patching.context import Call, current_call
+from fastmeta.patching.fast_weights import FastMatrix
 from fastmeta.patching.rules import Adapted
 
 _LAYER_PARTS = ("attention.self", "attention.output", "intermediate", "output")
@@ -80,11 +81,15 @@ class _ByHeads:
     module: nn.Module
     adapted: Adapted
 
-    def weight(self, call: Call, heads: int) -> Tensor:
-        """``[T or 1, H, D, in]`` without its LoRA term."""
+    def _product(self, call: Call, x: Tensor, nt: bool) -> Tensor:
+        """``x_h W_h^T``, or ``x_h W_h`` without `nt`, for ``[T, H, N, .]``; no LoRA term."""
+        tasks, heads = x.shape[:2]
         weight = self.adapted.tensor(call, "weight")
+        if isinstance(weight, FastMatrix):
+            return weight(x.flatten(0, 1), None, nt=nt, heads=heads).unflatten(0, (tasks, heads))
         weight = self.module.weight.unsqueeze(0) if weight is None else weight
-        return weight.unflatten(1, (heads, -1))
+        weight = weight.unflatten(1, (heads, -1))  # [T or 1, H, D, in]
+        return _matmul(x, weight.mT if nt else weight)
 
     def lora(self, call: Call, heads: int) -> tuple[Tensor, Tensor] | None:
         """``[T, 1, r, in]``, scaled, and ``[T, H, D, r]``."""
@@ -102,14 +107,14 @@ class _ByHeads:
 
     def transposed(self, call: Call, y: Tensor) -> tuple[Tensor, Tensor | None]:
         """``[T, H, N, D]`` -> ``W_h^T y_h``, ``[T, H, N, in]``, and ``b_h . y_h``."""
-        x = _matmul(y, self.weight(call, y.shape[1]))
+        x = self._product(call, y, nt=False)
         low, bias = self.lora(call, y.shape[1]), self.bias(call, y.shape[1])
         x = x if low is None else x + y @ low[1] @ low[0]
         return x, None if bias is None else (y * bias).sum(-1, keepdim=True)
 
     def __call__(self, call: Call, x: Tensor, share: Tensor) -> Tensor:
         """``W_h x_h + share b_h``: ``[T, H, N, in]`` and ``[T, H, N, 1]`` -> ``[T, H, N, D]``."""
-        y = _matmul(x, self.weight(call, x.shape[1]).mT)
+        y = self._product(call, x, nt=True)
         low, bias = self.lora(call, x.shape[1]), self.bias(call, x.shape[1])
         y = y if low is None else y + x @ low[0].mT @ low[1].mT
         return y if bias is None else y + share * bias

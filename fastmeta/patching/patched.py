@@ -203,7 +203,7 @@ class Patched(nn.Module):
         flat, tasks, rows = self._flatten(params, inputs)
         plan = self.plan(inputs)
         replay = None if prefix_cache is None else prefix_cache.replay()
-        with running(Call(params.views, tasks, rows, prefix=replay)):
+        with running(Call(params.bound(plan), tasks, rows, prefix=replay)):
             out = plan.run(flat)
         return _unflatten_output(out, tasks, rows)
 
@@ -225,9 +225,9 @@ class Patched(nn.Module):
         if rows == 0:
             raise ValueError(f"{name} holds no examples (shape {list(inputs[name].shape)})")
         for key, value in inputs.items():
-            if isinstance(value, Tensor) and value.device != params.packed.device:
+            if isinstance(value, Tensor) and value.device != params.device:
                 raise ValueError(
-                    f"params are on {params.packed.device}, but {key} is on {value.device}"
+                    f"params are on {params.device}, but {key} is on {value.device}"
                 )
         return self._model_inputs(inputs), tasks, rows
 

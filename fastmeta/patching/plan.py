@@ -41,6 +41,7 @@ class Plan:
     Attributes:
         structure: The copy that runs; its adapted modules are task-batched.
         pristine: A copy without rules, for modules that run as they are, per task.
+        owners: Module name -> what of it is adapted.
         modes: Adapted module, or shared method, -> one of :data:`MODES`.
         prefix: Modules whose outputs do not depend on the fast weights, in the order they run.
         fused_attention: Whether the model calls torch's fused attention past the registries.
@@ -53,6 +54,7 @@ class Plan:
         modes: Mapping[str, str],
         kinds: Mapping[str, CallKind],
     ) -> None:
+        self.owners = slots.owners
         self.modes = dict(modes)
         self.structure = prepared_copy(model, slots)
         self.pristine = prepared_copy(model, slots)

@@ -22,6 +22,7 @@ from fastmeta.ops._lora_linear import has_kernel, lora_rows
 from fastmeta.ops.batched_linear import affine
 from fastmeta.patching.bind import bind
 from fastmeta.patching.context import Call
+from fastmeta.patching.fast_weights import FastMatrix, FastTable
 from fastmeta.patching.packing import landing_of
 
 
@@ -71,7 +72,10 @@ def _affine(module: nn.Module, adapted: Adapted, call: Call, x: Tensor, transpos
         base = bias.unsqueeze(1) if bias is not None else module.bias
         if bias is None and base is not None:
             base = base.expand(call.tasks, 1, -1)
-        y = affine(rows, weight, base, nt=not transposed, landing=landing_of(weight))
+        if isinstance(weight, FastMatrix):
+            y = weight(rows, base, nt=not transposed)
+        else:
+            y = affine(rows, weight, base, nt=not transposed, landing=landing_of(weight))
     else:
         shared = module.weight.t() if transposed else module.weight
         y = F.linear(rows, shared, None if bias is not None else module.bias)
@@ -132,7 +136,8 @@ def lora_delta(module: nn.Module, adapted: Adapted, call: Call) -> Tensor:
 
 def embedding(module: nn.Embedding, adapted: Adapted, call: Call, ids: Tensor) -> Tensor:
     """nn.Embedding: one gather from the stacked tables, ids offset by task."""
-    return _gather(adapted.view(call, "weight"), ids, module.padding_idx)
+    table = adapted.view(call, "weight")
+    return table(ids) if isinstance(table, FastTable) else _gather(table, ids, module.padding_idx)
 
 
 def _gather(table: Tensor, ids: Tensor, padding_idx: int | None) -> Tensor:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from fastmeta.patching.layout import ParamLayout
 from fastmeta.patching.packing import unpack
+
+if TYPE_CHECKING:
+    from fastmeta.patching.plan import Plan
 
 
 class TaskParams(Mapping[str, Tensor]):
@@ -29,6 +34,14 @@ class TaskParams(Mapping[str, Tensor]):
     @property
     def num_tasks(self) -> int:
         return self.packed.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.packed.device
+
+    def bound(self, plan: Plan) -> list:
+        """What the rules of a plan read, by slot."""
+        return self.views
 
     @property
     def views(self) -> list[Tensor]:
@@ -63,3 +76,11 @@ class TaskParams(Mapping[str, Tensor]):
     def __repr__(self) -> str:
         shapes = {n: list(v.shape) for n, v in zip(self.layout.names, self.views, strict=True)}
         return f"TaskParams(tasks={self.num_tasks}, {shapes})"
+
+
+def shared_row(packed: Tensor) -> Tensor | None:
+    """The one row ``[P]`` that ``packed`` repeats for every task, as `Patched.init` makes it; None
+    where tasks may differ."""
+    base = packed._base
+    expanded = packed.grad_fn is not None and packed.grad_fn.name() == "ExpandBackward0"
+    return base if expanded and base is not None and base.dim() == 1 else None

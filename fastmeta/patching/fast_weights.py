@@ -1,0 +1,219 @@
+"""Fast weights of linear layers and embeddings as the steps that made them.
+
+Where tasks descend by plain SGD from weights that all share, a weight need not be a segment of the
+packed buffer: it is that of all tasks, and what each step's rows add (`fastmeta.ops._adapted_linear`).
+The first step then reads one weight for all tasks. Later ones apply the rows as low-rank factors
+where they are few, and read each task's own weight, written out, where they are many.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastmeta.ops._adapted_linear import Gate, Gathering, adapted_linear, descend
+from fastmeta.ops.batched_linear import affine
+from fastmeta.patching.layout import ParamLayout
+from fastmeta.patching.task_params import TaskParams
+
+if TYPE_CHECKING:
+    from fastmeta.patching.plan import Plan
+
+_TABLE_ROWS = 100
+"""Tokens that a table's steps may have, squared, per word of the table: comparing every token with
+every other is then cheaper than a table of each task's own."""
+
+
+class FastMatrix:
+    """The weight of a linear layer for T tasks, after some steps.
+
+    Args:
+        weight: ``[out, in]`` (``[in, out]`` of a transformers Conv1D), shared by all tasks.
+        tasks: T.
+        steps: How many steps there will be.
+        gate: Tells the inner loss's backward pass from others.
+
+    Attributes:
+        last: Input and output of the last call, where `recording`.
+    """
+
+    def __init__(self, weight: Tensor, tasks: int, steps: int, gate: Gate) -> None:
+        self.shape, self.tasks, self.steps, self.gate = weight.shape, tasks, steps, gate
+        self.weight = weight.unsqueeze(0)  # [H, ., .], or written out [T * H, ., .]
+        self.own: Gathering | None = None
+        # [T * H, r, .]: b^T a is added to the weight
+        self.a: Tensor | None = None
+        self.b: Tensor | None = None
+        self.recording = False
+        self.calls: list[tuple[Tensor, Tensor, bool]] = []
+
+    def __call__(self, x: Tensor, base: Tensor | None, *, nt: bool, heads: int = 1) -> Tensor:
+        """The layer on ``[T * heads, M, .]``; with heads, each part of the weight's first axis on
+        its own rows.
+
+        Args:
+            base: ``[T, 1, out]``, ``[T, M, out]`` or None.
+            nt: Whether the weight is applied transposed: ``x W^T``, or ``x W``.
+        """
+        weight, a, b = self.weight, self.a, self.b
+        if self.own is None and a is None:
+            weight = weight.reshape(heads, -1, weight.shape[2])
+        elif x.shape[0] != (weight if a is None else a).shape[0]:
+            # other heads than when it was adapted
+            weight, a, b = self.written_out().reshape(x.shape[0], -1, weight.shape[2]), None, None
+        a, b = (a, b) if nt else (b, a)
+        y = adapted_linear(x, weight, a, b, base, nt=nt, gate=self.gate, landing=self.own)
+        if self.recording:
+            self.weight = weight
+            self.calls.append((x, y, nt))
+        return y
+
+    def descend(self, g: Tensor, second_order: bool) -> None:
+        """Take a step: g is the output's gradient times the negative rate, ``[T * H, M, .]``."""
+        ((x, _, nt),) = self.calls
+        x = x if second_order else x.detach()
+        _, n, k = self.weight.shape
+        if self.own is None and x.shape[1] * self.steps * (n + k) <= n * k:
+            a, b = (x, g) if nt else (g, x)
+            self.a = a if self.a is None else torch.cat([self.a, a], 1)
+            self.b = b if self.b is None else torch.cat([self.b, b], 1)
+        else:
+            self.weight, self.own = descend(self.weight, x, g, nt=nt, landing=self.own)
+
+    def written_out(self) -> Tensor:
+        """``[T, *shape]``."""
+        weight = self.weight
+        if self.own is None:
+            weight = weight.expand(self.tasks, *weight.shape).flatten(0, 1)
+            if self.a is not None:
+                weight = affine(self.b.mT, self.a, weight, nt=False)
+        return weight.reshape(self.tasks, *self.shape)
+
+
+class FastTable:
+    """The weight ``[V, D]`` of an embedding for T tasks, after some steps on the same ids.
+
+    A step adds its rows' gradients to the words of their ids. Few rows are kept as they are, summed
+    over steps: a lookup adds those of its word.
+    """
+
+    def __init__(self, weight: Tensor, tasks: int, padding_idx: int | None) -> None:
+        self.weight, self.tasks, self.padding_idx = weight, tasks, padding_idx
+        self.own: Tensor | None = None
+        self.ids: Tensor | None = None
+        self.sum: Tensor | None = None
+        self.recording = False
+        self.calls: list[tuple[Tensor, Tensor]] = []
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """Rows of each task's table for task-major ids ``[T * N, ...]``."""
+        mine = ids.reshape(self.tasks, -1)
+        if self.own is not None:
+            y = self.own[self._task(), mine]
+            if self.padding_idx is not None:
+                y = torch.where((mine == self.padding_idx).unsqueeze(-1), y.detach(), y)
+        else:
+            y = F.embedding(mine, self.weight, self.padding_idx)
+            if self.sum is not None:
+                same = mine.unsqueeze(2) == self.ids.unsqueeze(1)
+                y = affine(same.to(y.dtype), self.sum, y, nt=False)
+        if self.recording:
+            self.calls.append((mine, y))
+        return y.view(*ids.shape, -1)
+
+    def descend(self, g: Tensor, second_order: bool) -> None:
+        """Take a step: g is the output's gradient times the negative rate, ``[T, Q, D]``."""
+        ((ids, _),) = self.calls
+        if self.padding_idx is not None:
+            padding = ids == self.padding_idx
+            ids = ids.masked_fill(padding, -1)  # the padding word has no gradient
+        if self.own is None and ids.shape[1] ** 2 <= _TABLE_ROWS * self.weight.shape[0]:
+            self.ids, self.sum = ids, g if self.sum is None else self.sum + g
+            return
+        if self.padding_idx is not None:
+            g = g.masked_fill(padding.unsqueeze(-1), 0.0)
+        self.own = self._plus(g, ids)
+
+    def written_out(self) -> Tensor:
+        """``[T, V, D]``."""
+        if self.own is not None:
+            return self.own
+        if self.sum is None:
+            return self.weight.expand(self.tasks, -1, -1)
+        rows = self.sum
+        if self.padding_idx is not None:
+            rows = rows.masked_fill((self.ids < 0).unsqueeze(-1), 0.0)
+        return self._plus(rows, self.ids)
+
+    def _task(self) -> Tensor:
+        return torch.arange(self.tasks, device=self.weight.device).unsqueeze(1)
+
+    def _plus(self, rows: Tensor, ids: Tensor) -> Tensor:
+        table = self.weight.expand(self.tasks, -1, -1) if self.own is None else self.own
+        return table.index_put((self._task(), ids.clamp_min(0)), rows, accumulate=True)
+
+
+Leaf = FastMatrix | FastTable
+
+
+class LeafParams(TaskParams):
+    """Fast weights of T tasks of which some are :class:`FastMatrix` and :class:`FastTable`.
+
+    Its packed buffer is made where somebody reads it.
+
+    Args:
+        layout: Of all adapted parameters.
+        rest: Those that are no leaves, of a layout of their own.
+        leaves: Slot -> what it is kept as.
+    """
+
+    def __init__(self, layout: ParamLayout, rest: TaskParams, leaves: dict[int, Leaf]) -> None:
+        self.layout, self.rest, self.leaves = layout, rest, leaves
+        self._views: list[Tensor] | None = None
+        self._packed: Tensor | None = None
+
+    @property
+    def packed(self) -> Tensor:  # type: ignore[override]
+        if self._packed is None:
+            self._packed = self.layout.pack(self._slots(lambda leaf: leaf.written_out()))
+        return self._packed
+
+    @property
+    def num_tasks(self) -> int:
+        return self.rest.num_tasks
+
+    @property
+    def device(self) -> torch.device:
+        return self.rest.device
+
+    def bound(self, plan: Plan) -> list:
+        if not self.leaves.keys() <= set(leaf_slots(plan)):
+            return self.views
+        return self._slots(lambda leaf: leaf)
+
+    def _slots(self, of_leaf) -> list:
+        rest = iter(self.rest.views)
+        return [
+            of_leaf(self.leaves[slot]) if slot in self.leaves else next(rest)
+            for slot in range(len(self.layout))
+        ]
+
+
+def leaf_slots(plan: Plan) -> dict[int, nn.Module]:
+    """Slots of weights that only one linear layer or embedding reads, by its rule; that module."""
+    from fastmeta.patching.rules import conv1d_gpt2, embedding, linear, rule_for
+
+    readers = Counter(s for adapted in plan.owners.values() for s in adapted.slots.values())
+    found = {}
+    for name, adapted in plan.owners.items():
+        slot = adapted.slots.get("weight")
+        if slot is None or readers[slot] > 1 or plan.modes.get(name) != "rule":
+            continue
+        module = plan.structure.get_submodule(name)
+        if rule_for(module, adapted) in (linear, conv1d_gpt2, embedding):
+            found[slot] = module
+    return found
