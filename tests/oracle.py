@@ -10,7 +10,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.pytorch_utils import Conv1D
 
+from fastmeta.engine.by_leaf import unroll_by_leaf
+from fastmeta.engine.inner import InnerLoop, Support
+from fastmeta.engine.optimizers import SGD
+from fastmeta.engine.rates import Rates
 from fastmeta.patching import Patched, TaskParams
+from fastmeta.patching.task_params import shared_row
 from fastmeta.testing.float64 import keep_float64
 
 Loss = Callable[[Tensor], Tensor]
@@ -93,11 +98,38 @@ def by_batch(
     return Result(list(logits.detach()), inner, meta)
 
 
+def by_leaf(
+    patched: Patched,
+    support: Mapping[str, Tensor],
+    query: Mapping[str, Tensor],
+    *,
+    steps: int = 2,
+    lr: float = 0.1,
+) -> Result | None:
+    """The same by the engine's loop for plain SGD; without the inner gradients, which it never
+    makes. None where it leaves the model to the general loop."""
+
+    def losses(outputs, batch) -> Tensor:
+        return torch.stack([scalar_loss(task) for task in outputs.logits])
+
+    tasks = next(iter(support.values())).shape[0]
+    rates = Rates(lr, patched.layout, steps, patched.slots.initial[0])
+    loop = InnerLoop(patched, SGD(), rates, steps, losses, second_order=steps)
+    with keep_float64():
+        row = shared_row(patched.init(tasks).packed)
+        trajectory = unroll_by_leaf(loop, row, tasks, Support(support))
+        if trajectory is None:
+            return None
+        logits = patched(trajectory.params, **query).logits
+        meta = _meta_gradients(patched, torch.stack([scalar_loss(t) for t in logits]).mean())
+    return Result(list(logits.detach()), [], meta)
+
+
 def assert_same(actual: Result, expected: Result, rtol: float = 1e-9) -> None:
     """Everything agrees to `rtol` of each tensor's scale (and of a thousandth of the largest)."""
     for t, (got, want) in enumerate(zip(actual.outputs, expected.outputs, strict=True)):
         _compare({f"output of task {t}": got}, {f"output of task {t}": want}, rtol)
-    for got, want in zip(actual.inner, expected.inner, strict=True):
+    for got, want in zip(actual.inner, expected.inner, strict=bool(actual.inner)):
         _compare(got, want, rtol)
     _compare(actual.meta, expected.meta, rtol)
     assert max(float(g.abs().max()) for g in expected.meta.values()) > 1e-6

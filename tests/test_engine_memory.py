@@ -79,7 +79,8 @@ def test_recompute_works_in_slices_of_tasks(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_chunks_bound_the_peak() -> None:
-    patched = fm.patch(oracle.tiny_bert(), fm.Head() + fm.Bias())
+    # No gradients of shared weights: they take the same however few tasks run at once.
+    patched = fm.patch(oracle.tiny_bert().requires_grad_(False), fm.Bias() + fm.Norm())
     whole, halves, ones = (
         peak(fm.MAML(patched, lr=0.1, steps=3, memory="unroll", task_chunk=chunk))
         for chunk in (None, 2, 1)
@@ -118,13 +119,13 @@ def test_auto_follows_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def plan_with(free: float) -> tuple[MemoryPlan, dict]:
         monkeypatch.setattr(memory, "free_bytes", lambda device: int(free / memory._USABLE))
-        learner = fm.MAML(patched, lr=0.1, steps=6)
+        learner = fm.MAML(patched, lr=0.1, steps=16)
         out = learner(BATCH)
         found = oracle.gradients(learner, out.loss)
         (plan,) = learner._memory_plans.values()
         return plan, found
 
-    loop = fm.MAML(patched, lr=0.1, steps=6).inner_loop()
+    loop = fm.MAML(patched, lr=0.1, steps=16).inner_loop()
     unroll, again = (predict(loop, BATCH, mode) for mode in ("unroll", "recompute"))
     plan, expected = plan_with(1.01 * unroll.bytes(4))
     assert (plan.mode, plan.task_chunk) == ("unroll", None)

@@ -7,7 +7,7 @@ namespace fastmeta {
 namespace {
 
 // Columns of a product that one unit of work takes: one task alone keeps several threads busy.
-constexpr int64_t kColumns = 256;
+constexpr int64_t kColumns = 512;
 
 // [T, M, K] by [T, K, N] onto [T, M, N]; base has the same axes, 1 where it is shared.
 template <typename A>
@@ -24,6 +24,24 @@ void multiply(const Tensor& a, const Tensor& b, const std::optional<Tensor>& bas
   const int64_t base_task = base ? stride(*base, 0) : 0, base_row = base ? stride(*base, 1) : 0;
   if (tasks == 0 || m == 0 || n == 0) return;
   const int64_t parts = ceil_div(n, kColumns);
+  // where all of a task's numbers lie together: A, and the part of B whose columns a unit takes
+  const bool a_dense = a.stride(0) == m * k,
+             b_dense = parts == 1 ? b.stride(0) == k * n : b.stride(1) == 1;
+  const auto after = [&](int64_t unit, int64_t end) {
+    batched::Ahead ahead;
+    if (++unit >= end) return ahead;
+    const int64_t t = unit / parts, first = unit % parts * kColumns;
+    if (first == 0 && a_dense) {
+      ahead.at = reinterpret_cast<const char*>(a_data + t * a.stride(0));
+      ahead.lines = ceil_div(m * k * sizeof(A), 64);
+    }
+    if (b_dense) {
+      const int64_t from = parts == 1 ? 0 : first * b.stride(2);
+      ahead.then = reinterpret_cast<const char*>(b_data + t * b.stride(0) + from);
+      ahead.then_lines = ceil_div(k * least(n - first, kColumns) * sizeof(A), 64);
+    }
+    return ahead;
+  };
   const auto range = [&](int64_t begin, int64_t end) {
     std::vector<A> panel;
     for (int64_t unit = begin; unit < end; ++unit) {
@@ -41,7 +59,7 @@ void multiply(const Tensor& a, const Tensor& b, const std::optional<Tensor>& bas
                                         base_row,
                                         to_data + t * to.stride(0),
                                         to.stride(1)};
-      batched::run(product, first, least(n, first + kColumns), panel);
+      batched::run(product, first, least(n, first + kColumns), panel, after(unit, end));
     }
   };
   // sixteen multiplications count as one element

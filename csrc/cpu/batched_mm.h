@@ -32,26 +32,45 @@ struct Product {
   int64_t to_row;
 };
 
+// What the next product reads, fetched line by line while this one computes: its operands are as
+// large as a cache, and would be waited for.
+struct Ahead {
+  const char* at = nullptr;
+  int64_t lines = 0;
+  const char* then = nullptr;  // what comes after that
+  int64_t then_lines = 0;
+
+  // The next lines, at most `most`: where they begin, and how many.
+  FM_HD int64_t take(int64_t most_lines, const char** from) {
+    if (lines == 0) {
+      at = then;
+      lines = then_lines;
+      then_lines = 0;
+    }
+    const int64_t count = least(lines, most_lines);
+    *from = at;
+    at += count * 64;
+    lines -= count;
+    return count;
+  }
+};
+
 // R rows, V lanes of columns; `count` columns of the last lane are there. b has adjacent columns.
 template <typename L, int R, int V, bool kWhole, typename A>
-FM_HD void tile(const Product<A>& p, int64_t i, int64_t j, const A* b, int64_t b_row,
-                int64_t count) {
+FM_HD void tile(const Product<A>& p, int64_t i, int64_t j, const A* b, int64_t b_row, int64_t count,
+                Ahead& ahead) {
   L sums[R][V];
-  if (p.base != nullptr) {
-    for (int r = 0; r < R; ++r) {
-      const A* from = p.base + (i + r) * p.base_row + j;
-      for (int v = 0; v < V; ++v) {
-        sums[r][v] = L::template load<kWhole>(from + v * L::kCount, count);
-      }
-    }
-  } else {
-    for (int r = 0; r < R; ++r) {
-      for (int v = 0; v < V; ++v) sums[r][v] = L::all(0);
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < V; ++v) {
+      sums[r][v] = L::all(0);
+      // needed last, when they have come
+      __builtin_prefetch(p.to + (i + r) * p.to_row + j + v * L::kCount, 1);
+      if (p.base != nullptr) __builtin_prefetch(p.base + (i + r) * p.base_row + j + v * L::kCount);
     }
   }
   const A* a = p.a + i * p.a_row;
   const int64_t a_row = p.a_row, a_column = p.a_column;
-  for (int64_t q = 0; q < p.k; ++q, a += a_column, b += b_row) {
+  const auto add = [&]() FM_INLINE_LAMBDA {
     L row[V];
     for (int v = 0; v < V; ++v) row[v] = L::template load<true>(b + v * L::kCount, L::kCount);
     for (int r = 0; r < R; ++r) {
@@ -60,29 +79,45 @@ FM_HD void tile(const Product<A>& p, int64_t i, int64_t j, const A* b, int64_t b
         for (int w = 0; w < L::kParts; ++w) sums[r][v].v[w] += x * row[v].v[w];
       }
     }
+    a += a_column;
+    b += b_row;
+  };
+  const char* next;
+  int64_t q = 0;
+  for (const int64_t lines = ahead.take(p.k, &next); q < lines; ++q) {
+    __builtin_prefetch(next + q * 64, 0, 2);
+    add();
   }
+  for (; q < p.k; ++q) add();
   for (int r = 0; r < R; ++r) {
     A* at = p.to + (i + r) * p.to_row + j;
-    for (int v = 0; v < V; ++v) sums[r][v].template store<kWhole>(at + v * L::kCount, count);
+    const A* from = p.base + (i + r) * p.base_row + j;
+    for (int v = 0; v < V; ++v) {
+      if (p.base != nullptr) {
+        sums[r][v] = sums[r][v] + L::template load<kWhole>(from + v * L::kCount, count);
+      }
+      sums[r][v].template store<kWhole>(at + v * L::kCount, count);
+    }
   }
 }
 
 template <typename L, int R, int V, bool kWhole, typename A>
 FM_HD void lower(const Product<A>& p, int64_t i, int64_t j, const A* b, int64_t b_row,
-                 int64_t count, int64_t height) {
+                 int64_t count, int64_t height, Ahead& ahead) {
   if constexpr (R > 1) {
-    if (height < R) return lower<L, R - 1, V, kWhole>(p, i, j, b, b_row, count, height);
+    if (height < R) return lower<L, R - 1, V, kWhole>(p, i, j, b, b_row, count, height, ahead);
   }
-  tile<L, R, V, kWhole>(p, i, j, b, b_row, count);
+  tile<L, R, V, kWhole>(p, i, j, b, b_row, count, ahead);
 }
 
 // All rows of V lanes of columns, in blocks of nearly equal height.
 template <typename L, int R, int V, bool kWhole, typename A>
-FM_HD void columns(const Product<A>& p, int64_t j, const A* b, int64_t b_row, int64_t count) {
+FM_HD void columns(const Product<A>& p, int64_t j, const A* b, int64_t b_row, int64_t count,
+                   Ahead& ahead) {
   const int64_t blocks = ceil_div(p.m, R);
   for (int64_t block = 0, i = 0; block < blocks; ++block) {
     const int64_t height = (p.m - i) / (blocks - block);
-    lower<L, R, V, kWhole>(p, i, j, b, b_row, count, height);
+    lower<L, R, V, kWhole>(p, i, j, b, b_row, count, height, ahead);
     i += height;
   }
 }
@@ -162,7 +197,7 @@ FM_HD void pack(const Product<A>& p, int64_t j, int64_t width, int64_t lanes, A*
 
 // Columns [first, last) of one product. `panel` holds k * 32 numbers of 4 bytes or k * 16 of 8.
 template <typename A>
-void run(const Product<A>& p, int64_t first, int64_t last, std::vector<A>& panel) {
+void run(const Product<A>& p, int64_t first, int64_t last, std::vector<A>& panel, Ahead ahead) {
   with_registers([&](auto bytes) FM_INLINE_LAMBDA {
     constexpr int kBytes = bytes();
     using L = Lanes<A, kBytes>;
@@ -178,12 +213,12 @@ void run(const Product<A>& p, int64_t first, int64_t last, std::vector<A>& panel
         pack<kBytes>(p, j, kLanes, kLanes, panel.data());
         b = panel.data();
       }
-      columns<L, kRows, kWide, true>(p, j, b, in_place ? p.b_row : kLanes, L::kCount);
+      columns<L, kRows, kWide, true>(p, j, b, in_place ? p.b_row : kLanes, L::kCount, ahead);
     }
     for (; j < last; j += L::kCount) {
       const int64_t count = least(L::kCount, last - j);
       pack<kBytes>(p, j, count, L::kCount, panel.data());
-      columns<L, kRows, 1, false>(p, j, panel.data(), L::kCount, count);
+      columns<L, kRows, 1, false>(p, j, panel.data(), L::kCount, count, ahead);
     }
   });
 }

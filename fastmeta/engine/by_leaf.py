@@ -46,8 +46,8 @@ def unroll_by_leaf(loop: InnerLoop, row: Tensor, tasks: int, support: Support) -
     """
     layout, gate = loop.patched.layout, Gate()
     leaves = _leaves(loop, row, tasks, support, gate)
-    if not leaves:
-        return None
+    if 2 * sum(layout.numels[slot] for slot in leaves) < layout.num_elements:
+        return None  # what is packed would be most of it
     others = [slot for slot in range(len(layout)) if slot not in leaves]
     small = ParamLayout([layout.names[s] for s in others], [layout.shapes[s] for s in others])
     parts = layout.unpack(row.unsqueeze(0))
@@ -108,10 +108,15 @@ def _gradients(loop: InnerLoop, step: int, params: LeafParams, support: Support,
     wanted = [leaf.calls[0][1] for leaf in called]
     places = [i for i, y in enumerate(wanted) if y.requires_grad]
     rest = params.rest.packed
-    inputs = [*([rest] if rest.requires_grad and rest.numel() else []), *(wanted[i] for i in places)]
+    inputs = [
+        *([rest] if rest.requires_grad and rest.numel() else []),
+        *(wanted[i] for i in places),
+    ]
     if not losses.requires_grad or not inputs:
         return None
-    outer = isinstance(rate, Tensor) and not create_graph  # the rate's gradient is wanted all the same
+    outer = (
+        isinstance(rate, Tensor) and not create_graph
+    )  # the rate's gradient is wanted all the same
     total = losses if outer else losses * -rate
     gate.inner = True
     try:

@@ -124,7 +124,7 @@ def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def task_losses(
     loop: InnerLoop, params: Tensor | TaskParams, batch: Mapping[str, Tensor], prefix=None
 ):
-    """Losses ``[T]`` and outputs of the model at fast weights `params`, packed ``[T, P]`` or not."""
+    """Losses ``[T]`` and outputs of the model at fast weights, packed ``[T, P]`` or not."""
     if isinstance(params, Tensor):
         params = TaskParams(loop.patched.layout, params)
     outputs = loop.patched(params, prefix_cache=prefix, **model_inputs(batch))

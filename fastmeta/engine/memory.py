@@ -12,6 +12,7 @@ from fastmeta.engine.budget import budget_bytes, readable
 from fastmeta.engine.inner import InnerLoop, model_inputs
 from fastmeta.engine.meter import PeakMemory
 from fastmeta.engine.recompute import SLICES
+from fastmeta.patching.task_params import shared_row
 
 MODES = ("unroll", "recompute", "auto")
 
@@ -239,7 +240,7 @@ def _measure(loop: InnerLoop, batch: TaskBatch, mode: str, tasks: int, steps: in
         meta = [*patched.shared_parameters(), *loop.added_parameters()]
         out = run_episode(small, packed, batch[:tasks], MemoryPlan(mode))
         if torch.is_grad_enabled():
-            wanted = [t for t in (packed, *meta) if t.requires_grad]
+            wanted = [t for t in (shared_row(packed), *meta) if t is not None and t.requires_grad]
             torch.autograd.grad(out.loss, wanted, allow_unused=True)
     return meter.peak
 

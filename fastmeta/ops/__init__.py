@@ -2,6 +2,7 @@
 
 from fastmeta import _library, _triton
 from fastmeta._backend import use_impl
+from fastmeta.ops.activations import gelu, silu
 from fastmeta.ops.attention import attention
 from fastmeta.ops.batched_linear import batched_linear
 from fastmeta.ops.coordinate_lstm import coordinate_lstm
@@ -21,6 +22,7 @@ from fastmeta.ops.inner_update import (
     sgd_update,
     sgd_update_,
 )
+from fastmeta.ops.layer_norm import layer_norm, rms_norm
 from fastmeta.ops.lora_linear import lora_linear
 from fastmeta.ops.nearest import nearest
 from fastmeta.ops.pairwise import cdist, pairwise_distance
@@ -43,16 +45,20 @@ __all__ = [
     "class_means",
     "clip_scale",
     "coordinate_lstm",
+    "gelu",
     "head_inner_loop",
+    "layer_norm",
     "lora_linear",
     "momentum_update",
     "momentum_update_",
     "nearest",
     "pairwise_distance",
     "prototypical_loss",
+    "rms_norm",
     "rmsprop_update",
     "rmsprop_update_",
     "sgd_update",
     "sgd_update_",
+    "silu",
     "use_impl",
 ]

@@ -1,10 +1,10 @@
 """A linear layer after some steps of gradient descent on its weight.
 
 A step's gradient is a product of what the layer read and of the gradient of what it gave, so the
-weight of task t is ``W + G_t^T X_t`` with ``X_t [r, K]`` and ``G_t [r, N]`` of the steps' rows: either
-written out, or applied as it is, ``y = x W^T + (x X_t^T) G_t``. Taking the gradient of an inner loss
-to the layers' outputs instead of their weights leaves out the product that a weight gradient is,
-the ``[T, P]`` it would be kept in, and an update that reads it again.
+weight of task t is ``W + G_t^T X_t`` with ``X_t [r, K]`` and ``G_t [r, N]`` of the steps' rows:
+either written out, or applied as it is, ``y = x W^T + (x X_t^T) G_t``. Taking the gradient of an
+inner loss to the layers' outputs instead of their weights leaves out the ``[T, P]`` of a gradient
+and an update that reads it again.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ def adapted_linear(
 
     Args:
         x: ``[B, M, K]``, B tasks, or heads of tasks.
-        weight: ``[N, K]`` per product, ``[K, N]`` without `nt`: ``[B, ., .]``, or ``[H, ., .]`` that
-            all ``B / H`` tasks share.
+        weight: ``[N, K]`` per product, ``[K, N]`` without `nt`: ``[B, ., .]``, or ``[H, ., .]``
+            that all ``B / H`` tasks share.
         a, b: ``[B, r, K]`` and ``[B, r, N]``, or None.
         base: ``[B, 1, N]``, ``[B, M, N]`` or None.
         landing: Where gradients of a weight ``[B, ., .]`` gather.

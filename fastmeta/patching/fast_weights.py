@@ -1,9 +1,10 @@
 """Fast weights of linear layers and embeddings as the steps that made them.
 
 Where tasks descend by plain SGD from weights that all share, a weight need not be a segment of the
-packed buffer: it is that of all tasks, and what each step's rows add (`fastmeta.ops._adapted_linear`).
-The first step then reads one weight for all tasks. Later ones apply the rows as low-rank factors
-where they are few, and read each task's own weight, written out, where they are many.
+packed buffer: it is that of all tasks, and what each step's rows add
+(`fastmeta.ops._adapted_linear`). The first step then reads one weight for all tasks. Later ones
+apply the rows as low-rank factors where they are few, and read each task's own weight, written out,
+where they are many.
 """
 
 from __future__ import annotations
@@ -211,7 +212,9 @@ def leaf_slots(plan: Plan) -> dict[int, nn.Module]:
     found = {}
     for name, adapted in plan.owners.items():
         slot = adapted.slots.get("weight")
-        if slot is None or readers[slot] > 1 or plan.modes.get(name) != "rule":
+        if slot is None or readers[slot] > 1 or slot in plan.read_by_units:
+            continue
+        if plan.modes.get(name) != "rule":
             continue
         module = plan.structure.get_submodule(name)
         if rule_for(module, adapted) in (linear, conv1d_gpt2, embedding):

@@ -226,9 +226,7 @@ class Patched(nn.Module):
             raise ValueError(f"{name} holds no examples (shape {list(inputs[name].shape)})")
         for key, value in inputs.items():
             if isinstance(value, Tensor) and value.device != params.device:
-                raise ValueError(
-                    f"params are on {params.device}, but {key} is on {value.device}"
-                )
+                raise ValueError(f"params are on {params.device}, but {key} is on {value.device}")
         return self._model_inputs(inputs), tasks, rows
 
     def _model_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -42,6 +42,7 @@ class Plan:
         structure: The copy that runs; its adapted modules are task-batched.
         pristine: A copy without rules, for modules that run as they are, per task.
         owners: Module name -> what of it is adapted.
+        read_by_units: Slots whose tensors ``[T, *shape]`` a module that runs per task reads.
         modes: Adapted module, or shared method, -> one of :data:`MODES`.
         prefix: Modules whose outputs do not depend on the fast weights, in the order they run.
         fused_attention: Whether the model calls torch's fused attention past the registries.
@@ -55,6 +56,7 @@ class Plan:
         kinds: Mapping[str, CallKind],
     ) -> None:
         self.owners = slots.owners
+        self.read_by_units: set[int] = set()
         self.modes = dict(modes)
         self.structure = prepared_copy(model, slots)
         self.pristine = prepared_copy(model, slots)
@@ -76,6 +78,7 @@ class Plan:
             pristine = self.pristine.get_submodule(module_name)
             rows = kinds[name].rows if name in kinds else {}
             tensors, reads = unit_tensors(slots, module_name, pristine)
+            self.read_by_units |= reads
             unit = Unit(pristine, tensors, reads, method, rows)
             install(module, method, _by_unit(unit, by_vmap if mode == "vmap" else by_loop))
         elif mode == "expand":

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from fastmeta._autograd import autocast
 from fastmeta.ops._lora_linear import has_kernel, lora_rows
 from fastmeta.ops.batched_linear import affine
+from fastmeta.patching.activations import normalised
 from fastmeta.patching.bind import bind
 from fastmeta.patching.context import Call
 from fastmeta.patching.fast_weights import FastMatrix, FastTable
@@ -174,6 +175,12 @@ class gathering(TorchFunctionMode):
 
 def layer_norm(module: nn.LayerNorm, adapted: Adapted, call: Call, x: Tensor) -> Tensor:
     """nn.LayerNorm: shared normalisation, per-task gain and bias."""
+    if len(module.normalized_shape) == 1 and module.weight is not None:
+        gain, shift = adapted.tensor(call, "weight"), adapted.tensor(call, "bias")
+        gain = module.weight.unsqueeze(0) if gain is None else gain
+        y = normalised(x, gain, module.bias if shift is None else shift, module.eps)
+        if y is not None:
+            return y
     y = F.layer_norm(x, module.normalized_shape, None, None, module.eps)
     y = y.reshape(call.tasks, -1, *module.normalized_shape)
     weight = adapted.tensor(call, "weight")
@@ -187,6 +194,10 @@ def layer_norm(module: nn.LayerNorm, adapted: Adapted, call: Call, x: Tensor) ->
 
 def rms_norm(module: nn.RMSNorm, adapted: Adapted, call: Call, x: Tensor) -> Tensor:
     """nn.RMSNorm: shared normalisation, per-task gain."""
+    if len(module.normalized_shape) == 1 and module.eps is not None:
+        y = normalised(x, adapted.view(call, "weight"), None, module.eps, rms=True)
+        if y is not None:
+            return y
     y = F.rms_norm(x, module.normalized_shape, None, module.eps)
     y = y.reshape(call.tasks, -1, *module.normalized_shape)
     return (y * adapted.view(call, "weight").unsqueeze(1)).reshape(x.shape)

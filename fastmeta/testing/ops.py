@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from fastmeta import ops
-from fastmeta.testing import attention, batched_linear, coordinate_lstm, lora_linear, pairwise
+from fastmeta.testing import (
+    attention,
+    batched_linear,
+    coordinate_lstm,
+    layer_norm,
+    lora_linear,
+    pairwise,
+)
 from fastmeta.testing.table import OpRow, Sample
 
 UPDATE_DTYPES = (
@@ -229,4 +236,5 @@ TABLE = (
     *attention.TABLE,
     *batched_linear.TABLE,
     *coordinate_lstm.TABLE,
+    *layer_norm.TABLE,
 )

@@ -1,0 +1,182 @@
+"""Inner loops by leaf: the same numbers as the general loop, whichever way a weight is kept."""
+
+from __future__ import annotations
+
+import episode_oracle as oracle
+import pytest
+import torch
+from torch import Tensor
+from transformers import GPT2Config, GPT2ForSequenceClassification
+
+import fastmeta as fm
+from fastmeta.engine import episode
+from fastmeta.ops._adapted_linear import Gate, adapted_linear, descend
+from fastmeta.patching.fast_weights import FastMatrix, FastTable, LeafParams
+
+T, N, L, WAYS = 3, 2, 4, 3
+
+
+def batch(vocabulary: int = 20, rows: int = N) -> fm.TaskBatch:
+    generator = torch.Generator().manual_seed(3)
+
+    def task_set() -> dict[str, Tensor]:
+        ids = torch.randint(0, vocabulary, (T, rows, L), generator=generator)
+        ids[:, :, -1] = 0  # the padding word of BERT
+        labels = torch.randint(0, WAYS, (T, rows), generator=generator)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+    return fm.TaskBatch(task_set(), task_set())
+
+
+def gpt2() -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=20, n_embd=8, n_layer=1, n_head=2, n_positions=8, num_labels=WAYS, pad_token_id=0
+    )
+    return GPT2ForSequenceClassification(config).double().eval()
+
+
+def run(make, monkeypatch, by_leaf: bool, given: fm.TaskBatch, **settings) -> dict[str, Tensor]:
+    """Results and meta-gradients of one meta-step."""
+    with monkeypatch.context() as patch:
+        if not by_leaf:
+            patch.setattr(episode, "may_serve", lambda *_: False)
+        patched = fm.patch(make(), fm.Params("*"))
+        learner = fm.MAML(patched, memory="unroll", **settings)
+        out = learner(given)
+        assert isinstance(out.params, LeafParams) is by_leaf
+        found = oracle.gradients(learner, out.loss)
+    fast = {f"fast {name}": t.detach() for name, t in out.params.items()}
+    return {"logits": out.logits.detach(), "losses": out.support_losses, **fast, **found}
+
+
+def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, want in expected.items():
+        torch.testing.assert_close(actual[name], want, rtol=1e-9, atol=1e-12)
+
+
+RATES = {
+    "number": lambda: 0.1,
+    "learned": lambda: fm.LearnedRate(per=("task", "step"), init=0.1, num_tasks=T),
+}
+
+
+@pytest.mark.parametrize("rate", RATES)
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("make", [oracle.tiny_bert, gpt2])
+def test_same_as_the_general_loop(make, order: int, rate: str, monkeypatch) -> None:
+    found = [
+        run(make, monkeypatch, by_leaf, batch(), lr=RATES[rate](), steps=3, order=order)
+        for by_leaf in (True, False)
+    ]
+    assert_same(*found)
+
+
+def test_tables_of_many_tokens(monkeypatch) -> None:
+    """A small vocabulary and many rows: tasks have tables of their own."""
+    monkeypatch.setattr("fastmeta.patching.fast_weights._TABLE_ROWS", 0)
+    found = [
+        run(oracle.tiny_bert, monkeypatch, by_leaf, batch(), lr=0.1, steps=3)
+        for by_leaf in (True, False)
+    ]
+    assert_same(*found)
+
+
+@pytest.mark.parametrize("nt", [True, False])
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("rows", [1, 7])
+def test_matrix_is_what_its_steps_add(rows: int, heads: int, nt: bool) -> None:
+    """Few rows stay factors, many are written out; either way the same weights."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    weight = random(6 * heads, 8)
+    matrix = FastMatrix(weight, T, 3, Gate())
+    expected = weight.expand(T, -1, -1).unflatten(1, (heads, 6)).flatten(0, 1)
+    ins, outs = (8, 6) if nt else (6, 8)
+    matrix.recording = True
+    for _ in range(3):
+        x, base, g = (
+            random(T * heads, rows, ins),
+            random(T * heads, 1, outs),
+            random(T * heads, rows, outs),
+        )
+        y = matrix(x, base, nt=nt, heads=heads)
+        torch.testing.assert_close(y, base + x @ (expected.mT if nt else expected))
+        matrix.descend(g, True)
+        matrix.calls.clear()
+        expected = expected + (g.mT @ x if nt else x.mT @ g)
+    assert (matrix.own is None) is (rows == 1)
+    torch.testing.assert_close(matrix.written_out(), expected.reshape(T, 6 * heads, 8))
+    matrix.recording = False
+    x = random(T, 2, 8)  # as a whole
+    torch.testing.assert_close(matrix(x, None, nt=True), x @ expected.reshape(T, 6 * heads, 8).mT)
+
+
+def test_table_is_what_its_steps_add() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(9, 4, generator=generator, dtype=torch.float64)
+    ids = torch.randint(0, 9, (T * 2, 3), generator=generator)
+    table = FastTable(weight, T, padding_idx=0)
+    table.recording = True
+    expected = weight.repeat(T, 1, 1)
+    for _ in range(2):
+        torch.testing.assert_close(
+            table(ids), torch.stack([expected[i // 2][row] for i, row in enumerate(ids)])
+        )
+        g = torch.randn(T, 6, 4, generator=generator, dtype=torch.float64)
+        table.descend(g, True)
+        table.calls.clear()
+        for t in range(T):
+            for token, row in zip(ids.view(T, 6)[t], g[t], strict=True):
+                if token != 0:
+                    expected[t, token] += row
+    torch.testing.assert_close(table.written_out(), expected)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("low_rank", [True, False])
+def test_operators_differentiate_to_any_order(low_rank: bool, shared: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    weight = random(1 if shared else 2, 3, 4)
+    factors = (random(2, 1, 4), random(2, 1, 3)) if low_rank else ()
+    inputs = (random(2, 2, 4), weight, random(2, 1, 3), random(2, 2, 3), *factors)
+
+    def step(x: Tensor, weight: Tensor, base: Tensor, g: Tensor, *factors: Tensor) -> Tensor:
+        a, b = factors or (None, None)
+        y = adapted_linear(x, weight, a, b, base, nt=True, gate=Gate())
+        after, landing = descend(weight, x, g, nt=True, landing=None)
+        return adapted_linear(
+            y.tanh() @ weight.new_ones(3, 4),
+            after,
+            a,
+            b,
+            base,
+            nt=True,
+            gate=Gate(),
+            landing=landing,
+        )
+
+    assert torch.autograd.gradcheck(step, inputs)
+    assert torch.autograd.gradgradcheck(step, inputs)
+
+
+def test_backward_passes_of_any_part() -> None:
+    """A pass that asks for some gradients only, or comes twice, leaves nothing behind."""
+    patched = fm.patch(oracle.tiny_bert(), fm.Params("*"))
+    learner = fm.MAML(patched, lr=fm.LearnedRate(per=(), init=0.1), steps=3, memory="unroll")
+    out = learner(batch())
+    parameters = list(learner.parameters())
+    first = torch.autograd.grad(out.loss, parameters, retain_graph=True)
+    (rate,) = torch.autograd.grad(out.loss, [learner.rates.values], retain_graph=True)
+    again = torch.autograd.grad(out.loss, parameters)
+    for a, b in zip(first, again, strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(rate, first[[p is learner.rates.values for p in parameters].index(True)])
