@@ -25,6 +25,7 @@ def may_serve(loop: InnerLoop, packed: Tensor) -> bool:
     settings = not (loop.clip_norm or loop.proximal or loop.implicit)
     return (
         settings
+        and loop.steps > 0
         and type(loop.rule) is SGD
         and loop.rule.weight_decay == 0.0
         and set(loop.rates.axes) <= {"step", "task"}
@@ -66,7 +67,8 @@ def unroll_by_leaf(loop: InnerLoop, row: Tensor, tasks: int, support: Support) -
             rest = rest + d_rest
         for leaf, g in gradients:
             leaf.descend(g, loop.create_graph(step))
-            finite.append(g.detach().sum())
+            if not leaf.with_bias:  # else it is in the bias's, which is in d_rest
+                finite.append(g.detach().sum())
         for leaf in leaves.values():
             leaf.calls.clear()
     for leaf in leaves.values():
@@ -84,13 +86,13 @@ def _leaves(
     plan = loop.patched.plan(model_inputs(support.inputs))
     parts = loop.patched.layout.unpack(row.unsqueeze(0))
     found: dict[int, Leaf] = {}
-    for slot, module in leaf_slots(plan).items():
+    for slot, leaf in leaf_slots(plan).items():
         weight = parts[slot][0]
-        if isinstance(module, torch.nn.Embedding):
-            found[slot] = FastTable(weight, tasks, module.padding_idx)
+        if isinstance(leaf.module, torch.nn.Embedding):
+            found[slot] = FastTable(weight, tasks, leaf.module.padding_idx)
         else:
             found[slot] = FastMatrix(weight, tasks, loop.steps, gate)
-        found[slot].recording = True
+        found[slot].recording, found[slot].with_bias = True, leaf.with_bias
     return found
 
 

@@ -10,6 +10,7 @@ where they are many.
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -49,7 +50,7 @@ class FastMatrix:
         # [T * H, r, .]: b^T a is added to the weight
         self.a: Tensor | None = None
         self.b: Tensor | None = None
-        self.recording = False
+        self.recording = self.with_bias = False
         self.calls: list[tuple[Tensor, Tensor, bool]] = []
 
     def __call__(self, x: Tensor, base: Tensor | None, *, nt: bool, heads: int = 1) -> Tensor:
@@ -107,7 +108,7 @@ class FastTable:
         self.own: Tensor | None = None
         self.ids: Tensor | None = None
         self.sum: Tensor | None = None
-        self.recording = False
+        self.recording = self.with_bias = False
         self.calls: list[tuple[Tensor, Tensor]] = []
 
     def __call__(self, ids: Tensor) -> Tensor:
@@ -192,7 +193,7 @@ class LeafParams(TaskParams):
         return self.rest.device
 
     def bound(self, plan: Plan) -> list:
-        if not self.leaves.keys() <= set(leaf_slots(plan)):
+        if not self.leaves.keys() <= leaf_slots(plan).keys():
             return self.views
         return self._slots(lambda leaf: leaf)
 
@@ -204,10 +205,25 @@ class LeafParams(TaskParams):
         ]
 
 
-def leaf_slots(plan: Plan) -> dict[int, nn.Module]:
-    """Slots of weights that only one linear layer or embedding reads, by its rule; that module."""
+@dataclass(frozen=True)
+class LeafSlot:
+    """A weight that can be kept by leaf.
+
+    Attributes:
+        module: The linear layer or embedding that reads it.
+        with_bias: Whether tasks adapt its bias too, whose gradient sums those of the outputs.
+    """
+
+    module: nn.Module
+    with_bias: bool
+
+
+def leaf_slots(plan: Plan) -> dict[int, LeafSlot]:
+    """Slots of weights that only one linear layer or embedding reads, by its rule."""
     from fastmeta.patching.rules import conv1d_gpt2, embedding, linear, rule_for
 
+    if plan.leaf_slots is not None:
+        return plan.leaf_slots
     readers = Counter(s for adapted in plan.owners.values() for s in adapted.slots.values())
     found = {}
     for name, adapted in plan.owners.items():
@@ -218,5 +234,6 @@ def leaf_slots(plan: Plan) -> dict[int, nn.Module]:
             continue
         module = plan.structure.get_submodule(name)
         if rule_for(module, adapted) in (linear, conv1d_gpt2, embedding):
-            found[slot] = module
+            found[slot] = LeafSlot(module, "bias" in adapted.slots)
+    plan.leaf_slots = found
     return found

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fastmeta.patching import activations, attention, prefix
 from fastmeta.patching.bind import bind, copy_structure, install
 from fastmeta.patching.context import Call, current_call
+from fastmeta.patching.fast_weights import LeafSlot
 from fastmeta.patching.methods import split_key
 from fastmeta.patching.probe import CallKind
 from fastmeta.patching.rules import Adapted, gathering, isolating_rule, lora_delta, rule_for
@@ -42,6 +43,7 @@ class Plan:
         structure: The copy that runs; its adapted modules are task-batched.
         pristine: A copy without rules, for modules that run as they are, per task.
         owners: Module name -> what of it is adapted.
+        leaf_slots: Weights that can be kept by leaf, once asked for.
         read_by_units: Slots whose tensors ``[T, *shape]`` a module that runs per task reads.
         modes: Adapted module, or shared method, -> one of :data:`MODES`.
         prefix: Modules whose outputs do not depend on the fast weights, in the order they run.
@@ -57,6 +59,7 @@ class Plan:
     ) -> None:
         self.owners = slots.owners
         self.read_by_units: set[int] = set()
+        self.leaf_slots: dict[int, LeafSlot] | None = None
         self.modes = dict(modes)
         self.structure = prepared_copy(model, slots)
         self.pristine = prepared_copy(model, slots)
