@@ -81,6 +81,15 @@ CASES = {
         lambda: fm.Params("bert.encoder.layer.4.*", "bert.encoder.layer.5.*", "classifier.*"),
         ("layer.4.", "layer.5.", "classifier"),
     ),
+    "deep": Case(
+        "4-layer BERT h=256, T=8, 5-shot, L=32, K=3, all parameters",
+        4, 256, 4, 8, 5, 32, 3, lambda: fm.Params("*"),
+    ),
+    "minilm-lora": Case(
+        "6-layer BERT h=384 (MiniLM), T=32, 1-shot, L=16, K=5, LoRA (r=8) + head, frozen backbone",
+        6, 384, 12, 32, 1, 16, 5, lambda: fm.LoRA(r=8) + fm.Params("classifier.*"),
+        ("classifier",),
+    ),
     "memory": Case(
         "4-layer BERT h=256, T=8, 5-shot, L=32, all parameters",
         4, 256, 4, 8, 5, 32, 10, lambda: fm.Params("*"),

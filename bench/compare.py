@@ -1,6 +1,9 @@
 """Compare meta-steps with other libraries, interleaved in one process; peak memory in its own.
 
-    python -m bench.compare [--cases full,lora,last2,memory] [--rounds 5] [--out results.json]
+    python -m bench.compare [--cases full,lora,last2,deep,minilm-lora,memory] [--rounds 5]
+                            [--out results.json]
+
+Cases that are measured replace those of the file; others stay.
 
 `higher` and `torchopt` take part where they are installed (``pip install fastmeta[bench]``).
 """
@@ -30,14 +33,16 @@ PEERS = {
     "full": ["per-task loop", "torch.func.vmap", "higher", "torchopt"],
     "lora": ["per-task loop"],
     "last2": ["per-task loop", "higher"],
+    "deep": ["per-task loop"],
+    "minilm-lora": ["per-task loop", "higher"],
 }
 
 
-def fastmeta_step(name: str, memory: str, steps: int | None = None):
+def fastmeta_step(name: str, memory: str, steps: int | None = None, order: int = 2):
     case = CASES[name]
     model, batch = case.model(), case.batch()
     patched = fm.patch(model, case.spec())
-    learner = fm.MAML(patched, lr=LR, steps=steps or case.steps, memory=memory)
+    learner = fm.MAML(patched, lr=LR, steps=steps or case.steps, order=order, memory=memory)
 
     def step() -> float:
         for p in learner.parameters():
@@ -53,7 +58,7 @@ def peer_step(name: str, peer: str):
     case = CASES[name]
     model, batch = case.model(), case.batch()
     patched = fm.patch(model, case.spec())
-    names = with_lora(model, patched) if name == "lora" else list(patched.layout.names)
+    names = with_lora(model, patched) if "lora" in name else list(patched.layout.names)
 
     def step() -> float:
         model.zero_grad()
@@ -66,6 +71,8 @@ def peer_step(name: str, peer: str):
 def compare(name: str, rounds: int) -> dict:
     steps = {"fastmeta": fastmeta_step(name, "unroll")}
     steps["fastmeta, recompute"] = fastmeta_step(name, "recompute")
+    if name == "minilm-lora":
+        steps["fastmeta, first order"] = fastmeta_step(name, "unroll", order=1)
     for peer in PEERS[name]:
         try:
             steps[peer] = peer_step(name, peer)
@@ -98,9 +105,13 @@ def compare(name: str, rounds: int) -> dict:
         for label, t in times.items()
     }
     floor = flops / rate
+    if name == "deep":
+        for mode, label in (("unroll", "fastmeta"), ("recompute", "fastmeta, recompute")):
+            rows[label]["peak_mib"] = peak_memory(name, mode, CASES[name].steps)["peak_mib"]
     print(f"\n{CASES[name].title}")
     for label, row in rows.items():
-        print(f"  {label:22s} {row['seconds']:8.3f} s   {row['ratio']:5.2f} x fastmeta")
+        peak = f"   {row['peak_mib']:.0f} MiB" if "peak_mib" in row else ""
+        print(f"  {label:22s} {row['seconds']:8.3f} s   {row['ratio']:5.2f} x fastmeta{peak}")
     print(f"  GEMM floor {floor:.3f} s ({flops / 1e9:.0f} GFLOP at {rate / 1e9:.0f} GFLOP/s)")
     return {
         "title": CASES[name].title,
@@ -112,16 +123,16 @@ def compare(name: str, rounds: int) -> dict:
     }
 
 
-def peak_memory(mode: str, steps: int) -> dict:
+def peak_memory(name: str, mode: str, steps: int) -> dict:
     """Peak resident memory and time of one meta-step, in a process of its own."""
-    command = [sys.executable, "-m", "bench.compare", "--measure", mode, str(steps)]
+    command = [sys.executable, "-m", "bench.compare", "--measure", name, mode, str(steps)]
     out = subprocess.run(command, check=True, capture_output=True, text=True)
     return json.loads(out.stdout.splitlines()[-1])
 
 
-def measure(mode: str, steps: int) -> None:
+def measure(name: str, mode: str, steps: int) -> None:
     """Child of :func:`peak_memory`."""
-    step = fastmeta_step("memory", mode, steps)
+    step = fastmeta_step(name, mode, steps)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     step()
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -138,7 +149,7 @@ def memory_table() -> list[dict]:
         for mode in ("unroll", "recompute"):
             if mode == "unroll" and steps == 20:
                 continue  # about twice K=10: too much for a machine of 16 GiB
-            row = {"K": steps, "memory": mode, **peak_memory(mode, steps)}
+            row = {"K": steps, "memory": mode, **peak_memory("memory", mode, steps)}
             rows.append(row)
             print(f"  K={steps:2d} {mode:10s} {row['peak_mib']:8.0f} MiB {row['seconds']:7.2f} s")
     return rows
@@ -146,17 +157,18 @@ def memory_table() -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cases", default="full,lora,last2,memory")
+    parser.add_argument("--cases", default="full,lora,last2,deep,minilm-lora,memory")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.measure:
-        measure(args.measure[0], int(args.measure[1]))
+        measure(*args.measure[:2], int(args.measure[2]))
         return
-    result: dict = {
+    result: dict = json.loads(args.out.read_text()) if args.out and args.out.exists() else {}
+    result |= {
         "machine": platform.processor() or platform.machine(),
         "threads": args.threads,
         "torch": torch.__version__,

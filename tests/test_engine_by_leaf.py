@@ -62,6 +62,12 @@ RATES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _small_tables_too(monkeypatch) -> None:
+    """Keep the tests' small vocabularies by leaf as well."""
+    monkeypatch.setattr("fastmeta.patching.rules.FEW_WORDS", 4)
+
+
 @pytest.mark.parametrize("rate", RATES)
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("make", [oracle.tiny_bert, gpt2])

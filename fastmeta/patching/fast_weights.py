@@ -220,7 +220,7 @@ class LeafSlot:
 
 def leaf_slots(plan: Plan) -> dict[int, LeafSlot]:
     """Slots of weights that only one linear layer or embedding reads, by its rule."""
-    from fastmeta.patching.rules import conv1d_gpt2, embedding, linear, rule_for
+    from fastmeta.patching.rules import FEW_WORDS, conv1d_gpt2, embedding, linear, rule_for
 
     if plan.leaf_slots is not None:
         return plan.leaf_slots
@@ -233,7 +233,10 @@ def leaf_slots(plan: Plan) -> dict[int, LeafSlot]:
         if plan.modes.get(name) != "rule":
             continue
         module = plan.structure.get_submodule(name)
-        if rule_for(module, adapted) in (linear, conv1d_gpt2, embedding):
+        rule = rule_for(module, adapted)
+        if rule is embedding and module.num_embeddings <= FEW_WORDS:
+            continue  # its gradient is small
+        if rule in (linear, conv1d_gpt2, embedding):
             found[slot] = LeafSlot(module, "bias" in adapted.slots)
     plan.leaf_slots = found
     return found

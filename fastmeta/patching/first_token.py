@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastmeta.ops.batched_linear import affine
 from fastmeta.patching import attention
 from fastmeta.patching.bind import install
 from fastmeta.patching.context import Call, current_call
@@ -153,7 +154,7 @@ def _attend_to_states(
     def rows(x: Tensor) -> Tensor:
         return x.transpose(1, 2).flatten(0, 1)  # [T, H, N, .] -> [B, H, .]
 
-    scores = rows(query) @ states.mT
+    scores = affine(rows(query), states)
     # Softmax does not see the bias; adding it keeps its gradient, of zeros, as anyone expects it.
     scores = (scores if offset is None else scores + rows(offset)).unsqueeze(2)  # [B, H, 1, L]
     if mask is not None:
@@ -161,7 +162,7 @@ def _attend_to_states(
     probs = torch._safe_softmax(scores, -1).squeeze(2)
     if module.training and module.dropout.p:
         probs = nn.functional.dropout(probs, p=module.dropout.p)
-    mean = probs @ states  # [B, H, in]
+    mean = affine(probs, states, nt=False)  # [B, H, in]
     mean, share = (
         t.unflatten(0, (call.tasks, -1)).transpose(1, 2) for t in (mean, probs.sum(-1, True))
     )

@@ -141,14 +141,14 @@ def embedding(module: nn.Embedding, adapted: Adapted, call: Call, ids: Tensor) -
     return table(ids) if isinstance(table, FastTable) else _gather(table, ids, module.padding_idx)
 
 
-_FEW_WORDS = 64
+FEW_WORDS = 64
 """Tables up to this size are read by a product with ones and zeros, whose gradient is one too:
 scattering rows takes longer."""
 
 
 def _gather(table: Tensor, ids: Tensor, padding_idx: int | None) -> Tensor:
     """Rows of ``[T, V, D]`` tables for task-major ids ``[T * N, ...]``."""
-    few = padding_idx is None and table.shape[1] <= _FEW_WORDS
+    few = padding_idx is None and table.shape[1] <= FEW_WORDS
     if few and not torch.is_autocast_enabled(ids.device.type):
         chosen = F.one_hot(ids.reshape(len(table), -1), table.shape[1]).to(table.dtype)
         y = affine(chosen, table, nt=False, landing=landing_of(table))
