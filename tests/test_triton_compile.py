@@ -149,6 +149,21 @@ def call_lora(launchers, dtype, bits: int = 0, ragged: bool = False) -> None:
     launchers["lora_linear_double_backward"](x, bias, a, b, *given)
 
 
+def call_norms(launchers, dtype) -> None:
+    """Normalisations and activations of BERT's and MiniLM's width."""
+    for tasks, rows, width in ((32, 80, 128), (8, 600, 384)):
+        x, dy, u = (torch.empty(tasks * rows, width, dtype=dtype, device="meta") for _ in range(3))
+        w, b = (torch.empty(tasks, width, dtype=dtype, device="meta") for _ in range(2))
+        for bias, rms in ((b, False), (None, True)):
+            _, stats = launchers["layer_norm"](x, w, bias, 1e-5, rms)
+            launchers["layer_norm_backward"](dy, x, w, stats, rms)
+            launchers["layer_norm_double_backward"](u, w, bias, dy, x, w, stats, rms)
+    for kind in range(3):
+        launchers["activation"](x, kind)
+        launchers["activation_backward"](dy, x, kind)
+        launchers["activation_double_backward"](u, dy, x, kind)
+
+
 def source_of(launch: Launch):
     """The source as the just-in-time compiler would specialise it for these arguments."""
     signature, constants, attributes = {}, {}, {}
@@ -245,6 +260,19 @@ def test_lora_compiles(dtype, launchers, recorded, tmp_path):
     call_lora(launchers, dtype)
     check(recorded, 90, tmp_path)
     assert all("mma" in binary.asm["ptx"] for _, binary in compiled(recorded, 90))
+
+
+def test_norms_compile(launchers, recorded, tmp_path):
+    call_norms(launchers, torch.float32)
+    check(recorded, 90, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", SHARED)
+@pytest.mark.parametrize("dtype", [d for d in TYPES if d.is_floating_point], ids=str)
+def test_norms_compile_everything(dtype, architecture: int, launchers, recorded, tmp_path):
+    call_norms(launchers, dtype)
+    check(recorded, architecture, tmp_path)
 
 
 @pytest.mark.slow

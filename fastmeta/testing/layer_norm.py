@@ -75,7 +75,7 @@ def _norm_row(op: str) -> OpRow:
         dtypes=DTYPES,
         samples=lambda dtypes, device="cpu": norms(op, SHAPES, dtypes, device),
         small=lambda device="cpu": norms(op, SMALL, DTYPES[1], device, expanded=False),
-        gpu="torch",
+        gpu="triton",
     )
 
 
@@ -86,7 +86,7 @@ def _activation_row(name: str, op: str, **options) -> OpRow:
         dtypes=DTYPES,
         samples=lambda dtypes, device="cpu": activations(op, SIZES, dtypes, device, **options),
         small=lambda device="cpu": activations(op, FEW, DTYPES[1], device, **options),
-        gpu="torch",
+        gpu="triton",
     )
 
 
