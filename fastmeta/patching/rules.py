@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
@@ -149,7 +150,9 @@ scattering rows takes longer."""
 def _gather(table: Tensor, ids: Tensor, padding_idx: int | None) -> Tensor:
     """Rows of ``[T, V, D]`` tables for task-major ids ``[T * N, ...]``."""
     few = padding_idx is None and table.shape[1] <= FEW_WORDS
-    if few and not torch.is_autocast_enabled(ids.device.type):
+    # Words out of range are refused either way, which a graph being traced cannot ask for.
+    plain = get_proxy_mode() is None and not torch.is_autocast_enabled(ids.device.type)
+    if few and plain:
         chosen = F.one_hot(ids.reshape(len(table), -1), table.shape[1]).to(table.dtype)
         y = affine(chosen, table, nt=False, landing=landing_of(table))
         return y.view(*ids.shape, -1)
