@@ -25,6 +25,7 @@ def may_serve(loop: InnerLoop, packed: Tensor) -> bool:
     settings = not (loop.clip_norm or loop.proximal or loop.implicit)
     return (
         settings
+        and loop.by_leaf
         and loop.capture is None
         and loop.steps > 0
         and type(loop.rule) is SGD

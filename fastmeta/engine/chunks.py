@@ -8,13 +8,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastmeta.engine.by_leaf import may_serve
 from fastmeta.engine.conditions import Conditions
 from fastmeta.engine.inner import InnerLoop
 from fastmeta.engine.losses import causal_lm, classification
-from fastmeta.engine.memory import MemoryPlan, is_out_of_memory
+from fastmeta.engine.memory import MemoryPlan, free_bytes, is_out_of_memory
 from fastmeta.engine.optimizers import FusedRule
 from fastmeta.engine.recompute import add, backpropagate
 from fastmeta.patching import TaskParams
+from fastmeta.patching.task_params import shared_row
 
 
 class TaskResults(NamedTuple):
@@ -46,13 +48,17 @@ def run_chunks(loop: InnerLoop, run: Run, packed: Tensor, plan: MemoryPlan) -> T
     With gradients, a chunk's graph is dropped after the forward pass and built again in the
     backward pass, which draws the same random numbers; that of all tasks at once is kept. A chunk
     whose backward pass runs out of memory is split as the plan allows; under dropout it cannot be
-    split without changing its masks, and only the memory mode changes. All tasks at once by a loss
+    split without changing its masks, and only the memory mode changes. Where all tasks at once
+    take but a small part of the memory, they may be kept by leaf, which no backward pass can split.
+    All tasks at once by a loss
     or an update rule that is not the library's own are left to autograd, since they may hold
     meta-parameters of their own.
     """
     pieces = split(slice(0, packed.shape[0]), plan.task_chunk)
     whole, free = len(pieces) == 1, plan.free_mode or plan.free_chunk
     if whole and not (torch.is_grad_enabled() and free and _closed(loop)):
+        return run(pieces[0], packed, plan.mode)
+    if whole and plan.mode == "unroll" and _ample(loop, packed, plan):
         return run(pieces[0], packed, plan.mode)
     if torch.is_grad_enabled():
         weights = [*loop.added_parameters(), *loop.patched.shared_parameters()]
@@ -72,6 +78,13 @@ def split(tasks: slice, size: int | None) -> list[slice]:
     """Consecutive slices of at most `size` tasks."""
     size = size or tasks.stop - tasks.start
     return [slice(i, min(i + size, tasks.stop)) for i in range(tasks.start, tasks.stop, size)]
+
+
+def _ample(loop: InnerLoop, packed: Tensor, plan: MemoryPlan) -> bool:
+    """Whether weights can be kept by leaf, in less than half of what is free."""
+    if shared_row(packed) is None or not may_serve(loop, packed):
+        return False
+    return 0 < 2 * plan.predicted_bytes < free_bytes(packed.device)
 
 
 def _closed(loop: InnerLoop) -> bool:

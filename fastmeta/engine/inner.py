@@ -37,6 +37,7 @@ class InnerLoop:
         implicit: Iterations of conjugate gradients of an implicit meta-gradient, or 0.
         head: Starts the head from each task's prototypes (ProtoMAML), or None.
         capture: Runs gradients from captured graphs, or None.
+        by_leaf: Whether weights may be kept by leaf instead of packed, where that is possible.
     """
 
     patched: Patched
@@ -50,6 +51,7 @@ class InnerLoop:
     implicit: int = 0
     head: PrototypeHead | None = None
     capture: Capture | None = None
+    by_leaf: bool = True
 
     def added_parameters(self) -> list[Tensor]:
         """Meta-parameters that are not the model's: of rates, the update rule, a temperature."""

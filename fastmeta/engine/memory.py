@@ -114,7 +114,11 @@ def choose_plan(
     tasks = min(plan.task_chunk or total, total)
     try:
         need = unrolled = predict(loop, batch, plan.mode)
-        if plan.free_mode and exact and need.chunk(tasks, total) > budget:
+        over = need.chunk(tasks, total) > budget
+        if loop.by_leaf and plan.mode == "unroll" and (over or tasks < total):
+            # Chunks and kept steps hold packed weights, whatever all tasks at once would.
+            need = unrolled = predict(replace(loop, by_leaf=False), batch, plan.mode)
+        if plan.free_mode and exact and over:
             plan.mode = "recompute"
             need = predict(loop, batch, plan.mode)
             if not loop.implicit:
@@ -233,7 +237,8 @@ def _measure(loop: InnerLoop, batch: TaskBatch, mode: str, tasks: int, steps: in
 
     patched = loop.patched
     exact = min(loop.second_order, steps)
-    small = replace(loop, steps=steps, second_order=exact, capture=None)
+    by_leaf = loop.by_leaf and loop.capture is None
+    small = replace(loop, steps=steps, second_order=exact, capture=None, by_leaf=by_leaf)
     devices = [patched.device] if patched.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), PeakMemory() as meter:
         packed = patched.init(tasks).packed
