@@ -115,9 +115,12 @@ def accuracies(dataset: str, method: str, parts, args) -> dict:
             judges[method if steps is None else f"{method}, {steps} steps"] = judge
     for name, judge in judges.items():
         for shots in (1, 5):
-            scores = evaluate(judge, trunk, test_texts, tokenizer, shots, args.episodes, seed=1000)
+            count = args.refined_episodes if f"{STEPS} steps" in name else args.episodes
+            if not count:
+                continue
+            scores = evaluate(judge, trunk, test_texts, tokenizer, shots, count, seed=1000)
             mean, half = interval(scores)
-            result[f"{name}, {shots}-shot"] = [mean, half]
+            result[f"{name}, {shots}-shot"] = [mean, half, len(scores)]
             print(f"{dataset} {name} {shots}-shot: {mean:.2f} +- {half:.2f}", flush=True)
     return result
 
@@ -189,7 +192,7 @@ def optimizers(dataset: str, _: str, parts, args) -> dict:
         found, _ = losses(name, rate, tasks[shots])
         return float(found.nan_to_num(math.inf).mean())
 
-    rules = {}
+    rules: dict = {}
     for name in ("sgd", "adam"):
         for shots in (1, 5):
             best = min(GRID, key=lambda r: tuned(name, r, shots))
@@ -203,13 +206,15 @@ def optimizers(dataset: str, _: str, parts, args) -> dict:
         train(_RuleOnly(learner), mixed * args.epochs, len(mixed) * args.epochs, 0.0)
         print(f"{dataset} {kind}: meta-trained in {time.perf_counter() - start:.0f} s", flush=True)
         rules |= {(f"learned, {kind}", shots): (rule, 0.03) for shots in (1, 5)}
-    result = {}
+    result, found = {}, {}
     for (name, shots), (rule, lr) in rules.items():
-        loss, scores = losses(rule, lr, held_out[shots])
+        loss, scores = found[name, shots] = losses(rule, lr, held_out[shots])
         mean, half = (v / 100 for v in interval(loss))
-        result[f"{name}, {shots}-shot"] = {
-            "lr": lr, "query_loss": mean, "interval": half, "accuracy": interval(scores)[0],
-        }  # fmt: skip
+        row = {"lr": lr, "query_loss": mean, "interval": half, "accuracy": interval(scores)[0]}
+        if name.startswith("learned"):  # task by task against the better of both
+            other = min([found[n, shots][0] for n in ("sgd", "adam")], key=torch.mean)
+            row["difference"], row["its interval"] = (v / 100 for v in interval(loss - other))
+        result[f"{name}, {shots}-shot"] = row
         print(f"{dataset} {name} {shots}-shot: {result[f'{name}, {shots}-shot']}", flush=True)
     return result
 
@@ -240,6 +245,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--episodes", type=int, default=600)
+    parser.add_argument("--refined-episodes", type=int, default=600, help="of hypernet's 5 steps")
     parser.add_argument("--meta-tasks", type=int, default=800, help="of optimizers")
     parser.add_argument("--epochs", type=int, default=3, help="of optimizers")
     parser.add_argument("--threads", type=int, default=2)

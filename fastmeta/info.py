@@ -85,7 +85,7 @@ def report() -> str:
     lines.append(f"  {'fastmeta._host':<18}{host}")
     lines += ["", "operators"]
     for row in serving():
-        lines.append(f"  {row.op:<31}{row.device:<6}{row.impl:<11}{row.why}")
+        lines.append(f"  {row.op:<33}{row.device:<6}{row.impl:<11}{row.why}")
     return "\n".join(lines)
 
 
