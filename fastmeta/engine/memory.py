@@ -220,7 +220,7 @@ def predict(loop: InnerLoop, batch: TaskBatch, mode: str) -> Need:
         if not torch.is_grad_enabled():
             base, all_steps = base + max(per_step, 0), steps
     else:
-        per_step = row.nbytes * (1 + len(loop.rule.init(row[:, :1])))
+        per_step = row.nbytes + sum(t.nbytes for t in loop.rule.init(row))
     per_task = base / few
     if batch.num_tasks >= 2 * few:
         per_task = (_measure(loop, batch, mode, 2 * few, steps) - base) / few
