@@ -82,3 +82,9 @@ def test_compute_dtypes() -> None:
         fm.MAML(patched, compute_dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"must be torch.bfloat16, torch.float16 or None, got 'bf"):
         fm.MAML(patched, compute_dtype="bf16")
+
+
+def test_hypernetworks_refuse_a_compute_dtype() -> None:
+    patched = fm.patch(oracle.tiny_bert().float(), fm.Head())
+    with pytest.raises(ValueError, match="compute_dtype must be None"):
+        fm.HyperNetwork(patched, compute_dtype=torch.bfloat16)

@@ -100,6 +100,11 @@ class HyperNetwork(GradientLearner):
         for name, value in sizes.items():
             at_least_1(name, value)
         scale = above_0("scale", scale)
+        if settings.get("compute_dtype") is not None:
+            raise ValueError(
+                "a hypernetwork makes fast weights in float32: compute_dtype must be None, "
+                f"got {settings['compute_dtype']!r}"
+            )
         super().__init__(patched, steps=max(_count(steps), 1), **settings)
         self.steps = steps
         self.reads = reads

@@ -65,7 +65,8 @@ class GradientLearner(nn.Module):
         compile: Capture one inner step's gradient and its derivative as graphs, used for every
             step and every batch of the same shapes. True takes what is best on the device:
             ``"trace"`` (the operators alone, without autograd and Python; seconds to capture) on
-            a CPU, ``"inductor"`` (compiled; a minute) on a GPU. The same numbers; the loss is
+            a CPU, where products take the time and neither gains much, ``"inductor"`` (compiled;
+            a minute) on a GPU. The same numbers, by Inductor to rounding; the loss is
             then differentiable once. Numbers that a model or loss reads from Python are fixed
             when they are captured. What cannot be captured runs eagerly, with one warning.
         compile_cache: Folder of what Inductor compiles; None for Inductor's own, from which other
