@@ -247,7 +247,7 @@ class Run:
         healed, whole = (S.Evaluator(S.Space(m, **recipe)) for m in (small.eval(), self.model))
         default = S.Evaluator(S.Space(self.model, **DEFAULT))
         for name, data, tasks in (("clinc", self.clinc, 10), ("hwu", self.hwu, len(self.hwu))):
-            fresh = batches(data, self.tokenizer, self.args, count=3, seed=2, tasks=tasks)
+            fresh = batches(data, self.tokenizer, self.args, count=2, seed=2, tasks=tasks)
             a, b, c = (e.evaluate([e.space.proposal()], fresh)[0] for e in (healed, whole, default))
             found[f"{name}, whole model, same recipe"] = paired(a, b)
             found[f"{name}, whole model, default recipe"] = paired(a, c)
