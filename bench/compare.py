@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -26,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fastmeta as fm
 from bench.baselines import BASELINES, math_attention, with_lora
 from bench.cases import CASES, LR
+from bench.comparison import peak_bytes
 from bench.flops import counted  # noqa: F401  (the products inside our operators)
 from bench.timing import gemm_rate
 
@@ -133,13 +133,11 @@ def peak_memory(name: str, mode: str, steps: int) -> dict:
 def measure(name: str, mode: str, steps: int) -> None:
     """Child of :func:`peak_memory`."""
     step = fastmeta_step(name, mode, steps)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    step()
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = peak_bytes(step, "cpu")  # not ru_maxrss, which a child inherits from its parent
     start = time.perf_counter()
     step()
     seconds = time.perf_counter() - start
-    print(json.dumps({"peak_mib": (after - before) / 1024, "seconds": seconds}))
+    print(json.dumps({"peak_mib": peak / 2**20, "seconds": seconds}))
 
 
 def memory_table() -> list[dict]:
