@@ -362,7 +362,7 @@ def test_it_learns():
     outer = torch.optim.Adam(learner.parameters(), lr=1e-2)
     losses = []
     given = fm.TaskBatch(batch().support, batch().support)
-    for _ in range(25):
+    for _ in range(60):
         out = learner(given)
         outer.zero_grad()
         out.loss.backward()

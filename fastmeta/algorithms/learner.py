@@ -57,7 +57,8 @@ class GradientLearner(nn.Module):
             all.
         memory_budget: Bytes that a meta-step may take beyond what is allocated before it: an
             integer, or a text such as ``"8GiB"``; needs ``memory="auto"`` or
-            ``task_chunk="auto"``. None: most of what is free on the device.
+            ``task_chunk="auto"``. Fast weights then stay packed, which a prediction can trust.
+            None: most of what is free on the device.
         compute_dtype: ``torch.bfloat16`` or ``torch.float16``: matrix products of the model in it,
             with fast weights, their updates, sums within a product and the meta-gradient in
             float32, as under ``torch.autocast``; needs float32 weights. The meta-gradient then
@@ -178,6 +179,8 @@ class GradientLearner(nn.Module):
         exact = steps if self.order == 2 else 0
         return InnerLoop(
             patched=self.patched,
+            # what is kept by leaf depends on the number of steps, so no few steps predict its peak
+            by_leaf=self.memory_budget is None,
             rule=self.rule,
             rates=self.rates,
             steps=steps,
