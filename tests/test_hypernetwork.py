@@ -359,7 +359,7 @@ def test_it_learns():
     model = make_model(dtype=torch.float32)
     model.requires_grad_(False)
     learner = learner_of(fm.LoRA(r=2) + fm.Head(), model=model, spoil=False)
-    outer = torch.optim.Adam(learner.parameters(), lr=1e-2)
+    outer = torch.optim.Adam(learner.parameters(), lr=3e-3)
     losses = []
     given = fm.TaskBatch(batch().support, batch().support)
     for _ in range(60):
@@ -368,4 +368,4 @@ def test_it_learns():
         out.loss.backward()
         outer.step()
         losses.append(float(out.loss.detach()))
-    assert losses[-1] < 0.7 * losses[0]
+    assert sum(losses[-5:]) / 5 < 0.7 * losses[0]
