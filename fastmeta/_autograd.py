@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -56,6 +57,28 @@ class Function(torch.autograd.Function):
         if torch._C._are_functorch_transforms_active():
             return cls.apply(*args)
         return super(torch.autograd.Function, cls).apply(*unwrap_dead_wrappers(args))
+
+
+def pull_back(
+    function: Callable, given: Sequence[Tensor | None], cotangents: tuple, wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    """Vector-Jacobian product of ``function(*given)``, of which some may be None: one gradient for
+    each of them, None where it is missing or not `wanted`. Recorded by autograd."""
+    places = [i for i, t in enumerate(given) if t is not None]
+
+    def of_those(*there: Tensor):
+        full = list(given)
+        for i, t in zip(places, there, strict=True):
+            full[i] = t
+        return function(*full)
+
+    with torch.enable_grad():
+        _, pull = torch.func.vjp(of_those, *(given[i] for i in places))
+        pulled = pull(cotangents)
+    found: list[Tensor | None] = [None] * len(given)
+    for i, gradient in zip(places, pulled, strict=True):
+        found[i] = gradient if wanted[i] else None
+    return found
 
 
 def batch_rows(tensor: Tensor | None, dim: int | None, batch: int, rows: int) -> Tensor | None:

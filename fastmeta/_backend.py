@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from fastmeta import _library
 from fastmeta._library import OPS, Op
@@ -73,6 +74,19 @@ def use_reference() -> bool:
     if name not in ("auto", "reference"):
         raise RuntimeError(f"use_impl({name!r}): torch.compile traces the reference alone")
     return True
+
+
+def by_reference(op: Op, device: torch.device) -> bool:
+    """Whether autograd is to differentiate the reference: asked for, or no kernel is there."""
+    if use_reference():
+        return True
+    return requested() == "auto" and not _library.dispatched(op.name, device.type)
+
+
+def takes(op: Op, x: Tensor) -> bool:
+    """Whether a kernel serves this tensor, where those for the CPU take float32 and float64."""
+    narrow = x.device.type == "cpu" and x.dtype not in (torch.float32, torch.float64)
+    return not (narrow or by_reference(op, x.device))
 
 
 def kernel(op: Op, device: str) -> Callable:

@@ -7,7 +7,15 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-from fastmeta.kernels._common import INTERPRETED, accumulator, ceil_div, empty_like, exp, launch
+from fastmeta.kernels._common import (
+    INTERPRETED,
+    accumulator,
+    ceil_div,
+    empty_like,
+    exp,
+    launch,
+    sigmoid,
+)
 
 _BLOCK = 1024
 _GELU, _SILU = tl.constexpr(0), tl.constexpr(2)  # 1: GELU with tanh
@@ -35,7 +43,7 @@ def derivatives(x, KIND: tl.constexpr):
             v = 1.5957691216057308 * (x + 0.044715 * (x * x * x))
             v1 = 1.5957691216057308 + 0.2140644488178598 * (x * x)
             v2 = 0.4281288976357196 * x
-        s = 1 / (1 + exp(-tl.maximum(v, -87)))
+        s = sigmoid(tl.maximum(v, -87))
         s1 = s * (1 - s)
         s2 = s1 * (1 - 2 * s)
         return x * s, s + x * (v1 * s1), 2 * (v1 * s1) + x * (v1 * v1 * s2 + v2 * s1)

@@ -11,7 +11,8 @@ from transformers import GPT2Config, GPT2ForSequenceClassification
 import fastmeta as fm
 from fastmeta.engine import episode
 from fastmeta.ops._adapted_linear import Gate, adapted_linear, descend
-from fastmeta.patching.fast_weights import FastMatrix, FastTable, LeafParams
+from fastmeta.patching.fast_weights import FastMatrix, FastTable
+from fastmeta.patching.leaf_params import LeafParams
 
 T, N, L, WAYS = 3, 2, 4, 3
 

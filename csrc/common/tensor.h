@@ -82,6 +82,31 @@ inline Type type_of(ScalarType dtype) {
   }
 }
 
+template <typename A>
+A* data_of(const Tensor& t) {
+  return static_cast<A*>(const_cast<void*>(t.const_data_ptr()));
+}
+
+// Calls f(A{}) with the element type of a tensor of float32 or float64.
+template <typename F>
+void with_dtype(const Tensor& t, const F& f) {
+  if (t.scalar_type() == ScalarType::Double) return f(double{});
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, "fastmeta: expected float32 or float64");
+  f(float{});
+}
+// The same for any floating-point type.
+template <typename F>
+void with_any_dtype(const Tensor& t, const F& f) {
+  const Type type = type_of(t.scalar_type());
+  if (type == Type::kDouble) return f(double{});
+  with_type<float>(type, f);
+}
+
+// A new tensor beside `like`, without elements where it is not wanted.
+inline Tensor if_wanted(bool wanted, std::initializer_list<int64_t> sizes, const Tensor& like) {
+  return empty_rows(wanted ? sizes : std::initializer_list<int64_t>{0}, like.scalar_type(), like);
+}
+
 inline Stream stream_of(const Tensor& t) {
   const int64_t stride = t.dim() > 0 ? t.stride(0) : 0;
   return {const_cast<void*>(t.const_data_ptr()), stride, type_of(t.scalar_type())};

@@ -25,19 +25,6 @@ void each_lane(int64_t n, const F& f) {
   });
 }
 
-template <typename F>
-void with_type(const Tensor& x, const F& f) {
-  const Type type = type_of(x.scalar_type());
-  if (type == Type::kDouble) return f(double{});
-  STD_TORCH_CHECK(type == Type::kFloat, "fastmeta: activations take float32 and float64");
-  f(float{});
-}
-
-template <typename A>
-const A* data(const Tensor& t) {
-  return static_cast<const A*>(t.const_data_ptr());
-}
-
 void check(const Tensor& x, const Tensor& other) {
   STD_TORCH_CHECK(x.is_contiguous() && other.is_contiguous() && x.numel() == other.numel() &&
                       x.scalar_type() == other.scalar_type(),
@@ -49,10 +36,10 @@ Tensor like(const Tensor& x) { return torch::stable::empty_like(x); }
 Tensor forward(Tensor x, int64_t kind) {
   check(x, x);
   const Tensor y = like(x);
-  with_type(x, [&](auto zero) {
+  with_dtype(x, [&](auto zero) {
     using A = decltype(zero);
-    const A* const from = data<A>(x);
-    A* const to = static_cast<A*>(y.mutable_data_ptr());
+    const A* const from = data_of<const A>(x);
+    A* const to = data_of<A>(y);
     each_lane<A>(x.numel(), [&](auto* lane, auto whole, int64_t i, int64_t count) FM_INLINE_LAMBDA {
       using L = std::remove_pointer_t<decltype(lane)>;
       const L at = L::template load<whole()>(from + i, count);
@@ -65,10 +52,10 @@ Tensor forward(Tensor x, int64_t kind) {
 Tensor backward(Tensor d, Tensor x, int64_t kind) {
   check(x, d);
   const Tensor y = like(x);
-  with_type(x, [&](auto zero) {
+  with_dtype(x, [&](auto zero) {
     using A = decltype(zero);
-    const A *const from = data<A>(x), *const dy = data<A>(d);
-    A* const to = static_cast<A*>(y.mutable_data_ptr());
+    const A *const from = data_of<const A>(x), *const dy = data_of<const A>(d);
+    A* const to = data_of<A>(y);
     each_lane<A>(x.numel(), [&](auto* lane, auto whole, int64_t i, int64_t count) FM_INLINE_LAMBDA {
       using L = std::remove_pointer_t<decltype(lane)>;
       const L at = L::template load<whole()>(from + i, count);
@@ -84,11 +71,12 @@ std::tuple<Tensor, Tensor> double_backward(Tensor g, Tensor d, Tensor x, int64_t
   check(x, d);
   check(x, g);
   const Tensor d_d = like(x), d_x = like(x);
-  with_type(x, [&](auto zero) {
+  with_dtype(x, [&](auto zero) {
     using A = decltype(zero);
-    const A *const from = data<A>(x), *const dy = data<A>(d), *const gy = data<A>(g);
-    A* const to_d = static_cast<A*>(d_d.mutable_data_ptr());
-    A* const to_x = static_cast<A*>(d_x.mutable_data_ptr());
+    const A *const from = data_of<const A>(x), *const dy = data_of<const A>(d),
+                   *const gy = data_of<const A>(g);
+    A* const to_d = data_of<A>(d_d);
+    A* const to_x = data_of<A>(d_x);
     each_lane<A>(x.numel(), [&](auto* lane, auto whole, int64_t i, int64_t count) FM_INLINE_LAMBDA {
       using L = std::remove_pointer_t<decltype(lane)>;
       const L at = L::template load<whole()>(from + i, count);

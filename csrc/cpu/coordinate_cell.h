@@ -41,7 +41,7 @@ struct LstmWeights {
 
 // A tensor of a row for each coordinate, or none.
 template <typename S>
-S* data_of(const Optional& t) {
+S* rows_or_null(const Optional& t) {
   return t && t->numel() > 0 ? static_cast<S*>(const_cast<void*>(t->const_data_ptr())) : nullptr;
 }
 template <typename S>
@@ -73,9 +73,9 @@ struct LstmCell {
       : M(x.size(0)),
         F(x.size(1)),
         H(h.size(1)),
-        x(data_of<S>(x)),
-        h(data_of<S>(h)),
-        c(data_of<S>(c)),
+        x(rows_or_null<S>(x)),
+        h(rows_or_null<S>(h)),
+        c(rows_or_null<S>(c)),
         weights(F, H, w_ih, w_hh, bias, S{}) {}
 
   // Inputs and state of a panel as lanes, and ones: [F + H + 1].

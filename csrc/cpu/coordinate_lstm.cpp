@@ -196,34 +196,14 @@ struct LstmSecond {
   }
 };
 
-template <typename F>
-void with_type(const Tensor& t, const F& f) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return f(float{});
-    case ScalarType::Double:
-      return f(double{});
-    case ScalarType::BFloat16:
-      return f(BFloat16{});
-    case ScalarType::Half:
-      return f(Half{});
-    default:
-      STD_TORCH_CHECK(false, "coordinate_lstm: expected a floating-point tensor");
-  }
-}
-
-Tensor if_wanted(int64_t wanted, std::initializer_list<int64_t> sizes, const Tensor& like) {
-  return empty_rows(wanted ? sizes : std::initializer_list<int64_t>{0}, like.scalar_type(), like);
-}
-
 std::tuple<Tensor, Tensor> forward(Tensor x, Tensor h, Tensor c, Tensor w_ih, Tensor w_hh,
                                    Tensor bias) {
   const int64_t M = x.size(0), H = h.size(1);
   const Tensor new_h = if_wanted(1, {M, H}, x), new_c = if_wanted(1, {M, H}, x);
-  with_type(x, [&](auto zero) {
+  with_any_dtype(x, [&](auto zero) {
     using S = decltype(zero);
     const LstmCell<S> cell(x, h, c, w_ih, w_hh, bias);
-    cell.run(LstmForward<S>{cell, data_of<S>(new_h), data_of<S>(new_c)});
+    cell.run(LstmForward<S>{cell, rows_or_null<S>(new_h), rows_or_null<S>(new_c)});
   });
   return {new_h, new_c};
 }
@@ -238,13 +218,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(Optional gh,
   const Tensor dw_ih = if_wanted(needs & kW, {4 * H, F}, x);
   const Tensor dw_hh = if_wanted(needs & kW, {4 * H, H}, x);
   const Tensor db = if_wanted(needs & kW, {4 * H}, x);
-  with_type(x, [&](auto zero) {
+  with_any_dtype(x, [&](auto zero) {
     using S = decltype(zero);
     const LstmCell<S> cell(x, h, c, w_ih, w_hh, bias);
     LstmSums<acc_t<S>> sums(F, H, M, needs & kW);
-    cell.run(LstmBackward<S>{cell, data_of<S>(gh), data_of<S>(gc), data_of<S>(dx), data_of<S>(dh),
-                             data_of<S>(dc), needs & kW ? &sums : nullptr});
-    sums.finish(data_of<S>(dw_ih), data_of<S>(dw_hh), data_of<S>(db));
+    cell.run(LstmBackward<S>{cell, rows_or_null<S>(gh), rows_or_null<S>(gc), rows_or_null<S>(dx),
+                             rows_or_null<S>(dh), rows_or_null<S>(dc),
+                             needs & kW ? &sums : nullptr});
+    sums.finish(rows_or_null<S>(dw_ih), rows_or_null<S>(dw_hh), rows_or_null<S>(db));
   });
   return {dx, dh, dc, dw_ih, dw_hh, db};
 }
@@ -260,16 +241,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> doubl
   const Tensor dw_ih = if_wanted(needs & kW, {4 * H, F}, x);
   const Tensor dw_hh = if_wanted(needs & kW, {4 * H, H}, x);
   const Tensor db = if_wanted(needs & kW, {4 * H}, x);
-  with_type(x, [&](auto zero) {
+  with_any_dtype(x, [&](auto zero) {
     using S = decltype(zero);
     const LstmCell<S> cell(x, h, c, w_ih, w_hh, bias);
     const LstmWeights<acc_t<S>> direction(F, H, uw_ih, uw_hh, ub, S{});
     LstmSums<acc_t<S>> sums(F, H, M, needs & kW);
-    cell.run(LstmSecond<S>{cell, direction, data_of<S>(ux), data_of<S>(uh), data_of<S>(uc),
-                           data_of<S>(gh), data_of<S>(gc), data_of<S>(dgh), data_of<S>(dgc),
-                           data_of<S>(dx), data_of<S>(dh), data_of<S>(dc),
-                           needs & kW ? &sums : nullptr});
-    sums.finish(data_of<S>(dw_ih), data_of<S>(dw_hh), data_of<S>(db));
+    cell.run(LstmSecond<S>{cell, direction, rows_or_null<S>(ux), rows_or_null<S>(uh),
+                           rows_or_null<S>(uc), rows_or_null<S>(gh), rows_or_null<S>(gc),
+                           rows_or_null<S>(dgh), rows_or_null<S>(dgc), rows_or_null<S>(dx),
+                           rows_or_null<S>(dh), rows_or_null<S>(dc), needs & kW ? &sums : nullptr});
+    sums.finish(rows_or_null<S>(dw_ih), rows_or_null<S>(dw_hh), rows_or_null<S>(db));
   });
   return {dgh, dgc, dx, dh, dc, dw_ih, dw_hh, db};
 }

@@ -27,23 +27,6 @@ struct Cut {
   int64_t units() const { return tasks * blocks; }
 };
 
-template <typename F>
-void with_type(const Tensor& x, const F& f) {
-  const Type type = type_of(x.scalar_type());
-  if (type == Type::kDouble) return f(double{});
-  STD_TORCH_CHECK(type == Type::kFloat, "fastmeta: layer_norm takes float32 and float64");
-  f(float{});
-}
-
-template <typename A>
-const A* data(const Tensor& t) {
-  return static_cast<const A*>(t.const_data_ptr());
-}
-template <typename A>
-A* mutable_data(const Tensor& t) {
-  return static_cast<A*>(t.mutable_data_ptr());
-}
-
 // Runs f(whole, j, count) over a row: a whole vector, or its first `count` numbers.
 template <typename L, typename F>
 FM_HD void along(int64_t width, const F& f) {
@@ -71,12 +54,12 @@ std::tuple<Tensor, Tensor> forward(Tensor x, Tensor weight, std::optional<Tensor
   const Cut cut(x, weight);
   const Tensor y = torch::stable::empty_like(x);
   const Tensor stats = empty_rows({x.size(0), 2}, x.scalar_type(), x);
-  with_type(x, [&](auto zero) {
+  with_dtype(x, [&](auto zero) {
     using A = decltype(zero);
-    const A *const from = data<A>(x), *const gain = data<A>(weight);
+    const A *const from = data_of<const A>(x), *const gain = data_of<const A>(weight);
     const A* const shift = pointer_or_null<A>(bias);
     const int64_t gain_row = weight.stride(0), shift_row = bias ? bias->stride(0) : 0;
-    A *const to = mutable_data<A>(y), *const kept = mutable_data<A>(stats);
+    A *const to = data_of<A>(y), *const kept = data_of<A>(stats);
     const int64_t width = cut.width;
     each_block<A>(cut,
                   [&](auto* lane, int64_t, int64_t t, int64_t begin, int64_t end) FM_INLINE_LAMBDA {
@@ -138,12 +121,13 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dy, Tensor x, Tensor weight, 
   const Tensor dx = torch::stable::empty_like(x);
   const Tensor dw = empty_rows({cut.tasks, cut.width}, x.scalar_type(), x);
   const Tensor db = empty_rows({cut.tasks, cut.width}, x.scalar_type(), x);
-  with_type(x, [&](auto zero) {
+  with_dtype(x, [&](auto zero) {
     using A = decltype(zero);
-    const A *const from = data<A>(x), *const given = data<A>(dy), *const gain = data<A>(weight);
-    const A* const kept = data<A>(stats);
+    const A *const from = data_of<const A>(x), *const given = data_of<const A>(dy),
+                   *const gain = data_of<const A>(weight);
+    const A* const kept = data_of<const A>(stats);
     const int64_t gain_row = weight.stride(0), width = cut.width;
-    A* const to = mutable_data<A>(dx);
+    A* const to = data_of<A>(dx);
     std::vector<A> parts(2 * cut.units() * width, A(0));
     A *const w_parts = parts.data(), *const b_parts = w_parts + cut.units() * width;
     each_block<A>(
@@ -175,8 +159,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dy, Tensor x, Tensor weight, 
             });
           }
         });
-    add_up(cut, w_parts, mutable_data<A>(dw));
-    add_up(cut, b_parts, mutable_data<A>(db));
+    add_up(cut, w_parts, data_of<A>(dw));
+    add_up(cut, b_parts, data_of<A>(db));
   });
   return {dx, dw, db};
 }
@@ -192,15 +176,16 @@ std::tuple<Tensor, Tensor, Tensor> double_backward(std::optional<Tensor> u,
       "fastmeta: layer_norm: cotangents are like x");
   const Tensor d_dy = torch::stable::empty_like(x), d_x = torch::stable::empty_like(x);
   const Tensor d_w = empty_rows({cut.tasks, cut.width}, x.scalar_type(), x);
-  with_type(x, [&](auto zero) {
+  with_dtype(x, [&](auto zero) {
     using A = decltype(zero);
-    const A *const from = data<A>(x), *const given = data<A>(dy), *const gain = data<A>(weight);
-    const A* const kept = data<A>(stats);
+    const A *const from = data_of<const A>(x), *const given = data_of<const A>(dy),
+                   *const gain = data_of<const A>(weight);
+    const A* const kept = data_of<const A>(stats);
     const A *const to_dx = pointer_or_null<A>(u), *const to_dw = pointer_or_null<A>(gw),
                    *const to_db = pointer_or_null<A>(gb);
     const int64_t gain_row = weight.stride(0), width = cut.width;
     const int64_t gw_row = gw ? gw->stride(0) : 0, gb_row = gb ? gb->stride(0) : 0;
-    A *const out_d = mutable_data<A>(d_dy), *const out_x = mutable_data<A>(d_x);
+    A *const out_d = data_of<A>(d_dy), *const out_x = data_of<A>(d_x);
     std::vector<A> parts(cut.units() * width, A(0));
     each_block<A>(cut, [&](auto* lane, int64_t unit, int64_t t, int64_t begin,
                            int64_t end) FM_INLINE_LAMBDA {
@@ -251,7 +236,7 @@ std::tuple<Tensor, Tensor, Tensor> double_backward(std::optional<Tensor> u,
         });
       }
     });
-    add_up(cut, parts.data(), mutable_data<A>(d_w));
+    add_up(cut, parts.data(), data_of<A>(d_w));
   });
   return {d_dy, d_x, d_w};
 }

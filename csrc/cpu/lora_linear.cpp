@@ -7,32 +7,12 @@
 namespace fastmeta {
 namespace {
 
-template <typename F>
-void with_type(const Tensor& t, const F& f) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return f(float{});
-    case ScalarType::Double:
-      return f(double{});
-    case ScalarType::BFloat16:
-      return f(BFloat16{});
-    case ScalarType::Half:
-      return f(Half{});
-    default:
-      STD_TORCH_CHECK(false, "lora_linear: expected a floating-point tensor");
-  }
-}
-
 template <typename S>
 Layer<S> layer(const Tensor& x, const Tensor& weight, const Optional& weight_scale, const Tensor& a,
                const Tensor& b, double scale) {
   const int64_t K = x.size(1);
   return {K, weight.size(0), a.size(1), matrix<S>(x), Weight<S>(weight, weight_scale, K), a,
           b, acc_t<S>(scale)};
-}
-
-Tensor if_wanted(bool wanted, std::initializer_list<int64_t> sizes, const Tensor& like) {
-  return empty_rows(wanted ? sizes : std::initializer_list<int64_t>{0}, like.scalar_type(), like);
 }
 
 std::tuple<Tensor, Tensor> forward(Tensor x, Tensor weight, Optional weight_scale, Optional bias,
@@ -42,7 +22,7 @@ std::tuple<Tensor, Tensor> forward(Tensor x, Tensor weight, Optional weight_scal
   const Tensor y = empty_rows({M, N}, x.scalar_type(), x);
   const Tensor s = empty_rows({M, r}, wide ? ScalarType::Double : ScalarType::Float, x);
   const Plan plan(M, a.size(0), K + N, offsets);
-  with_type(x, [&](auto zero) {
+  with_any_dtype(x, [&](auto zero) {
     using S = decltype(zero);
     LoraForward<S> pass{layer<S>(x, weight, weight_scale, a, b, scale), bias, matrix<S>(y),
                         static_cast<acc_t<S>*>(s.mutable_data_ptr())};
@@ -61,7 +41,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dy, Tensor x, Tensor 
   const Tensor d_a = if_wanted(needs & kA, {T, r, K}, x);
   const Tensor d_b = if_wanted(needs & kB, {T, N, r}, x);
   const Plan plan(M, T, K + N, offsets);
-  with_type(x, [&](auto zero) {
+  with_any_dtype(x, [&](auto zero) {
     using S = decltype(zero);
     LoraBackward<S> pass{layer<S>(x, weight, weight_scale, a, b, scale),
                          needs,
@@ -89,7 +69,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> double_backward(Optional gx, Optional
   const Tensor d_b = if_wanted(needs & kB, {T, N, r}, x);
   const Tensor none = if_wanted(false, {0}, x);
   const Plan plan(M, T, K + N, offsets);
-  with_type(x, [&](auto zero) {
+  with_any_dtype(x, [&](auto zero) {
     using S = decltype(zero);
     LoraSecond<S> pass{layer<S>(x, weight, weight_scale, a, b, scale),
                        needs,

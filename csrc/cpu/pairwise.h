@@ -26,16 +26,4 @@ Rows<A> rows_of(const std::optional<Tensor>& t, int64_t task) {
   return t && t->numel() > 0 ? rows_of<A>(*t, task) : Rows<A>{};
 }
 
-template <typename A>
-A* data_of(const Tensor& t) {
-  return static_cast<A*>(const_cast<void*>(t.const_data_ptr()));
-}
-
-template <typename F>
-void with_dtype(const Tensor& t, const F& f) {
-  if (t.scalar_type() == ScalarType::Double) return f(double{});
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, "fastmeta: expected float32 or float64");
-  f(float{});
-}
-
 }  // namespace fastmeta

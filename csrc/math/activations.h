@@ -60,16 +60,13 @@ FM_HD Derivatives<Lanes<A, B>> gelu(const Lanes<A, B>& x) {
   using L = Lanes<A, B>;
   Derivatives<L> out;
   const L bell = exponential(A(-0.5) * (x * x));
+  const L tail = normal_tail(x, bell), rest = L::all(1) - tail;
+  L below;
+  for (int i = 0; i < L::kParts; ++i) below.v[i] = x.v[i] < 0 ? tail.v[i] : rest.v[i];
   if constexpr (kOrder < 2) {
-    const L tail = normal_tail(x, bell), rest = L::all(1) - tail;
-    L below;
-    for (int i = 0; i < L::kParts; ++i) below.v[i] = x.v[i] < 0 ? tail.v[i] : rest.v[i];
     out.f = x * below;
     out.first = below + A(0.39894228040143267794) * (x * bell);
   } else {
-    const L tail = normal_tail(x, bell), rest = L::all(1) - tail;
-    L below;
-    for (int i = 0; i < L::kParts; ++i) below.v[i] = x.v[i] < 0 ? tail.v[i] : rest.v[i];
     const L density = A(0.39894228040143267794) * bell;
     out.first = below + x * density;
     out.second = density * (L::all(2) - x * x);

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastmeta.models import pooled
 from fastmeta.patching import Patched
 from fastmeta.patching.bind import copy_structure
 
@@ -151,8 +152,8 @@ class Embedding(nn.Module):
 
     def rows(self, flat: Mapping[str, Tensor]) -> Tensor:
         """Features ``[B, D]`` of inputs ``[B, ...]``."""
-        pooled = self._pooled(dict(flat))
-        features = pooled.to(torch.promote_types(pooled.dtype, torch.float32))
+        found = self._pooled(dict(flat))
+        features = found.to(torch.promote_types(found.dtype, torch.float32))
         if self.projection is not None:
             features = self.projection(features.to(self.dtype))
         return F.normalize(features, dim=-1) if self.normalize else features
@@ -199,8 +200,7 @@ class Embedding(nn.Module):
         if mask is None or mask.shape != states.shape[:2]:
             mask = torch.ones(states.shape[:2], dtype=torch.int64, device=states.device)
         if self.pooling == "mean":
-            weight = mask.to(states.dtype).unsqueeze(-1)
-            return (states * weight).sum(1) / weight.sum(1).clamp_min(1)
+            return pooled(states, mask, "mean")
         real = (mask != 0).to(torch.int64)
         if self.pooling == "cls":
             at = real.argmax(1)  # the first: texts may be padded on the left

@@ -20,10 +20,9 @@ from fastmeta.algorithms.generator import (
 )
 from fastmeta.algorithms.learner import GradientLearner, copy_parameters
 from fastmeta.batch import TaskBatch
-from fastmeta.engine.checks import check_classes
+from fastmeta.engine.checks import above_0, at_least_1, check_classes, check_steps
 from fastmeta.engine.episode import MetaOutput, adapt_tasks, run_episode, with_ways, zero_loss
 from fastmeta.engine.inner import InnerLoop
-from fastmeta.engine.learned import above_0, at_least_1
 from fastmeta.engine.losses import classification, mask_ways
 from fastmeta.engine.memory import MemoryPlan
 from fastmeta.patching import Patched, TaskParams
@@ -105,7 +104,7 @@ class HyperNetwork(GradientLearner):
                 "a hypernetwork makes fast weights in float32: compute_dtype must be None, "
                 f"got {settings['compute_dtype']!r}"
             )
-        super().__init__(patched, steps=max(_count(steps), 1), **settings)
+        super().__init__(patched, steps=max(check_steps(steps, 0), 1), **settings)
         self.steps = steps
         self.reads = reads
         self.train_encoder = train_encoder
@@ -188,7 +187,7 @@ class HyperNetwork(GradientLearner):
     # -- running -----------------------------------------------------------------------------
 
     def inner_loop(self, steps: int | None = None) -> InnerLoop:
-        count = self.steps if steps is None else _count(steps)
+        count = self.steps if steps is None else check_steps(steps, 0)
         loop = super().inner_loop(max(count, 1))
         return replace(loop, steps=count, second_order=min(loop.second_order, count))
 
@@ -384,14 +383,6 @@ class HyperNetwork(GradientLearner):
         """Logits ``[T, Q, C]`` of query inputs ``[T, Q, ...]``; ``-inf`` beyond a task's `ways`."""
         out = self.patched(params, **inputs)
         return mask_ways(getattr(out, "logits", out), ways)
-
-
-def _count(steps: object) -> int:
-    if isinstance(steps, bool) or not isinstance(steps, int):
-        raise TypeError(f"steps must be an integer of at least 0, got {steps!r}")
-    if steps < 0:
-        raise ValueError(f"steps must be at least 0, got {steps}")
-    return steps
 
 
 def _width(embed: Embedding) -> int:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from fastmeta.algorithms.learner import GradientLearner
 from fastmeta.batch import TaskBatch
+from fastmeta.engine.checks import above_0, at_least_1
 from fastmeta.engine.episode import MetaOutput, with_ways, zero_loss
 from fastmeta.engine.inner import InnerLoop, Support, inner_step, model_inputs, task_losses
-from fastmeta.engine.learned import above_0, at_least_1
 from fastmeta.engine.losses import accuracy, classification
 from fastmeta.engine.optimizers import State
 from fastmeta.patching import TaskParams

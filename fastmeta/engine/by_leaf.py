@@ -17,7 +17,8 @@ from fastmeta.engine.inner import InnerLoop, Support, Trajectory, model_inputs, 
 from fastmeta.engine.optimizers import SGD
 from fastmeta.ops._adapted_linear import Gate
 from fastmeta.patching import ParamLayout, TaskParams
-from fastmeta.patching.fast_weights import FastMatrix, FastTable, Leaf, LeafParams, leaf_slots
+from fastmeta.patching.fast_weights import FastMatrix, FastTable, Leaf
+from fastmeta.patching.leaf_params import LeafParams, leaf_slots
 
 
 def may_serve(loop: InnerLoop, packed: Tensor) -> bool:
@@ -118,9 +119,8 @@ def _gradients(loop: InnerLoop, step: int, params: LeafParams, support: Support,
     ]
     if not losses.requires_grad or not inputs:
         return None
-    outer = (
-        isinstance(rate, Tensor) and not create_graph
-    )  # the rate's gradient is wanted all the same
+    # first order: the rate's gradient is wanted all the same
+    outer = isinstance(rate, Tensor) and not create_graph
     total = losses if outer else losses * -rate
     gate.inner = True
     try:

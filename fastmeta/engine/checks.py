@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -12,13 +13,28 @@ from fastmeta.engine.losses import WAYS, LossFn, causal_lm, classification
 from fastmeta.patching import Patched
 
 
-def check_steps(steps: object) -> int:
-    """The number of inner steps, an integer of at least 1."""
+def check_steps(steps: object, least: int = 1) -> int:
+    """The number of inner steps, an integer of at least `least`."""
     if isinstance(steps, bool) or not isinstance(steps, int):
-        raise TypeError(f"steps must be an integer of at least 1, got {steps!r}")
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+        raise TypeError(f"steps must be an integer of at least {least}, got {steps!r}")
+    if steps < least:
+        raise ValueError(f"steps must be at least {least}, got {steps}")
     return steps
+
+
+def at_least_1(name: str, value: object) -> int:
+    """An integer, or a ValueError that names it."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+    return value
+
+
+def above_0(name: str, value: object) -> float:
+    """A finite number, or a ValueError that names it."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
+    return float(value)
 
 
 def check_clip_norm(clip_norm: object) -> None:

@@ -50,9 +50,8 @@ def run_chunks(loop: InnerLoop, run: Run, packed: Tensor, plan: MemoryPlan) -> T
     whose backward pass runs out of memory is split as the plan allows; under dropout it cannot be
     split without changing its masks, and only the memory mode changes. Where all tasks at once
     take but a small part of the memory, they may be kept by leaf, which no backward pass can split.
-    All tasks at once by a loss
-    or an update rule that is not the library's own are left to autograd, since they may hold
-    meta-parameters of their own.
+    All tasks at once by a loss or an update rule that is not the library's own are left to
+    autograd, since they may hold meta-parameters of their own.
     """
     pieces = split(slice(0, packed.shape[0]), plan.task_chunk)
     whole, free = len(pieces) == 1, plan.free_mode or plan.free_chunk

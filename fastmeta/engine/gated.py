@@ -8,11 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fastmeta.engine.checks import at_least_1
 from fastmeta.engine.learned import (
     LearnedRule,
     add_cell,
     add_linear,
-    at_least_1,
     log_and_sign,
     lstm_state,
     lstm_step,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmeta import ops
+from fastmeta.engine.checks import above_0, at_least_1
 from fastmeta.engine.factored import SecondMoments, by_segment, spread
 from fastmeta.engine.optimizers import Rate, State, UpdateRule
 from fastmeta.patching import ParamLayout
@@ -269,19 +270,6 @@ def add_linear(
     values = torch.empty(outputs, inputs).uniform_(-bound, bound, generator=generator)
     module.register_parameter(f"{name}_weight", nn.Parameter(values))
     module.register_parameter(f"{name}_bias", nn.Parameter(torch.zeros(outputs)))
-
-
-def at_least_1(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-    return value
-
-
-def above_0(name: str, value: object) -> float:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
-    return float(value)
 
 
 def _wide(params: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from fastmeta import _backend
 from fastmeta._autograd import Function, fold, needs_autograd, unfold
+from fastmeta._backend import by_reference
 from fastmeta._library import define
-from fastmeta.ops._pairwise import by_reference
 from fastmeta.reference import pairwise as reference
 
 # rows labelled outside [0, C) belong to no class

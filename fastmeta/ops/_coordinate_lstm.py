@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from fastmeta import _backend
-from fastmeta._autograd import Function, each, fold, needs_autograd, unfold
+from fastmeta._autograd import Function, each, fold, needs_autograd, pull_back, unfold
+from fastmeta._backend import by_reference
 from fastmeta._library import define
-from fastmeta.ops._pairwise import by_reference
 from fastmeta.reference import coordinate_lstm as reference
 
 _X, _H, _C, _W, _G = 1, 2, 4, 8, 16  # bits of `needs`: inputs, states, weights, cotangents
@@ -184,25 +184,13 @@ class _Second(Function):
 
     @staticmethod
     def backward(ctx, *cotangents):
-        given = ctx.saved_tensors
-        places = [i for i, t in enumerate(given) if t is not None]
-        bits = enumerate(_SECOND_BITS)
-        wanted = [i for i, bit in bits if ctx.needs & bit]
+        wanted = [i for i, bit in enumerate(_SECOND_BITS) if ctx.needs & bit]
 
-        def second(*there: Tensor):
-            full = list(given)
-            for i, t in zip(places, there, strict=True):
-                full[i] = t
-            results = _second_of_reference(full[:6], *full[6:])
+        def second(*given: Tensor | None) -> tuple[Tensor, ...]:
+            results = _second_of_reference(given[:6], *given[6:])
             return tuple(results[i] for i in wanted)
 
-        with torch.enable_grad():
-            _, pull = torch.func.vjp(second, *(given[i] for i in places))
-            pulled = pull(cotangents)
-        found: list[Tensor | None] = [None] * 15
-        for i, gradient in zip(places, pulled, strict=True):
-            found[i] = gradient if ctx.needs_input_grad[i] else None
-        return tuple(found)
+        return *pull_back(second, ctx.saved_tensors, cotangents, ctx.needs_input_grad), None
 
     @staticmethod
     def vmap(info, in_dims, *args):

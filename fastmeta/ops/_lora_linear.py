@@ -15,8 +15,9 @@ from torch import Tensor
 
 from fastmeta import _backend
 from fastmeta._autograd import Function, batch_rows, each, fold, needs_autograd, unfold
+from fastmeta._backend import by_reference
 from fastmeta._library import define
-from fastmeta.ops._pairwise import by_reference, dense
+from fastmeta.ops._pairwise import dense
 from fastmeta.reference import lora_linear as reference
 
 _FORWARD = define(

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from fastmeta import _backend
-from fastmeta._autograd import Function, fold, needs_autograd, unfold
-from fastmeta._library import Op, define, dispatched
+from fastmeta._autograd import Function, fold, needs_autograd, pull_back, unfold
+from fastmeta._backend import by_reference
+from fastmeta._library import define
 from fastmeta.reference import pairwise as reference
 from fastmeta.reference.pairwise import ABSOLUTE, MAXIMUM, PRODUCT, SQUARES
 
@@ -59,13 +60,6 @@ _FINISH = define(
 )
 
 FEW = 16  # rows or columns up to which matrix products are slower than the kernels
-
-
-def by_reference(op: Op, device: torch.device) -> bool:
-    """Whether autograd is to differentiate the reference: asked for, or no kernel is there."""
-    if _backend.use_reference():
-        return True
-    return _backend.requested() == "auto" and not dispatched(op.name, device.type)
 
 
 def pairwise_sums(x: Tensor, y: Tensor, kind: int, p: float = 2.0) -> Tensor:
@@ -179,24 +173,14 @@ class _Second(Function):
 
     @staticmethod
     def backward(ctx, *cotangents):
-        given = ctx.saved_tensors
-        places = [i for i, t in enumerate(given) if t is not None]
         wanted = [i for i, bit in enumerate((_W, _X, _Y)) if ctx.needs & bit]
 
-        def second(*there):
-            full: list[Tensor | None] = [None] * 5
-            for i, t in zip(places, there, strict=True):
-                full[i] = t
-            results = _second_of_reference(*full, ctx.kind, ctx.p)
+        def second(*given: Tensor | None) -> tuple[Tensor, ...]:
+            results = _second_of_reference(*given, ctx.kind, ctx.p)
             return tuple(results[i] for i in wanted)
 
-        with torch.enable_grad():
-            _, pull = torch.func.vjp(second, *(given[i] for i in places))
-            pulled = pull(cotangents)
-        found: list[Tensor | None] = [None] * 9
-        for i, gradient in zip(places, pulled, strict=True):
-            found[i] = gradient if ctx.needs_input_grad[i] else None
-        return tuple(found)
+        found = pull_back(second, ctx.saved_tensors, cotangents, ctx.needs_input_grad)
+        return (*found, None, None, None, None)
 
     @staticmethod
     def vmap(info, in_dims, *args):

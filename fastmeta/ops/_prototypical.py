@@ -17,9 +17,10 @@ from torch import Tensor
 
 from fastmeta import _backend
 from fastmeta._autograd import Function, fold, needs_autograd, unfold
+from fastmeta._backend import by_reference
 from fastmeta._library import define
 from fastmeta.ops import _pairwise
-from fastmeta.ops._pairwise import FEW, by_reference, pairwise_sums
+from fastmeta.ops._pairwise import FEW, pairwise_sums
 from fastmeta.reference import pairwise as reference
 from fastmeta.reference.pairwise import PRODUCT, SQUARES
 

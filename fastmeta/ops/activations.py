@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from fastmeta import _backend
-from fastmeta._autograd import Function, needs_autograd
+from fastmeta._autograd import Function, needs_autograd, pull_back
 from fastmeta._checks import describe
-from fastmeta._library import define, dispatched
+from fastmeta._library import define
 from fastmeta.reference import activations as reference
 from fastmeta.reference.activations import GELU, GELU_TANH, SILU
 
@@ -78,10 +78,7 @@ def _checked(op: str, x: object, kind: int) -> Tensor:
 
 def has_kernel(x: Tensor) -> bool:
     """Whether a kernel serves tensors like this one, rather than the reference."""
-    narrow = x.device.type == "cpu" and x.dtype not in (torch.float32, torch.float64)
-    if narrow or _backend.use_reference():
-        return False
-    return _backend.requested() != "auto" or dispatched(_FORWARD.name, x.device.type)
+    return _backend.takes(_FORWARD, x)
 
 
 def activation(x: Tensor, kind: int) -> Tensor:
@@ -171,10 +168,8 @@ class _Second(Function):
             _, pull = torch.func.vjp(gradient, d, x)
             return pull(g)
 
-        with torch.enable_grad():
-            _, pull = torch.func.vjp(second, *ctx.saved_tensors)
-            pulled = zip(pull(cotangents), ctx.needs_input_grad, strict=False)
-        return *(t if need else None for t, need in pulled), None
+        found = pull_back(second, ctx.saved_tensors, cotangents, ctx.needs_input_grad)
+        return *found, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *args):

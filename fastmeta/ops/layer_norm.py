@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from fastmeta import _backend
-from fastmeta._autograd import Function, fold, needs_autograd, unfold
+from fastmeta._autograd import Function, fold, needs_autograd, pull_back, unfold
 from fastmeta._checks import describe
-from fastmeta._library import define, dispatched
+from fastmeta._library import define
 from fastmeta.reference import layer_norm as reference
 
 _FORWARD = define(
@@ -114,10 +114,7 @@ def _norm(op: str, x: Tensor, weight, bias, eps: float, rms: bool) -> Tensor:
 
 def has_kernel(x: Tensor) -> bool:
     """Whether a kernel serves rows like these, rather than the reference."""
-    narrow = x.device.type == "cpu" and x.dtype not in (torch.float32, torch.float64)
-    if narrow or _backend.use_reference():
-        return False
-    return _backend.requested() != "auto" or dispatched(_FORWARD.name, x.device.type)
+    return _backend.takes(_FORWARD, x)
 
 
 def norm_rows(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, rms: bool) -> Tensor:
@@ -216,22 +213,11 @@ class _Second(Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple:
-        given = ctx.saved_tensors
-        there = [i for i, t in enumerate(given) if t is not None]
+        def second(*given: Tensor | None) -> tuple[Tensor, ...]:
+            return _second_of_reference(*given, ctx.eps, ctx.rms)
 
-        def second(*tensors: Tensor) -> tuple[Tensor, ...]:
-            full: list[Tensor | None] = list(given)
-            for i, t in zip(there, tensors, strict=True):
-                full[i] = t
-            return _second_of_reference(*full, ctx.eps, ctx.rms)
-
-        with torch.enable_grad():
-            _, pull = torch.func.vjp(second, *(given[i] for i in there))
-            pulled = pull(cotangents)
-        found: list[Tensor | None] = [None] * 9
-        for i, gradient in zip(there, pulled, strict=True):
-            found[i] = gradient if ctx.needs_input_grad[i] else None
-        return tuple(found)
+        found = pull_back(second, ctx.saved_tensors, cotangents, ctx.needs_input_grad)
+        return *found, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *args):

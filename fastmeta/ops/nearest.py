@@ -7,9 +7,9 @@ from torch import Tensor
 
 from fastmeta import _backend
 from fastmeta._autograd import needs_autograd
+from fastmeta._backend import by_reference
 from fastmeta._library import define
 from fastmeta.ops import _pairwise
-from fastmeta.ops._pairwise import by_reference
 from fastmeta.ops.pairwise import (
     as_pairs,
     as_sums,

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastmeta import _checks
+from fastmeta import _backend, _checks
 from fastmeta._checks import describe
 from fastmeta.ops import _pairwise
 from fastmeta.reference import pairwise as reference
@@ -123,7 +123,7 @@ def distances(
     x: Tensor, y: Tensor, metric: str, p: float | None, precision: Tensor | None
 ) -> Tensor:
     """`pairwise_distance` of checked ``[B, N, D]`` and ``[B, M, D]`` in float32 or float64."""
-    if _pairwise.by_reference(_pairwise._SUMS, x.device):
+    if _backend.by_reference(_pairwise._SUMS, x.device):
         return reference.pairwise_distance(x, y, metric, p, precision)
     x, y, kind, order, root = as_sums(x, y, metric, p, precision)
     sums = _pairwise.pairwise_sums(x, y, kind, order)

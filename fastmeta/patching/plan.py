@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +12,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fastmeta.patching import activations, attention, prefix
 from fastmeta.patching.bind import bind, copy_structure, install
 from fastmeta.patching.context import Call, current_call
-from fastmeta.patching.fast_weights import LeafSlot
 from fastmeta.patching.methods import split_key
 from fastmeta.patching.probe import CallKind
 from fastmeta.patching.rules import Adapted, gathering, isolating_rule, lora_delta, rule_for
 from fastmeta.patching.slots import Slots
 from fastmeta.patching.units import Unit, by_loop, by_vmap
+
+if TYPE_CHECKING:
+    from fastmeta.patching.leaf_params import LeafSlot
 
 Tensors = Callable[[Call], dict[str, Tensor]]
 

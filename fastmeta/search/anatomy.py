@@ -52,6 +52,12 @@ class Layer:
     widening: tuple[str, ...] = ()
     narrowing: str = ""
 
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Names of its known linear modules."""
+        names = (*self.projections, self.output, *self.widening, self.narrowing)
+        return tuple(dict.fromkeys(n for n in names if n))
+
     def sizes(self, heads: int, width: int) -> dict[str, tuple[int | None, int | None]]:
         """Module -> (rows, columns) of its weight that are left; None for all of them."""
         found: dict[str, tuple[int | None, int | None]] = {}
@@ -77,13 +83,6 @@ class Anatomy:
     stack: str
     layers: tuple[Layer, ...]
     poolings: tuple[str, ...]
-
-    @property
-    def linears(self) -> tuple[str, ...]:
-        """Last parts of the names of the first layer's known linear modules, distinct."""
-        layer = self.layers[0]
-        names = [*layer.projections, layer.output, *layer.widening, layer.narrowing]
-        return tuple(dict.fromkeys(n for n in names if n))
 
 
 def anatomy_of(model: nn.Module) -> Anatomy:

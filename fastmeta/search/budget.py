@@ -48,6 +48,13 @@ class Budget:
         return all(found[name] <= bound for name, bound in self.bounds.items())
 
 
+def cost_model(
+    space: Space, bounds: Mapping[str, float], weights: Mapping[str, float]
+) -> CostModel:
+    """A `CostModel` that measures latency only where a bound or a weight names it."""
+    return CostModel(space, latency=any("latency" in n for n in (*bounds, *weights)))
+
+
 def smallest_candidates(space: Space) -> list[Proposal]:
     """Candidates of which one is the cheapest, whatever is counted."""
     least = {

@@ -11,7 +11,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastmeta.batch import IGNORE_INDEX, TaskBatch, check_ways
-from fastmeta.search.budget import Budget
+from fastmeta.ops import class_means
+from fastmeta.search.budget import Budget, cost_model
 from fastmeta.search.cost import CostModel
 from fastmeta.search.evaluation import Evaluator
 from fastmeta.search.lstm import LSTMController
@@ -48,9 +49,7 @@ def task_embedding(
         check_ways(ways, len(labels))
     counted = (labels != IGNORE_INDEX).float()  # [T, N]
     center = (features * counted.unsqueeze(2)).sum(1) / counted.sum(1, keepdim=True).clamp_min(1)
-    member = torch.nn.functional.one_hot(labels.clamp_min(0)).float() * counted.unsqueeze(2)
-    size = member.sum(1)  # [T, C]
-    means = member.mT @ features / size.clamp_min(1).unsqueeze(2)  # [T, C, D]
+    means, size = class_means(features, labels, int(labels.max().clamp_min(0)) + 1)  # [T, C, D]
     there = (size > 0).float().unsqueeze(2)
     number = there.sum(1)  # [T, 1]
     spread = ((means - center.unsqueeze(1)).square() * there).sum(1) / number
@@ -117,7 +116,7 @@ def run_conditioned(
         raise ValueError(f"candidates must be at least 2, got {candidates}")
     bounds, weights = dict(budget or {}), dict(weights or {})
     if cost is None:
-        cost = CostModel(space, latency=any("latency" in n for n in [*bounds, *weights]))
+        cost = cost_model(space, bounds, weights)
     within = Budget(space, cost, bounds)
     evaluator = evaluator or Evaluator(space, seed=seed)
     found: Conditioned | None = None
@@ -137,11 +136,9 @@ def run_conditioned(
         for t, task in enumerate(tasks):
             proposals = found.controller.propose(candidates, task)
             scores = evaluator.evaluate(proposals, batch[t : t + 1])
-            costs = [cost(p) for p in proposals]
-            rewards += [
-                s.accuracy - sum(w * c[n] for n, w in weights.items())
-                for s, c in zip(scores, costs, strict=True)
-            ]
+            for score in scores:
+                score.cost = cost(score.proposal)
+            rewards += [score.reward(weights) for score in scores]
             every += proposals
         found.controller.observe(every, rewards, tasks.repeat_interleave(candidates, 0))
         found.rewards.append(sum(rewards) / len(rewards))

@@ -40,15 +40,11 @@ def write_code(model: nn.Module, anatomy: Anatomy, proposal: Proposal, folder: P
         folder: Where it was saved.
     """
     saved = model.encoder if isinstance(model, SentenceClassifier) else model
-    auto = (
-        "AutoModel"
-        if isinstance(model, SentenceClassifier)
-        else ("AutoModelForSequenceClassification")
-    )
+    auto = "AutoModel" if saved is not model else "AutoModelForSequenceClassification"
     prefix = anatomy.stack.removeprefix("encoder.") if saved is not model else anatomy.stack
     names = set()
     for layer in anatomy.layers:
-        names |= {*layer.projections, layer.output, *layer.widening, layer.narrowing} - {""}
+        names |= set(layer.linears)
     sizes = {}
     for number in range(sum(proposal.kept)):
         for name in sorted(names):

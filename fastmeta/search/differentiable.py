@@ -13,6 +13,7 @@ from fastmeta.engine.inner import InnerLoop, Support, inner_step, task_losses
 from fastmeta.engine.losses import WAYS, classification
 from fastmeta.engine.optimizers import RULES
 from fastmeta.search.controller import Controller
+from fastmeta.search.decisions import Decision
 from fastmeta.search.lstm import leave_one_out
 from fastmeta.search.proposal import Proposal
 from fastmeta.search.relaxed import Relaxation, SoftPass
@@ -137,17 +138,16 @@ class DifferentiableController(Controller):
     def propose(self, count: int, context: Tensor | None = None) -> list[Proposal]:
         found: list[Proposal] = []
         shares = self.shares()
+
+        def choose(d: Decision) -> Any:
+            share = shares[d.name].float().cpu()
+            option = int(torch.multinomial(share, 1, generator=self.generator))
+            return d.option(option, self.rng)
+
         for _ in range(100 * count):
             if len(found) == count:
                 return found
-            taken: dict[str, Any] = {}
-            for d in self.space.decisions:
-                taken[d.name] = d.default
-                if d.name in shares and d.free(taken):
-                    share = shares[d.name].float().cpu()
-                    option = int(torch.multinomial(share, 1, generator=self.generator))
-                    taken[d.name] = d.option(option, self.rng)
-            proposal = self.space.proposal(taken)
+            proposal = self.space.decide(choose)
             if self.permits(proposal):
                 found.append(proposal)
         return found + [self.draw() for _ in range(count - len(found))]

@@ -23,6 +23,7 @@ from fastmeta.search.passes import FrozenPass, LivePass
 from fastmeta.search.proposal import Proposal
 from fastmeta.search.space import Space
 from fastmeta.search.supernet import Supernet, repeated
+from fastmeta.training.evaluation import half_width
 
 TOKENS = 1 << 16
 """Tokens times adapted layers that a batch of candidates holds: what bounds its memory."""
@@ -59,11 +60,13 @@ class Score:
     @property
     def interval(self) -> float:
         """Half width of the 95 % interval of the mean over tasks, or 0 for a single task."""
-        n = len(self.accuracies)
-        if n < 2:
+        if len(self.accuracies) < 2:
             return 0.0
-        variance = sum((a - self.accuracy) ** 2 for a in self.accuracies) / (n - 1)
-        return 1.96 * math.sqrt(variance / n)
+        return half_width(torch.tensor(self.accuracies, dtype=torch.float64))
+
+    def reward(self, weights: Mapping[str, float]) -> float:
+        """``accuracy - sum_k weights[k] cost[k]``."""
+        return self.accuracy - sum(w * self.cost[n] for n, w in weights.items())
 
 
 class _FeatureHead(nn.Module):

@@ -113,7 +113,7 @@ class Layers:
             module = plan.structure.get_submodule(layer.name)
             self.live.append(module.forward)
             install(module, "forward", _gated_layer(number, module.forward))
-            for name in {*layer.projections, layer.output, *layer.widening, layer.narrowing} - {""}:
+            for name in layer.linears:
                 full = f"{layer.name}.{name}"
                 module, plain = (s.get_submodule(full) for s in (plan.structure, plan.pristine))
                 owner = owners.get(full) or Adapted(full)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -47,10 +48,7 @@ class OptunaController(Controller):
             if len(found) == count:
                 break
             trial = self.study.ask()
-            taken: dict[str, Any] = {}
-            for d in self.space.decisions:
-                taken[d.name] = self._suggest(trial, d) if d.free(taken) else d.default
-            proposal = self.space.proposal(taken)
+            proposal = self.space.decide(partial(self._suggest, trial))
             if self.permits(proposal):
                 self._open.setdefault(proposal.key, []).append(trial)
                 found.append(proposal)

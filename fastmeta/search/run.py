@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from fastmeta.batch import TaskBatch
-from fastmeta.search.budget import Budget
+from fastmeta.search.budget import Budget, cost_model
 from fastmeta.search.controller import Controller, Evolution, RandomSearch
 from fastmeta.search.cost import CostModel
 from fastmeta.search.differentiable import DifferentiableController
@@ -154,8 +154,7 @@ def run(
     batches = [tasks] if isinstance(tasks, TaskBatch) else list(tasks)
     bounds, weights = dict(budget or {}), dict(weights or {})
     if cost is None:
-        named = [*bounds, *weights]
-        cost = CostModel(space, latency=any("latency" in n for n in named))
+        cost = cost_model(space, bounds, weights)
     for name in weights:
         if name not in cost.names():
             raise ValueError(f"weights name one of {', '.join(cost.names())}, got {name!r}")
@@ -192,7 +191,7 @@ def run(
         return score
 
     def reward(score: Score) -> float:
-        return score.accuracy - sum(w * score.cost[n] for n, w in weights.items())
+        return score.reward(weights)
 
     baseline = priced(evaluator.evaluate([whole_model(space)], batches)[0])
     known = {s.proposal.key: s for s in records}

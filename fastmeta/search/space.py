@@ -275,6 +275,13 @@ class Space:
         """Whether a candidate keeps a layer and satisfies the constraint."""
         return any(proposal.kept) and (self.constraint is None or self.constraint(proposal))
 
+    def decide(self, choose: Callable[[Decision], Any]) -> Proposal:
+        """The candidate of a choice for every decision that is free after the earlier ones."""
+        taken: dict[str, Any] = {}
+        for d in self.decisions:
+            taken[d.name] = choose(d) if d.free(taken) else d.default
+        return self._resolve(taken)
+
     def draw(self, rng: random.Random) -> Proposal:
         """A candidate, every free decision uniform.
 
@@ -282,10 +289,7 @@ class Space:
             ValueError: No candidate was found that the constraint allows.
         """
         for _ in range(_TRIES):
-            taken: dict[str, Any] = {}
-            for d in self.decisions:
-                taken[d.name] = d.draw(rng) if d.free(taken) else d.default
-            proposal = self._resolve(taken)
+            proposal = self.decide(lambda d: d.draw(rng))
             if self.allows(proposal):
                 return proposal
         raise ValueError(

@@ -38,10 +38,7 @@ class Evaluation:
     @property
     def interval(self) -> float:
         """Half the width of the 95 % interval of the mean, ``1.96 s / sqrt(E)``."""
-        episodes = len(self.accuracies)
-        if episodes < 2:
-            return math.inf
-        return 1.96 * float(self.accuracies.double().std()) / math.sqrt(episodes)
+        return half_width(self.accuracies)
 
     @property
     def loss(self) -> float | None:
@@ -52,6 +49,13 @@ class Evaluation:
 
     def __str__(self) -> str:
         return f"{100 * self.accuracy:.2f} ± {100 * self.interval:.2f} %"
+
+
+def half_width(values: Tensor) -> float:
+    """Half the width of the 95 % interval of the mean of independent values ``[E]``."""
+    if len(values) < 2:
+        return math.inf
+    return 1.96 * float(values.double().std()) / math.sqrt(len(values))
 
 
 def evaluate(

@@ -1,0 +1,96 @@
+"""Fast weights of T tasks, some of them kept by leaf: which, and how the rules read them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from fastmeta.patching import rules
+from fastmeta.patching.fast_weights import Leaf
+from fastmeta.patching.layout import ParamLayout
+from fastmeta.patching.task_params import TaskParams
+
+if TYPE_CHECKING:
+    from fastmeta.patching.plan import Plan
+
+
+class LeafParams(TaskParams):
+    """Fast weights of T tasks of which some are :class:`FastMatrix` and :class:`FastTable`.
+
+    Its packed buffer is made where somebody reads it.
+
+    Args:
+        layout: Of all adapted parameters.
+        rest: Those that are no leaves, of a layout of their own.
+        leaves: Slot -> what it is kept as.
+    """
+
+    def __init__(self, layout: ParamLayout, rest: TaskParams, leaves: dict[int, Leaf]) -> None:
+        self.layout, self.rest, self.leaves = layout, rest, leaves
+        self._views: list[Tensor] | None = None
+        self._packed: Tensor | None = None
+
+    @property
+    def packed(self) -> Tensor:  # type: ignore[override]
+        if self._packed is None:
+            self._packed = self.layout.pack(self._slots(lambda leaf: leaf.written_out()))
+        return self._packed
+
+    @property
+    def num_tasks(self) -> int:
+        return self.rest.num_tasks
+
+    @property
+    def device(self) -> torch.device:
+        return self.rest.device
+
+    def bound(self, plan: Plan) -> list:
+        if not self.leaves.keys() <= leaf_slots(plan).keys():
+            return self.views
+        return self._slots(lambda leaf: leaf)
+
+    def _slots(self, of_leaf) -> list:
+        rest = iter(self.rest.views)
+        return [
+            of_leaf(self.leaves[slot]) if slot in self.leaves else next(rest)
+            for slot in range(len(self.layout))
+        ]
+
+
+@dataclass(frozen=True)
+class LeafSlot:
+    """A weight that can be kept by leaf.
+
+    Attributes:
+        module: The linear layer or embedding that reads it.
+        with_bias: Whether tasks adapt its bias too, whose gradient sums those of the outputs.
+    """
+
+    module: nn.Module
+    with_bias: bool
+
+
+def leaf_slots(plan: Plan) -> dict[int, LeafSlot]:
+    """Slots of weights that only one linear layer or embedding reads, by its rule."""
+    if plan.leaf_slots is not None:
+        return plan.leaf_slots
+    readers = Counter(s for adapted in plan.owners.values() for s in adapted.slots.values())
+    found = {}
+    for name, adapted in plan.owners.items():
+        slot = adapted.slots.get("weight")
+        if slot is None or readers[slot] > 1 or slot in plan.read_by_units:
+            continue
+        if plan.modes.get(name) != "rule":
+            continue
+        module = plan.structure.get_submodule(name)
+        rule = rules.rule_for(module, adapted)
+        if rule is rules.embedding and module.num_embeddings <= rules.FEW_WORDS:
+            continue  # its gradient is small
+        if rule in (rules.linear, rules.conv1d_gpt2, rules.embedding):
+            found[slot] = LeafSlot(module, "bias" in adapted.slots)
+    plan.leaf_slots = found
+    return found
