@@ -5,7 +5,7 @@
 
 Cases that are measured replace those of the file; others stay.
 
-`higher` and `torchopt` take part where they are installed (``pip install fastmeta[bench]``).
+`higher`, `torchopt` and `jax` take part where they are installed (``pip install fastmeta[bench]``).
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ from bench.baselines import BASELINES, math_attention, with_lora
 from bench.cases import CASES, LR
 from bench.comparison import peak_bytes
 from bench.flops import counted  # noqa: F401  (the products inside our operators)
+from bench.jax_step import jax_step
 from bench.timing import gemm_rate
 
 PEERS = {
-    "full": ["per-task loop", "torch.func.vmap", "higher", "torchopt"],
+    "full": ["per-task loop", "torch.func.vmap", "higher", "torchopt", "JAX jit(vmap)"],
     "lora": ["per-task loop"],
     "last2": ["per-task loop", "higher"],
-    "deep": ["per-task loop"],
+    "deep": ["per-task loop", "JAX jit(vmap)"],
     "minilm-lora": ["per-task loop", "higher"],
 }
 
@@ -57,6 +58,8 @@ def fastmeta_step(name: str, memory: str, steps: int | None = None, order: int =
 def peer_step(name: str, peer: str):
     case = CASES[name]
     model, batch = case.model(), case.batch()
+    if peer == "JAX jit(vmap)":
+        return jax_step(model, batch, case.steps)
     patched = fm.patch(model, case.spec())
     names = with_lora(model, patched) if "lora" in name else list(patched.layout.names)
 

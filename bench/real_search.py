@@ -231,9 +231,13 @@ class Run:
         texts = [t for data in self.clinc.values() for t in data.texts]
         tokens = fm.data.tokenize(texts, self.tokenizer, max_length=self.args.max_length)
         generator = torch.Generator().manual_seed(0)
-        optimizer = torch.optim.AdamW(small.encoder.parameters(), lr=1e-4, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(small.encoder.parameters(), lr=3e-4, weight_decay=0.0)
+        steps = self.args.heal_steps  # the rate rises over a tenth of them, then falls to 0
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda i: min(1.0, 10 * (i + 1) / steps) * (1 - i / steps)
+        )
         start = time.perf_counter()
-        for _ in range(self.args.heal_steps):
+        for step in range(steps):
             chosen = torch.randint(len(texts), (64,), generator=generator).numpy()
             rows = {k: torch.from_numpy(v) for k, v in tokens.rows(chosen).items()}
             with torch.no_grad():
@@ -242,12 +246,15 @@ class Run:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        found = {"steps": self.args.heal_steps, "seconds": time.perf_counter() - start}
+            schedule.step()
+            if step % 50 == 0:
+                print(f"healing, step {step} of {steps}, loss {loss.item():.4f}", flush=True)
+        found = {"steps": steps, "seconds": time.perf_counter() - start}
         recipe = {k: getattr(p, k) for k in DEFAULT}
         healed, whole = (S.Evaluator(S.Space(m, **recipe)) for m in (small.eval(), self.model))
         default = S.Evaluator(S.Space(self.model, **DEFAULT))
         for name, data, tasks in (("clinc", self.clinc, 10), ("hwu", self.hwu, len(self.hwu))):
-            fresh = batches(data, self.tokenizer, self.args, count=2, seed=2, tasks=tasks)
+            fresh = batches(data, self.tokenizer, self.args, count=6, seed=2, tasks=tasks)
             a, b, c = (e.evaluate([e.space.proposal()], fresh)[0] for e in (healed, whole, default))
             found[f"{name}, whole model, same recipe"] = paired(a, b)
             found[f"{name}, whole model, default recipe"] = paired(a, c)
@@ -258,16 +265,17 @@ class Run:
             return
         space = S.Space(self.model, **RECIPES)
         evaluator = S.Evaluator(space)
-        draws = batches(self.clinc, self.tokenizer, self.args, count=3, seed=3, tasks=10)
+        args = argparse.Namespace(**vars(self.args) | {"shots": self.args.recipe_shots})
+        draws = batches(self.clinc, self.tokenizer, args, count=3, seed=3, tasks=10)
         result = S.run(
             space, draws, controller="lstm", evaluations=self.args.evaluations, population=16,
             progress=False, evaluator=evaluator,
         )  # fmt: skip
         best = min(result.finished(), key=lambda s: (-s.accuracy, sum(s.losses))).proposal
         default = S.Proposal(**{**vars(space.proposal()), **DEFAULT})
-        fresh = batches(self.hwu, self.tokenizer, self.args, count=8, seed=4, tasks=len(self.hwu))
+        fresh = batches(self.hwu, self.tokenizer, args, count=4, seed=4, tasks=len(self.hwu))
         a, b = evaluator.evaluate([best, default], fresh)
-        self.save("recipe", {"proposal": str(best), "hwu": paired(a, b)})
+        self.save("recipe", {"shots": args.shots, "proposal": str(best), "hwu": paired(a, b)})
 
     def speed(self) -> None:
         """Latency and size of the exported winner beside the whole model's, interleaved."""
@@ -298,11 +306,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--shots", type=int, default=2)
     parser.add_argument("--queries", type=int, default=3)
+    parser.add_argument("--recipe-shots", type=int, default=5, help="examples of a class, recipes")
     parser.add_argument("--max-length", type=int, default=16)
     parser.add_argument("--budget", type=float, default=0.7, help="of the whole model's latency")
     parser.add_argument("--evaluations", type=int, default=256)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--heal-steps", type=int, default=150)
+    parser.add_argument("--heal-steps", type=int, default=800)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only-cost", action="store_true", help="only measure latencies")
     parser.add_argument("--speed", action="store_true", help="only time the exported winner")
