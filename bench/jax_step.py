@@ -1,4 +1,4 @@
-"""The same second-order meta-step in JAX: a BERT written as a function, ``jit(grad(vmap(episode)))``.
+"""The second-order meta-step in JAX: ``jit(grad(vmap(episode)))`` of a BERT as a function.
 
 All parameters adapt. Its weights are those of the torch model, so that losses can be compared.
 """
