@@ -227,28 +227,13 @@ class Run:
         if "healed" in self.results:
             return
         p = self.space.proposal(self.results["winner"]["decisions"])
-        small = S.prune(self.evaluator.net.model, self.space.anatomy, p).requires_grad_(True)
+        small = S.prune(self.evaluator.net.model, self.space.anatomy, p)
         texts = [t for data in self.clinc.values() for t in data.texts]
-        tokens = fm.data.tokenize(texts, self.tokenizer, max_length=self.args.max_length)
-        generator = torch.Generator().manual_seed(0)
-        optimizer = torch.optim.AdamW(small.encoder.parameters(), lr=3e-4, weight_decay=0.0)
-        steps = self.args.heal_steps  # the rate rises over a tenth of them, then falls to 0
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda i: min(1.0, 10 * (i + 1) / steps) * (1 - i / steps)
-        )
-        start = time.perf_counter()
-        for step in range(steps):
-            chosen = torch.randint(len(texts), (64,), generator=generator).numpy()
-            rows = {k: torch.from_numpy(v) for k, v in tokens.rows(chosen).items()}
-            with torch.no_grad():
-                wanted = self.model.embed(**rows)
-            loss = 1 - torch.cosine_similarity(small.embed(**rows), wanted).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            if step % 50 == 0:
-                print(f"healing, step {step} of {steps}, loss {loss.item():.4f}", flush=True)
+        start, steps = time.perf_counter(), self.args.heal_steps
+        S.heal(
+            small, self.model, texts, self.tokenizer, steps=steps,
+            max_length=self.args.max_length, progress=False,
+        )  # fmt: skip
         found = {"steps": steps, "seconds": time.perf_counter() - start}
         recipe = {k: getattr(p, k) for k in DEFAULT}
         healed, whole = (S.Evaluator(S.Space(m, **recipe)) for m in (small.eval(), self.model))
@@ -265,7 +250,8 @@ class Run:
             return
         space = S.Space(self.model, **RECIPES)
         evaluator = S.Evaluator(space)
-        args = argparse.Namespace(**vars(self.args) | {"shots": self.args.recipe_shots})
+        rows = {"shots": self.args.recipe_shots, "queries": self.args.recipe_queries}
+        args = argparse.Namespace(**vars(self.args) | rows)
         draws = batches(self.clinc, self.tokenizer, args, count=3, seed=3, tasks=10)
         result = S.run(
             space, draws, controller="lstm", evaluations=self.args.evaluations, population=16,
@@ -306,7 +292,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--shots", type=int, default=2)
     parser.add_argument("--queries", type=int, default=3)
-    parser.add_argument("--recipe-shots", type=int, default=5, help="examples of a class, recipes")
+    parser.add_argument("--recipe-shots", type=int, default=10)
+    parser.add_argument("--recipe-queries", type=int, default=10)
     parser.add_argument("--max-length", type=int, default=16)
     parser.add_argument("--budget", type=float, default=0.7, help="of the whole model's latency")
     parser.add_argument("--evaluations", type=int, default=256)

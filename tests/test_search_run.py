@@ -225,10 +225,74 @@ def test_heads_are_gone_where_the_configuration_names_their_size(tmp_path):
     assert loaded.model.layers[0].self_attn.q_proj.weight.shape == (16, 32)
 
 
+# -- healing -------------------------------------------------------------------------------------
+
+TEXTS = fm.data.builtin("train").texts
+
+
+@pytest.mark.parametrize("head", ["model", "sentence"])
+def test_healing_brings_a_pruned_model_back_to_the_whole_one(parts, head):
+    whole, tokenizer, _ = parts
+    if head == "sentence":
+        whole = fm.models.SentenceClassifier(whole.bert, 5, 10.0).double()
+    before = {n: p.clone() for n, p in whole.named_parameters()}
+    space = Space(whole, layers=[2, 3], lr=0.1)
+    evaluator = Evaluator(space)
+    settings = {"steps": 30, "batch_size": 8, "lr": 3e-3, "progress": False}
+    found = []
+    for seed in (0, 0, 1):
+        pruned = fm.search.prune(evaluator.net.model, space.anatomy, space.proposal(layers=2))
+        fixed = pruned.classifier.weight.clone()
+        losses = fm.search.heal(pruned, whole, TEXTS, tokenizer, seed=seed, **settings)
+        assert len(losses) == 30 and sum(losses[-5:]) < 0.7 * sum(losses[:5])
+        assert torch.equal(pruned.classifier.weight, fixed)
+        assert not any(p.requires_grad or p.grad is not None for p in pruned.parameters())
+        found.append(losses)
+    assert found[0] == found[1] != found[2]
+    assert all(torch.equal(p, before[n]) for n, p in whole.named_parameters())
+
+
+def test_an_export_heals(parts, tmp_path):
+    model, tokenizer, _ = parts
+    space = Space(model, layers=[2, 3], lr=0.1)
+    evaluator, proposal = Evaluator(space), space.proposal(layers=2)
+    healing = {
+        "texts": TEXTS,
+        "steps": 2,
+        "batch_size": 4,
+        "progress": False,
+        "tokenizer": tokenizer,
+    }
+    folder = fm.search.export(evaluator, proposal, tmp_path / "winner", **healing)
+    auto = transformers.AutoModelForSequenceClassification
+    loaded = dict(auto.from_pretrained(folder, dtype=torch.float64).named_parameters())
+    expected = fm.search.prune(evaluator.net.model, space.anatomy, proposal)
+    del healing["tokenizer"]
+    fm.search.heal(expected, model, healing.pop("texts"), tokenizer, **healing)
+    for name, p in expected.named_parameters():
+        assert torch.equal(loaded[name], p), name
+
+
+def test_errors_of_healing(parts, tmp_path):
+    model, tokenizer, _ = parts
+    space = Space(model, layers=[2, 3], lr=0.1)
+    evaluator, proposal = Evaluator(space), space.proposal()
+    for given, message in [
+        ({"texts": TEXTS}, "needs their tokenizer"),
+        ({"steps": 5}, "steps: settings of healing, which needs texts"),
+        ({"texts": [], "tokenizer": tokenizer}, "at least one text"),
+        ({"texts": TEXTS, "tokenizer": tokenizer, "steps": 0}, "steps must be an integer"),
+        ({"texts": TEXTS, "tokenizer": tokenizer, "lr": -1.0}, "lr must be a finite number"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            fm.search.export(evaluator, proposal, tmp_path / "winner", **given)
+        assert not (tmp_path / "winner").exists()
+
+
 # -- the command ---------------------------------------------------------------------------------
 
 TINY = ("--model=builtin:hidden=32,layers=2", "--tasks=2", "--shots=1", "--queries=1", "--quiet")
-SMALL = ("--evaluations=8", "--population=4", "--finalists=2")
+SMALL = ("--evaluations=8", "--population=4", "--finalists=2", "--heal=2")
 
 
 def test_the_command_searches_and_its_recipe_trains(tmp_path, capsys):
@@ -277,6 +341,7 @@ def test_the_command_reads_a_file(tmp_path, capsys):
         ([], "space: {lora: {qeury: [2]}}", "LoRA target 'qeury' matches no linear layer"),
         ([], "spaces: {}", "unknown key 'spaces'"),
         (["--evaluations=0"], "", "evaluations: expected an integer of at least 1, got 0"),
+        (["--heal=-1"], "", "heal: expected an integer of at least 0, got -1"),
     ],
 )
 def test_the_command_says_what_is_wrong(tmp_path, capsys, flags, text, message):

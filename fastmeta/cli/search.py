@@ -41,6 +41,7 @@ _DEFAULTS: dict[str, Any] = {
     "weights": {},
     "keep": None,
     "finalists": 8,
+    "heal": 0,
     "seed": 0,
     "threads": None,
     "out": "fastmeta-search",
@@ -79,6 +80,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "population": "candidates of a step, evaluated in one batch",
         "budget": "bounds such as relative_latency=0.7,parameters=2e7",
         "weights": "weights of costs in the reward, such as relative_flops=0.05",
+        "heal": "steps in which the winner learns the whole model's states again, on the data's "
+        "texts (healing, no labels)",
         "keep": "share that goes on to the second half of the tasks (successive halving)",
     }
     for name, default in _DEFAULTS.items():
@@ -122,11 +125,16 @@ def run(arguments: argparse.Namespace) -> int:
     except fm.search.SearchInterrupted as stopped:
         print(f"fastmeta: {stopped}; go on with --resume", file=sys.stderr)
         return INTERRUPTED
-    _write(found, out, tokenizer)
+    healing: dict[str, Any] = {}
+    if given["heal"]:
+        texts = [text for task in data.values() for text in task.texts]
+        healing = {"texts": texts, "steps": given["heal"], "progress": not arguments.quiet}
+        healing |= {"max_length": given["max_length"], "seed": given["seed"]}
+    _write(found, out, tokenizer=tokenizer, **healing)
     return 0
 
 
-def _write(found: fm.search.Result, out: Path, tokenizer: Any) -> None:
+def _write(found: fm.search.Result, out: Path, **settings: Any) -> None:
     text = found.table()
     print(text)
     with whole_file(out / "table.txt") as temporary:
@@ -135,7 +143,7 @@ def _write(found: fm.search.Result, out: Path, tokenizer: Any) -> None:
         found.plot(temporary)
     winner = out / "winner"
     shutil.rmtree(winner, ignore_errors=True)
-    found.export(winner, tokenizer=tokenizer)
+    found.export(winner, **settings)
     print(
         f"search in {out}: {NAME}, table.txt, pareto.png; the winner's checkpoint in {winner}, "
         f"its recipe: fastmeta train --config {winner / 'recipe.yaml'}"
@@ -162,6 +170,8 @@ def _settings(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, 
     for key in ("shots", "queries", "tasks", "evaluations", "population", "finalists"):
         if not isinstance(given[key], int) or isinstance(given[key], bool) or given[key] < 1:
             raise UserError(f"{key}: expected an integer of at least 1, got {given[key]!r}")
+    if not isinstance(given["heal"], int) or isinstance(given["heal"], bool) or given["heal"] < 0:
+        raise UserError(f"heal: expected an integer of at least 0, got {given['heal']!r}")
     if given["controller"] not in CONTROLLERS:
         raise UserError(
             f"controller: expected one of {', '.join(CONTROLLERS)}, got {given['controller']!r}"

@@ -8,6 +8,7 @@ from fastmeta.search.differentiable import DifferentiableController
 from fastmeta.search.errors import SearchError, SearchInterrupted
 from fastmeta.search.evaluation import Evaluator, Score
 from fastmeta.search.export import export
+from fastmeta.search.healing import heal
 from fastmeta.search.lstm import LSTMController
 from fastmeta.search.optuna import OptunaController
 from fastmeta.search.pareto import pareto_front
@@ -36,6 +37,7 @@ __all__ = [
     "Space",
     "When",
     "export",
+    "heal",
     "pareto_front",
     "prune",
     "run",

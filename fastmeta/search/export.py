@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 from fastmeta.models import SentenceClassifier
 from fastmeta.search.custom_code import write_code
 from fastmeta.search.evaluation import Evaluator
+from fastmeta.search.healing import heal
 from fastmeta.search.proposal import Proposal
 from fastmeta.search.pruning import prune, why_not_stock
 from fastmeta.search.space import Space
@@ -22,7 +24,13 @@ RECIPE, ABOUT = "recipe.yaml", "search.json"
 
 
 def export(
-    evaluator: Evaluator, proposal: Proposal, folder: str | Path, *, tokenizer: Any = None
+    evaluator: Evaluator,
+    proposal: Proposal,
+    folder: str | Path,
+    *,
+    tokenizer: Any = None,
+    texts: Sequence[str] | None = None,
+    **healing: Any,
 ) -> Path:
     """Write a candidate to a new folder, whole or not at all.
 
@@ -41,16 +49,26 @@ def export(
         proposal: The candidate.
         folder: Must not exist, or be empty.
         tokenizer: Written beside the model, where given.
+        texts: Where given, what is left of the model first learns to give the whole model's states
+            on these, see `fm.search.heal`; `tokenizer` is needed.
+        **healing: Settings of `fm.search.heal`.
 
     Returns:
         The folder.
 
     Raises:
         FileExistsError: `folder` holds something.
+        ValueError: `texts` without a tokenizer, or `healing` without texts.
     """
     folder = check_new(folder)
+    if texts is not None and tokenizer is None:
+        raise ValueError("healing on texts needs their tokenizer, got tokenizer=None")
+    if healing and texts is None:
+        raise ValueError(f"{', '.join(healing)}: settings of healing, which needs texts, got none")
     space = evaluator.space
     model = prune(evaluator.net.model, space.anatomy, proposal)
+    if texts is not None:
+        heal(model, space.model, texts, tokenizer, **healing)
     reason = why_not_stock(space.model, space.anatomy, proposal.shape)
     with whole_folder(folder) as temporary:
         with quiet_transformers():

@@ -80,9 +80,9 @@ class Result:
         known = "relative_latency" if "relative_latency" in self.best.cost else "relative_flops"
         plot_front(self.finished(), Path(path), cost=cost or known, baseline=self.baseline)
 
-    def export(self, folder: str | Path, *, tokenizer: Any = None) -> Path:
-        """Write the winner; see `fm.search.export`."""
-        return export(self.evaluator, self.best.proposal, folder, tokenizer=tokenizer)
+    def export(self, folder: str | Path, **settings: Any) -> Path:
+        """Write the winner; see `fm.search.export` for the settings."""
+        return export(self.evaluator, self.best.proposal, folder, **settings)
 
 
 def run(
