@@ -40,10 +40,13 @@ PEERS = {
 
 
 def fastmeta_step(name: str, memory: str, steps: int | None = None, order: int = 2):
+    """`memory` may name a chunk of tasks, as ``"unroll:2"``."""
     case = CASES[name]
     model, batch = case.model(), case.batch()
     patched = fm.patch(model, case.spec())
-    learner = fm.MAML(patched, lr=LR, steps=steps or case.steps, order=order, memory=memory)
+    mode, _, chunk = memory.partition(":")
+    settings = {"memory": mode, "task_chunk": int(chunk) if chunk else None}
+    learner = fm.MAML(patched, lr=LR, steps=steps or case.steps, order=order, **settings)
 
     def step() -> float:
         for p in learner.parameters():
@@ -74,6 +77,8 @@ def peer_step(name: str, peer: str):
 def compare(name: str, rounds: int) -> dict:
     steps = {"fastmeta": fastmeta_step(name, "unroll")}
     steps["fastmeta, recompute"] = fastmeta_step(name, "recompute")
+    if name == "deep":
+        steps["fastmeta, chunks of 2"] = fastmeta_step(name, "unroll:2")
     if name == "minilm-lora":
         steps["fastmeta, first order"] = fastmeta_step(name, "unroll", order=1)
     for peer in PEERS[name]:
@@ -109,7 +114,8 @@ def compare(name: str, rounds: int) -> dict:
     }
     floor = flops / rate
     if name == "deep":
-        for mode, label in (("unroll", "fastmeta"), ("recompute", "fastmeta, recompute")):
+        modes = {"unroll": "", "recompute": ", recompute", "unroll:2": ", chunks of 2"}
+        for mode, label in ((m, f"fastmeta{rest}") for m, rest in modes.items()):
             rows[label]["peak_mib"] = peak_memory(name, mode, CASES[name].steps)["peak_mib"]
     print(f"\n{CASES[name].title}")
     for label, row in rows.items():

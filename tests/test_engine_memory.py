@@ -179,6 +179,11 @@ class Limit:
         monkeypatch.setattr(episode, "adapt_tasks", limited)
 
 
+def weighted(out: fm.MetaOutput) -> torch.Tensor:
+    """A loss whose gradient a chunk cannot take ahead: its tasks weigh differently."""
+    return (out.task_losses * torch.arange(1.0, 5.0, dtype=out.task_losses.dtype)).mean()
+
+
 ERRORS = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
     RuntimeError("[enforce fail at alloc_cpu.cpp:1] . DefaultCPUAllocator: can't allocate memory"),
@@ -213,12 +218,12 @@ def test_backward_pass_out_of_memory(
     rate = fm.LearnedRate(per=("task", "layer"), init=0.1, num_tasks=4)
     reference = fm.MAML(patched, lr=rate, steps=2, order=order, memory="unroll")
     oracle.with_varied_rates(reference)
-    expected = oracle.gradients(reference, reference(BATCH).loss)
+    expected = oracle.gradients(reference, weighted(reference(BATCH)))
     learner = fm.MAML(patched, lr=rate, steps=2, order=order, task_chunk=3)
     oracle.with_varied_rates(learner)
     limit = Limit(monkeypatch, 0.5, error, "backward")
     out = learner(BATCH)
-    oracle.assert_close(oracle.gradients(learner, out.loss), expected)
+    oracle.assert_close(oracle.gradients(learner, weighted(out)), expected)
     backwards = [(mode, tasks) for mode, tasks, when in limit.tried if when == "backward"]
     assert ("recompute", 1) in backwards and max(tasks for _, tasks in backwards) == 3
     (plan,) = learner._memory_plans.values()
@@ -230,17 +235,17 @@ def test_under_dropout_a_chunk_changes_its_mode_only(monkeypatch: pytest.MonkeyP
     settings = {"lr": 0.1, "steps": 2, "task_chunk": 2}
     reference = fm.MAML(patched, memory="unroll", **settings)
     torch.manual_seed(0)
-    expected = oracle.gradients(reference, reference(BATCH).loss)
+    expected = oracle.gradients(reference, weighted(reference(BATCH)))
     learner = fm.MAML(patched, **settings)
     limit = Limit(monkeypatch, 1, ERRORS[0], "backward")
     torch.manual_seed(0)
-    oracle.assert_close(oracle.gradients(learner, learner(BATCH).loss), expected)
+    oracle.assert_close(oracle.gradients(learner, weighted(learner(BATCH))), expected)
     # Not even that is enough: splitting would draw other masks, so the error stands.
     limit.tasks = 0.5
     learner = fm.MAML(patched, **settings)
     out = learner(BATCH)
     with pytest.raises(torch.OutOfMemoryError):
-        out.loss.backward()
+        weighted(out).backward()
 
 
 @pytest.mark.parametrize("when", ["forward", "backward"])
@@ -249,7 +254,43 @@ def test_an_explicit_choice_is_not_changed(when: str, monkeypatch: pytest.Monkey
     learner = fm.MAML(patched, lr=0.1, steps=2, memory="unroll", task_chunk=2)
     Limit(monkeypatch, 1, ERRORS[0], when)
     with pytest.raises(torch.OutOfMemoryError):
-        learner(BATCH).loss.backward()
+        weighted(learner(BATCH)).backward()
+
+
+@pytest.mark.parametrize("memory", ["unroll", "recompute"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_chunks_take_their_gradient_in_the_forward_pass(memory, dropout, monkeypatch) -> None:
+    """Where the loss weights all tasks alike no chunk runs twice, and nothing else changes."""
+    patched = fm.patch(oracle.tiny_bert(dropout=dropout), fm.Head() + fm.Bias())
+    rate = fm.LearnedRate(per="layer", init=0.1)
+    learner = fm.MAML(patched, lr=rate, steps=2, memory=memory, task_chunk=3)
+
+    def run(loss):
+        torch.manual_seed(0)
+        limit.tried.clear()
+        found = oracle.gradients(learner, loss(learner(BATCH)))
+        return found, [when for *_, when in limit.tried]
+
+    limit = Limit(monkeypatch, 9, ERRORS[0], "backward")
+    ahead, passes = run(lambda out: 3 * out.loss)
+    assert passes == ["forward"] * 2
+    again, passes = run(lambda out: 3 * out.loss + 0 * out.logits.sum())
+    assert passes == ["forward"] * 2 + ["backward"] * 2
+    oracle.assert_close(ahead, again)
+    once, passes = run(lambda out: 3 * out.loss)  # such losses are not expected any more
+    assert passes == ["forward"] * 2 + ["backward"] * 2
+    oracle.assert_close(ahead, once)
+
+
+def test_a_gradient_taken_ahead_is_kept_with_the_graph() -> None:
+    patched = fm.patch(oracle.tiny_bert(), fm.Head() + fm.Bias())
+    learner = fm.MAML(patched, lr=0.1, steps=2, memory="unroll", task_chunk=2)
+    loss = learner(BATCH).loss
+    weights = [p for p in learner.parameters() if p.requires_grad]
+    first = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
+    second = torch.autograd.grad(2 * loss, weights, allow_unused=True)
+    for a, b in zip(first, second, strict=True):
+        assert (a is None) == (b is None) and (a is None or torch.equal(2 * a, b))
 
 
 def test_what_counts_as_out_of_memory() -> None:

@@ -45,8 +45,9 @@ Run = Callable[[slice, Tensor, str], TaskResults]
 def run_chunks(loop: InnerLoop, run: Run, packed: Tensor, plan: MemoryPlan) -> TaskResults:
     """Run all tasks, in chunks where the plan says so.
 
-    With gradients, a chunk's graph is dropped after the forward pass and built again in the
-    backward pass, which draws the same random numbers; that of all tasks at once is kept. A chunk
+    With gradients, a chunk takes that of the sum of its losses at once and drops its graph. A loss
+    that weights its tasks alike only scales it; for any other the graph is built again in the
+    backward pass, with the same random numbers. The graph of all tasks at once is kept. A chunk
     whose backward pass runs out of memory is split as the plan allows; under dropout it cannot be
     split without changing its masks, and only the memory mode changes. Where all tasks at once
     take but a small part of the memory, they may be kept by leaf, which no backward pass can split.
@@ -94,7 +95,7 @@ def _closed(loop: InnerLoop) -> bool:
 
 
 class _Chunk(torch.autograd.Function):
-    """``run(tasks, packed, plan.mode)``, its graph built in the backward pass, or kept for it."""
+    """``run(tasks, packed, plan.mode)``: its graph kept, or its gradient, or built again."""
 
     @staticmethod
     def forward(ctx, loop, run, plan, tasks, keep, weights, packed, *_):
@@ -103,13 +104,9 @@ class _Chunk(torch.autograd.Function):
         # The weights are saved only so that changing them before backward() raises.
         ctx.save_for_backward(packed, *weights)
         ctx.set_materialize_grads(False)
-        ctx.kept = None
-        if keep:
-            alias = packed.detach().requires_grad_()
-            with torch.enable_grad():
-                results = run(tasks, alias, plan.mode)
-            ctx.kept = (alias, results)
-            results = results.detach()
+        ctx.kept = ctx.ahead = None
+        if keep or plan.ahead:
+            results = _with_gradient(ctx, packed, keep)
         else:
             results = run(tasks, packed, plan.mode)
         ctx.conditions.finish()
@@ -120,6 +117,13 @@ class _Chunk(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, *gradients: Tensor | None):
         whole, plan, packed = ctx.tasks, ctx.plan, ctx.saved_tensors[0]
+        if ctx.ahead is not None:
+            found, retain = ctx.ahead, torch._C._autograd._get_current_graph_task_keep_graph()
+            ctx.ahead = ctx.ahead if retain else None
+            if _alike(gradients):
+                scale = gradients[0][0]
+                return *[None] * 6, *(g if g is None else g * scale for g in found)
+            plan.ahead = False
         random = ctx.conditions.random is not None
         pending = [whole] if random else split(whole, plan.task_chunk)
         d_packed: list[Tensor] = []
@@ -146,6 +150,27 @@ class _Chunk(torch.autograd.Function):
             d_weights = [add(a, b) for a, b in zip(d_weights, found[1:], strict=True)]
         d_packed = d_packed[0] if len(d_packed) == 1 else torch.cat(d_packed)
         return None, None, None, None, None, None, d_packed, *d_weights
+
+
+def _with_gradient(ctx, packed: Tensor, keep: bool) -> TaskResults:
+    """The results, with their graph kept or the gradient of their losses' sum taken."""
+    alias = packed.detach().requires_grad_()
+    with torch.enable_grad():
+        results = ctx.run(ctx.tasks, alias, ctx.plan.mode)
+    if keep:
+        ctx.kept = (alias, results)
+    else:
+        ones = [torch.ones_like(results.losses), *[None] * (len(results) - 1)]
+        ctx.ahead = backpropagate(results, ones, [alias, *ctx.weights])
+    return results.detach()
+
+
+def _alike(gradients: tuple[Tensor | None, ...]) -> bool:
+    """Whether only losses have a gradient, the same for every task."""
+    losses, *others = gradients
+    if losses is None or any(g is not None for g in others):
+        return False
+    return bool((losses == losses[0]).all())
 
 
 def _pull_back(

@@ -35,6 +35,8 @@ class MemoryPlan:
         predicted_bytes: Predicted peak of one chunk beyond what is already allocated, 0 where not
             measured.
         keep: Of a recomputed loop: the last this many steps keep their graphs.
+        ahead: Whether chunks take their gradient in the forward pass, for a loss that weights all
+            tasks alike; False after one that did not.
     """
 
     mode: str
@@ -43,6 +45,7 @@ class MemoryPlan:
     free_chunk: bool = False
     predicted_bytes: int = 0
     keep: int = 0
+    ahead: bool = True
 
     def shrink(self, tasks: int) -> bool:
         """After running out of memory with `tasks` at once: recompute, and half the tasks.
