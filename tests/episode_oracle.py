@@ -300,3 +300,9 @@ def assert_same(
     want = episode.gradients()
     assert max(float(g.abs().max()) for g in want.values()) > 1e-4
     assert_close(gradients(learner, out.loss), want, rtol)
+
+
+def weighted(out: fm.MetaOutput) -> Tensor:
+    """A loss whose gradient a chunk cannot take ahead: its tasks weigh differently."""
+    losses = out.task_losses
+    return (losses * torch.arange(1, len(losses) + 1, dtype=losses.dtype)).mean()

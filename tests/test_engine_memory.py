@@ -179,11 +179,6 @@ class Limit:
         monkeypatch.setattr(episode, "adapt_tasks", limited)
 
 
-def weighted(out: fm.MetaOutput) -> torch.Tensor:
-    """A loss whose gradient a chunk cannot take ahead: its tasks weigh differently."""
-    return (out.task_losses * torch.arange(1.0, 5.0, dtype=out.task_losses.dtype)).mean()
-
-
 ERRORS = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
     RuntimeError("[enforce fail at alloc_cpu.cpp:1] . DefaultCPUAllocator: can't allocate memory"),
@@ -218,12 +213,12 @@ def test_backward_pass_out_of_memory(
     rate = fm.LearnedRate(per=("task", "layer"), init=0.1, num_tasks=4)
     reference = fm.MAML(patched, lr=rate, steps=2, order=order, memory="unroll")
     oracle.with_varied_rates(reference)
-    expected = oracle.gradients(reference, weighted(reference(BATCH)))
+    expected = oracle.gradients(reference, oracle.weighted(reference(BATCH)))
     learner = fm.MAML(patched, lr=rate, steps=2, order=order, task_chunk=3)
     oracle.with_varied_rates(learner)
     limit = Limit(monkeypatch, 0.5, error, "backward")
     out = learner(BATCH)
-    oracle.assert_close(oracle.gradients(learner, weighted(out)), expected)
+    oracle.assert_close(oracle.gradients(learner, oracle.weighted(out)), expected)
     backwards = [(mode, tasks) for mode, tasks, when in limit.tried if when == "backward"]
     assert ("recompute", 1) in backwards and max(tasks for _, tasks in backwards) == 3
     (plan,) = learner._memory_plans.values()
@@ -235,17 +230,17 @@ def test_under_dropout_a_chunk_changes_its_mode_only(monkeypatch: pytest.MonkeyP
     settings = {"lr": 0.1, "steps": 2, "task_chunk": 2}
     reference = fm.MAML(patched, memory="unroll", **settings)
     torch.manual_seed(0)
-    expected = oracle.gradients(reference, weighted(reference(BATCH)))
+    expected = oracle.gradients(reference, oracle.weighted(reference(BATCH)))
     learner = fm.MAML(patched, **settings)
     limit = Limit(monkeypatch, 1, ERRORS[0], "backward")
     torch.manual_seed(0)
-    oracle.assert_close(oracle.gradients(learner, weighted(learner(BATCH))), expected)
+    oracle.assert_close(oracle.gradients(learner, oracle.weighted(learner(BATCH))), expected)
     # Not even that is enough: splitting would draw other masks, so the error stands.
     limit.tasks = 0.5
     learner = fm.MAML(patched, **settings)
     out = learner(BATCH)
     with pytest.raises(torch.OutOfMemoryError):
-        weighted(out).backward()
+        oracle.weighted(out).backward()
 
 
 @pytest.mark.parametrize("when", ["forward", "backward"])
@@ -254,7 +249,7 @@ def test_an_explicit_choice_is_not_changed(when: str, monkeypatch: pytest.Monkey
     learner = fm.MAML(patched, lr=0.1, steps=2, memory="unroll", task_chunk=2)
     Limit(monkeypatch, 1, ERRORS[0], when)
     with pytest.raises(torch.OutOfMemoryError):
-        weighted(learner(BATCH)).backward()
+        oracle.weighted(learner(BATCH)).backward()
 
 
 @pytest.mark.parametrize("memory", ["unroll", "recompute"])

@@ -26,11 +26,12 @@ def run(learner, seed: int = 5, batch: fm.TaskBatch = BATCH) -> dict[str, Tensor
     """Loss, weights and meta-gradient under one seed."""
     torch.manual_seed(seed)
     out = learner(batch)
-    found = {"loss": out.loss.detach(), "params": out.params.packed.detach()}
+    loss = oracle.weighted(out)
+    found = {"loss": loss.detach(), "params": out.params.packed.detach()}
     # What happens in between must not matter, and backward must not disturb the random state.
     torch.rand(7)
     before = torch.get_rng_state()
-    found |= oracle.gradients(learner, out.loss)
+    found |= oracle.gradients(learner, loss)
     if learner.memory != "unroll" or learner.task_chunk:
         assert torch.equal(torch.get_rng_state(), before)
     return found
@@ -61,7 +62,8 @@ def test_chunks_draw_the_masks_of_their_forward_pass(order: int) -> None:
     learner = learner_of("unroll", order=order)
     torch.manual_seed(5)
     losses = torch.cat([learner(BATCH[s]).task_losses for s in (slice(0, 2), slice(2, 4))])
-    expected = oracle.gradients(learner, losses.mean())
+    weights = torch.arange(1, 5, dtype=losses.dtype)
+    expected = oracle.gradients(learner, (losses * weights).mean())
     oracle.assert_close({n: found[n] for n in expected}, expected)
 
 
@@ -95,7 +97,7 @@ def test_changing_mode_before_backward_is_refused(name: str) -> None:
     out = learner(BATCH)
     learner.eval()
     with pytest.raises(RuntimeError, match="expected training=True, got False"):
-        out.loss.backward()
+        oracle.weighted(out).backward()
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -125,13 +127,13 @@ def test_autocast_is_restored(name: str) -> None:
         learner = fm.MAML(patched, lr=0.1, steps=2, **settings)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             out = learner(BATCH)
-        return oracle.gradients(learner, out.loss)
+        return oracle.gradients(learner, oracle.weighted(out))
 
     reference = grads({"memory": "unroll"})
     found = grads(SETTINGS[name])
     plain = oracle.gradients(
         learner := fm.MAML(fm.patch(oracle.tiny_bert().float(), fm.Params("*")), lr=0.1, steps=2),
-        learner(BATCH).loss,
+        oracle.weighted(learner(BATCH)),
     )
 
     def distance(a, b) -> float:
