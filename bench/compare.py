@@ -38,6 +38,12 @@ PEERS = {
     "minilm-lora": ["per-task loop", "higher"],
 }
 
+MODES = {
+    "fastmeta": "unroll",
+    "fastmeta, recompute": "recompute",
+    "fastmeta, chunks of 2": "unroll:2",
+}
+
 
 def fastmeta_step(name: str, memory: str, steps: int | None = None, order: int = 2):
     """`memory` may name a chunk of tasks, as ``"unroll:2"``."""
@@ -75,10 +81,9 @@ def peer_step(name: str, peer: str):
 
 
 def compare(name: str, rounds: int) -> dict:
-    steps = {"fastmeta": fastmeta_step(name, "unroll")}
-    steps["fastmeta, recompute"] = fastmeta_step(name, "recompute")
-    if name == "deep":
-        steps["fastmeta, chunks of 2"] = fastmeta_step(name, "unroll:2")
+    chunked = name == "deep"
+    modes = {k: m for k, m in MODES.items() if chunked or ":" not in m}
+    steps = {label: fastmeta_step(name, mode) for label, mode in modes.items()}
     if name == "minilm-lora":
         steps["fastmeta, first order"] = fastmeta_step(name, "unroll", order=1)
     for peer in PEERS[name]:
@@ -113,9 +118,8 @@ def compare(name: str, rounds: int) -> dict:
         for label, t in times.items()
     }
     floor = flops / rate
-    if name == "deep":
-        modes = {"unroll": "", "recompute": ", recompute", "unroll:2": ", chunks of 2"}
-        for mode, label in ((m, f"fastmeta{rest}") for m, rest in modes.items()):
+    if chunked:
+        for label, mode in modes.items():
             rows[label]["peak_mib"] = peak_memory(name, mode, CASES[name].steps)["peak_mib"]
     print(f"\n{CASES[name].title}")
     for label, row in rows.items():

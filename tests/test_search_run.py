@@ -256,19 +256,14 @@ def test_an_export_heals(parts, tmp_path):
     model, tokenizer, _ = parts
     space = Space(model, layers=[2, 3], lr=0.1)
     evaluator, proposal = Evaluator(space), space.proposal(layers=2)
-    healing = {
-        "texts": TEXTS,
-        "steps": 2,
-        "batch_size": 4,
-        "progress": False,
-        "tokenizer": tokenizer,
-    }
-    folder = fm.search.export(evaluator, proposal, tmp_path / "winner", **healing)
+    healing = {"steps": 2, "batch_size": 4, "progress": False}
+    folder = fm.search.export(
+        evaluator, proposal, tmp_path / "winner", tokenizer=tokenizer, texts=TEXTS, **healing
+    )
     auto = transformers.AutoModelForSequenceClassification
     loaded = dict(auto.from_pretrained(folder, dtype=torch.float64).named_parameters())
     expected = fm.search.prune(evaluator.net.model, space.anatomy, proposal)
-    del healing["tokenizer"]
-    fm.search.heal(expected, model, healing.pop("texts"), tokenizer, **healing)
+    fm.search.heal(expected, model, TEXTS, tokenizer, **healing)
     for name, p in expected.named_parameters():
         assert torch.equal(loaded[name], p), name
 

@@ -94,6 +94,7 @@ void with_dtype(const Tensor& t, const F& f) {
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, "fastmeta: expected float32 or float64");
   f(float{});
 }
+
 // The same for any floating-point type.
 template <typename F>
 void with_any_dtype(const Tensor& t, const F& f) {

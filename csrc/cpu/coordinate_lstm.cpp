@@ -199,7 +199,7 @@ struct LstmSecond {
 std::tuple<Tensor, Tensor> forward(Tensor x, Tensor h, Tensor c, Tensor w_ih, Tensor w_hh,
                                    Tensor bias) {
   const int64_t M = x.size(0), H = h.size(1);
-  const Tensor new_h = if_wanted(1, {M, H}, x), new_c = if_wanted(1, {M, H}, x);
+  const Tensor new_h = if_wanted(true, {M, H}, x), new_c = if_wanted(true, {M, H}, x);
   with_any_dtype(x, [&](auto zero) {
     using S = decltype(zero);
     const LstmCell<S> cell(x, h, c, w_ih, w_hh, bias);

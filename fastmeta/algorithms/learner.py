@@ -49,7 +49,8 @@ class GradientLearner(nn.Module):
             the graphs of as many of the last steps kept as fit, or fewer tasks at a time. A pass
             that runs out of memory is done again with less. All give the same numbers.
         task_chunk: Tasks differentiated at once: None (all), an integer of at least 1, or
-            ``"auto"``. Chunks give the same numbers; under dropout each draws its own masks.
+            ``"auto"``. Chunks give the same numbers; under dropout each draws its own masks. They
+            take their gradients in the forward pass: evaluate under ``torch.no_grad()``.
         loss_fn: ``"classification"``, ``"causal_lm"`` or a callable ``(outputs, batch) -> [T]``
             that treats tasks separately; `batch` is the support or query mapping.
         clip_norm: Bound on each task's inner gradient norm, positive, or None.

@@ -78,9 +78,8 @@ def heal(
             with torch.no_grad():
                 target = _states(whole, rows)
             loss = _distance(_states(pruned, rows), target, rows["attention_mask"])
-            gradients = torch.autograd.grad(loss, list(wanted), allow_unused=True)
-            for p, g in zip(wanted, gradients, strict=True):
-                p.grad = g
+            optimizer.zero_grad()
+            loss.backward()
             optimizer.step()
             schedule.step()
             losses.append(loss.item())
