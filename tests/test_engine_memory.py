@@ -139,6 +139,24 @@ def test_auto_follows_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         oracle.assert_close(found, expected)
 
 
+def test_auto_prefers_large_chunks_to_recomputing(monkeypatch: pytest.MonkeyPatch) -> None:
+    patched = fm.patch(oracle.tiny_bert(), fm.Params("*"))
+    settings = {"lr": 0.1, "steps": 4, "optimizer": "momentum"}  # plain SGD would run by leaf
+    need = predict(fm.MAML(patched, **settings).inner_loop(), BATCH, "unroll")
+    free = int(1.01 * need.chunk(3, 4) / memory._USABLE)
+    reference = fm.MAML(patched, memory="unroll", **settings)
+    expected = oracle.gradients(reference, reference(BATCH).loss)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free)
+    for least, mode in ((need.bytes(2), "unroll"), (need.bytes(2) + 1, "recompute")):
+        monkeypatch.setattr(memory, "_CHUNK_BYTES", least)
+        learner = fm.MAML(patched, **settings)
+        out = learner(BATCH)
+        oracle.assert_close(oracle.gradients(learner, out.loss), expected)
+        (found,) = learner._memory_plans.values()
+        # of 4 tasks, of which 3 fit: 2 and 2
+        assert found.mode == mode and (mode == "recompute" or found.task_chunk == 2)
+
+
 def test_measuring_leaves_no_trace() -> None:
     """Random state, ``.grad`` and the numbers are those of a learner that measured nothing."""
     model = oracle.tiny_bert(dropout=0.3)

@@ -148,14 +148,16 @@ struct FewClasses {
   // Logits to derivatives by the sums of v times the loss; the derivative by the scale.
   FM_HD void to_derivatives(A* d_scale) {
     A own[kRows], expected[kRows] = {};  // of the logit, over the largest
+    A others[kRows] = {};                // share of the other classes: 1 - own would cancel
     own_logits(own);
     for (int c = 0; c < n; ++c) {
       FM_ROWS e[c][l] = e[c][l] / total[l];
+      FM_ROWS others[l] += A(c) == label[l] ? A(0) : e[c][l];
       FM_ROWS expected[l] += e[c][l] == A(0) ? A(0) : e[c][l] * (x[c][l] - largest[l]);
     }
     FM_ROWS d_scale[l] = v[l] * (expected[l] - (own[l] - largest[l])) / scale[l];
     for (int c = 0; c < n; ++c) {
-      FM_ROWS e[c][l] -= A(c) == label[l] ? A(1) : A(0);
+      FM_ROWS e[c][l] = A(c) == label[l] ? -others[l] : e[c][l];
       if (logits.product || logits.root == A(1)) {
         FM_ROWS x[c][l] = logits.normal((logits.product ? v[l] : -v[l]) * scale[l] * e[c][l]);
       } else {

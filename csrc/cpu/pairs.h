@@ -174,7 +174,10 @@ FM_HD void sums_of(const F& f, const Rows<const A>& x, const Rows<const A>& y, i
     constexpr bool kWhole = decltype(whole)::value;
     L here[R];
     FM_UNROLL
-    for (int r = 0; r < R; ++r) here[r] = L::template load<kWhole>(x[i + r] + k, width - k);
+    for (int r = 0; r < R; ++r) {
+      __builtin_prefetch(x[i + R + r] + k);  // rows are short for a prefetcher of the hardware
+      here[r] = L::template load<kWhole>(x[i + r] + k, width - k);
+    }
     FM_UNROLL
     for (int c = 0; c < J; ++c) {
       const L there = L::template load<kWhole>(y[j + c] + k, width - k);

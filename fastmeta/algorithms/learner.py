@@ -45,9 +45,10 @@ class GradientLearner(nn.Module):
         memory: ``"unroll"`` keeps the graph of all K steps; ``"recompute"`` keeps the fast weights
             of all steps and one step's graph, of half the tasks at a time (of all under dropout);
             ``"auto"`` measures a few small episodes for every new input shape and
-            chooses by the free memory (or `memory_budget`): ``"unroll"``, or ``"recompute"`` with
-            the graphs of as many of the last steps kept as fit, or fewer tasks at a time. A pass
-            that runs out of memory is done again with less. All give the same numbers.
+            chooses by the free memory (or `memory_budget`): ``"unroll"``; on a CPU chunks of it
+            where they are large, which compute nothing twice; ``"recompute"`` with the graphs of
+            as many of the last steps kept as fit; or fewer tasks at a time. A pass that runs out
+            of memory is done again with less. All give the same numbers.
         task_chunk: Tasks differentiated at once: None (all), an integer of at least 1, or
             ``"auto"``. Chunks give the same numbers; under dropout each draws its own masks. They
             take their gradients in the forward pass: evaluate under ``torch.no_grad()``.

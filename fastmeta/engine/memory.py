@@ -19,6 +19,10 @@ MODES = ("unroll", "recompute", "auto")
 _USABLE = 0.7
 """Share of the free memory that a plan may fill; the rest is for temporaries and fragmentation."""
 
+_CHUNK_BYTES = 512 << 20
+"""A chunk whose graph is this large spends its time in kernels on a CPU, not on calling them: then
+chunks, which compute nothing twice, are faster than recomputing."""
+
 _TRUSTED = 0.9
 """Share of a given budget that a prediction may fill."""
 
@@ -91,8 +95,8 @@ def choose_plan(
 ) -> MemoryPlan:
     """Fill in what the user left to ``"auto"``: measure small episodes, choose what fits.
 
-    Unrolling is preferred where all tasks fit, then recomputing with as many steps kept as fit,
-    then chunks of tasks.
+    Unrolling is preferred where all tasks fit; then, on a CPU, unrolling large chunks of tasks;
+    then recomputing with as many steps kept as fit, in chunks where that does not fit either.
 
     Args:
         memory_budget: Bytes that a meta-step may take beyond what is allocated before it; None:
@@ -121,7 +125,12 @@ def choose_plan(
         if loop.by_leaf and plan.mode == "unroll" and (over or tasks < total):
             # Chunks and kept steps hold packed weights, whatever all tasks at once would.
             need = unrolled = predict(replace(loop, by_leaf=False), batch, plan.mode)
-        if plan.free_mode and exact and over:
+        if (
+            plan.free_mode
+            and exact
+            and over
+            and not _large_chunk_fits(loop, plan, need, total, budget)
+        ):
             plan.mode = "recompute"
             need = predict(loop, batch, plan.mode)
             if not loop.implicit:
@@ -132,8 +141,7 @@ def choose_plan(
         plan.shrink(2)  # not even two tasks fit: one at a time
         return plan
     if plan.task_chunk is None and need.chunk(tasks, total) > budget:
-        fitting = (n for n in range(total, 0, -1) if need.chunk(n, total) <= budget)
-        plan.task_chunk = tasks = next(fitting, 1)
+        plan.task_chunk = tasks = max(1, _fitting(need, total, budget))
     plan.predicted_bytes = need.chunk(tasks, total)
     if memory_budget is not None and need.chunk(1, total) > memory_budget:
         raise ValueError(
@@ -141,6 +149,22 @@ def choose_plan(
             f"{readable(need.chunk(1, total))}, got {readable(memory_budget)}"
         )
     return plan
+
+
+def _fitting(need: Need, total: int, budget: int) -> int:
+    """Tasks at once that fit, 0 where not even one does; no more than make as many chunks."""
+    most = next((n for n in range(total, 0, -1) if need.chunk(n, total) <= budget), 0)
+    return most and -(-total // -(-total // most))
+
+
+def _large_chunk_fits(
+    loop: InnerLoop, plan: MemoryPlan, need: Need, total: int, budget: int
+) -> bool:
+    """Whether unrolled chunks fit that are large enough to be faster than recomputing."""
+    if plan.task_chunk is not None or loop.implicit or loop.patched.device.type != "cpu":
+        return False
+    tasks = _fitting(need, total, budget)
+    return tasks > 0 and need.bytes(tasks) >= _CHUNK_BYTES
 
 
 def _keeping(
