@@ -93,6 +93,24 @@ def test_given_prototypes_and_tasks_without_rows(cpu_impl):
     torch.testing.assert_close((loss, accuracy), again)
 
 
+@pytest.mark.parametrize("classes", [3, 70])
+def test_gradients_of_answers_that_are_all_but_certain(classes):
+    """1 - p is 0 in float32, the gradient is not."""
+    generator = torch.Generator().manual_seed(0)
+    means = torch.randn(1, classes, 16, generator=generator)
+    means *= 5 / means.norm(dim=2, keepdim=True)  # neighbours' logits are some 20 to 100 lower
+    labels = torch.arange(3).unsqueeze(0)
+    query = means[:, :3] + 0.1 * torch.randn(1, 3, 16, generator=generator)
+    gradients = []
+    for dtype in (torch.float32, torch.float64):
+        given = query.to(dtype).requires_grad_()
+        loss, _ = prototypical_loss(given, labels, means.to(dtype), None)
+        gradients.append(torch.autograd.grad(loss.sum(), given)[0].double())
+    assert 0 < gradients[1].norm() < 1e-6
+    error = (gradients[0] - gradients[1]).norm(dim=2) / gradients[1].norm(dim=2)
+    assert error.max() < 1e-3
+
+
 def test_one_of_equally_near_prototypes(cpu_impl):
     query, means = torch.zeros(1, 2, 3), torch.ones(1, 3, 3)
     _, accuracy = prototypical_loss(query, torch.tensor([[0, 1]]), means, None)

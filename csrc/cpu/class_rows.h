@@ -251,7 +251,8 @@ struct ManyClasses {
       if (e[j] != A(0)) expected += e[j] * (x[j] - largest);
     }
     *d_scale = v * (expected - (own - largest)) / scale;
-    e[label] -= A(1);
+    e[label] = 0;
+    e[label] = -sum_row<L>(e, n);  // 1 - its share would cancel
     if (logits.product || logits.root == A(1)) {
       const A factor = logits.product ? v * scale : -v * scale;
       FM_IVDEP
