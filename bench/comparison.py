@@ -1,4 +1,8 @@
-"""A table of cases: ways of doing the same, interleaved, beside the physical limit of each case."""
+"""A table of cases: ways of doing the same, interleaved, beside the physical limit of each case.
+
+Each case has a process of its own: what the heap of another left behind decides how many page
+faults a way takes.
+"""
 
 from __future__ import annotations
 
@@ -56,12 +60,24 @@ def run(module: str, description: str, cases: Callable[[str], dict[str, Case]]) 
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", default="", help="part of a title")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--case", metavar="TITLE", help=argparse.SUPPRESS)
     parser.add_argument("--peak-of", nargs=2, metavar=("TITLE", "WAY"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     table = cases(args.device)
     if args.peak_of:
         return print(peak_bytes(table[args.peak_of[0]].make()[args.peak_of[1]], args.device))
+    if args.case:
+        ways = table[args.case].make()
+        found = interleave(ways, rounds=args.rounds, device=args.device)
+        return print(json.dumps(found))
+
+    def child(*more: str) -> str:
+        command = [sys.executable, "-m", module, "--device", args.device]
+        command += ["--threads", str(args.threads), "--rounds", str(args.rounds), *more]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        return done.stdout.splitlines()[-1]
+
     bandwidth = copy_bandwidth(args.device, 1024 if args.device == "cuda" else 256)
     rate = gemm_rate(args.device)
     result = {
@@ -79,14 +95,10 @@ def run(module: str, description: str, cases: Callable[[str], dict[str, Case]]) 
     for title, case in table.items():
         if args.only not in title:
             continue
-        found = interleave(case.make(), rounds=args.rounds, device=args.device)
+        found = json.loads(child("--case", title))
         limit = case.bytes / bandwidth + case.flops / rate
-        if case.memory:
-            for label, row in found.items():
-                command = [sys.executable, "-m", module, "--device", args.device]
-                command += ["--threads", str(args.threads), "--peak-of", title, label]
-                child = subprocess.run(command, check=True, capture_output=True, text=True)
-                row["peak_bytes"] = int(child.stdout.split()[-1])
+        for label, row in found.items() if case.memory else ():
+            row["peak_bytes"] = int(child("--peak-of", title, label))
         result["cases"][title] = {
             "limit_seconds": limit,
             "bytes": case.bytes,

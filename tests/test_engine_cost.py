@@ -84,7 +84,36 @@ def test_compute_dtypes() -> None:
         fm.MAML(patched, compute_dtype="bf16")
 
 
-def test_hypernetworks_refuse_a_compute_dtype() -> None:
+@pytest.mark.parametrize("steps", [0, 2])
+def test_hypernetworks_in_bfloat16(steps: int) -> None:
+    """The model's products only: fast weights are made in float32, to the same bits."""
+    patched = fm.patch(oracle.tiny_bert().float(), fm.Head() + fm.Bias())
+    labels = torch.arange(3).expand(BATCH.num_tasks, 3)
+    batch = fm.TaskBatch({**BATCH.support, "labels": labels}, BATCH.query)
+    made, gradients = [], []
+    for dtype in (None, torch.bfloat16):
+        learner = fm.HyperNetwork(patched, steps=steps, lr=0.1, compute_dtype=dtype)
+        out = learner(batch)
+        found = oracle.gradients(learner, out.loss)
+        gradients.append(torch.cat([g.flatten().double() for g in found.values()]))
+        made.append(out.params.packed)
+        again = learner.adapt(batch.support)
+        torch.testing.assert_close(again.packed, out.params.packed.detach())
+        assert learner.predict(again, **BATCH.query).dtype == dtype or dtype is None
+    assert torch.equal(*made) == (steps == 0)
+    error = (gradients[1] - gradients[0]).norm() / gradients[0].norm()
+    assert 1e-5 < error < 0.1
+
+
+def test_adapting_in_bfloat16() -> None:
     patched = fm.patch(oracle.tiny_bert().float(), fm.Head())
-    with pytest.raises(ValueError, match="compute_dtype must be None"):
-        fm.HyperNetwork(patched, compute_dtype=torch.bfloat16)
+    settings = {"lr": 0.1, "steps": 3}
+    exact = fm.adapt(patched, BATCH.support, **settings)
+    half = fm.adapt(patched, BATCH.support, compute_dtype=torch.bfloat16, **settings)
+    assert half.params.packed.dtype == torch.float32
+    start = patched.init(BATCH.num_tasks).packed
+    moved = (exact.params.packed - start).norm()
+    assert 0 < (half.params.packed - exact.params.packed).norm() < 0.05 * moved
+    with pytest.raises(ValueError, match="compute_dtype must be"):
+        fm.adapt(patched, BATCH.support, compute_dtype=torch.int8, **settings)
+

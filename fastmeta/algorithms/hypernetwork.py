@@ -21,6 +21,7 @@ from fastmeta.algorithms.generator import (
 from fastmeta.algorithms.learner import GradientLearner, copy_parameters
 from fastmeta.batch import TaskBatch
 from fastmeta.engine.checks import above_0, at_least_1, check_classes, check_steps
+from fastmeta.engine.conditions import computing
 from fastmeta.engine.episode import MetaOutput, adapt_tasks, run_episode, with_ways, zero_loss
 from fastmeta.engine.inner import InnerLoop
 from fastmeta.engine.losses import classification, mask_ways
@@ -99,11 +100,6 @@ class HyperNetwork(GradientLearner):
         for name, value in sizes.items():
             at_least_1(name, value)
         scale = above_0("scale", scale)
-        if settings.get("compute_dtype") is not None:
-            raise ValueError(
-                "a hypernetwork makes fast weights in float32: compute_dtype must be None, "
-                f"got {settings['compute_dtype']!r}"
-            )
         super().__init__(patched, steps=max(check_steps(steps, 0), 1), **settings)
         self.steps = steps
         self.reads = reads
@@ -217,9 +213,10 @@ class HyperNetwork(GradientLearner):
         self.check(batch)
         self._check_texts(batch.support, description)
         loop = self.inner_loop(steps)
-        return self._with_memory(
-            loop, batch, lambda plan: self._judge(loop, batch, description, plan)
-        )
+        with computing(self.device, self.compute_dtype):
+            return self._with_memory(
+                loop, batch, lambda plan: self._judge(loop, batch, description, plan)
+            )
 
     def _judge(
         self,
@@ -228,7 +225,9 @@ class HyperNetwork(GradientLearner):
         description: Mapping[str, Tensor] | None,
         plan: MemoryPlan,
     ) -> MetaOutput:
-        packed = self._packed(batch.support, batch.ways, description)
+        exact = self.compute_dtype is not None  # fast weights are made in their own dtype
+        with torch.autocast(self.device.type, enabled=False) if exact else nullcontext():
+            packed = self._packed(batch.support, batch.ways, description)
         finite = packed.detach().isfinite().all(1)
         if bool(finite.all()):
             return run_episode(loop, packed, batch, plan)
@@ -374,14 +373,16 @@ class HyperNetwork(GradientLearner):
         if loop.steps == 0:
             return params
         batch = self._with_ways(TaskBatch(support, support, ways))
-        found = adapt_tasks(loop, params.packed, with_ways(batch)[0], "unroll").params
+        with computing(self.device, self.compute_dtype):
+            found = adapt_tasks(loop, params.packed, with_ways(batch)[0], "unroll").params
         return TaskParams(self.patched.layout, found)
 
     def predict(
         self, params: TaskParams, *, ways: Tensor | None = None, **inputs: Tensor
     ) -> Tensor:
         """Logits ``[T, Q, C]`` of query inputs ``[T, Q, ...]``; ``-inf`` beyond a task's `ways`."""
-        out = self.patched(params, **inputs)
+        with computing(self.device, self.compute_dtype):
+            out = self.patched(params, **inputs)
         return mask_ways(getattr(out, "logits", out), ways)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from fastmeta.batch import TaskBatch
 from fastmeta.engine.allocator import reuse_large_buffers
 from fastmeta.engine.capture import capture_of
 from fastmeta.engine.checks import check_clip_norm, check_compute_dtype, check_sets, check_steps
+from fastmeta.engine.conditions import computing
 from fastmeta.engine.episode import MetaOutput, run_episode, with_ways
 from fastmeta.engine.inner import InnerLoop
 from fastmeta.engine.losses import LossFn, resolve_loss
@@ -214,13 +214,8 @@ class GradientLearner(nn.Module):
         """
         self.check(batch)
         loop = self.inner_loop(steps)
-        with self._computing():
+        with computing(self.device, self.compute_dtype):
             return self._with_memory(loop, batch, lambda plan: self._run(loop, batch, plan))
-
-    def _computing(self) -> AbstractContextManager:
-        if self.compute_dtype is None:
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.compute_dtype)
 
     def _run(self, loop: InnerLoop, batch: TaskBatch, plan: MemoryPlan) -> MetaOutput:
         packed = self.patched.init(batch.num_tasks).packed

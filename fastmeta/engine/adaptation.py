@@ -11,8 +11,9 @@ from torch import Tensor
 
 from fastmeta.batch import check_set, check_ways
 from fastmeta.engine.capture import capture_of
-from fastmeta.engine.checks import check_clip_norm, check_sets, check_steps
+from fastmeta.engine.checks import check_clip_norm, check_compute_dtype, check_sets, check_steps
 from fastmeta.engine.chunks import split
+from fastmeta.engine.conditions import computing
 from fastmeta.engine.episode import adapt_tasks
 from fastmeta.engine.inner import InnerLoop
 from fastmeta.engine.losses import WAYS, LossFn, resolve_loss
@@ -50,6 +51,7 @@ def adapt(
     task_chunk: int | None = None,
     params: TaskParams | None = None,
     ways: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
     compile: bool | str = False,
     compile_cache: str | Path | None = None,
 ) -> Adapted:
@@ -70,6 +72,8 @@ def adapt(
         task_chunk: Tasks adapted at once, at least 1, or None for all.
         params: Fast weights of T tasks to start from; default the model's own initial values.
         ways: Number of classes of each task, int64 ``[T]``, when fewer than the head has.
+        compute_dtype: ``torch.bfloat16`` or ``torch.float16``: matrix products of the model in it,
+            fast weights and updates in float32. None: the weights' dtype.
         compile, compile_cache: Captured steps, as for `fm.MAML`; later calls use them too.
 
     Returns:
@@ -89,6 +93,7 @@ def adapt(
     steps = check_steps(steps)
     check_clip_norm(clip_norm)
     check_memory("unroll", task_chunk)
+    check_compute_dtype(compute_dtype, patched.dtype)
     if task_chunk == "auto":
         raise ValueError("task_chunk must be None or an integer of at least 1, got 'auto'")
     if isinstance(lr, LearnedRate):
@@ -111,7 +116,7 @@ def adapt(
         capture=capture_of(patched, compile, compile_cache),
     )
     check_sets(patched, loop.loss_fn, {"support": support})
-    with torch.no_grad():
+    with torch.no_grad(), computing(patched.device, compute_dtype):
         start = (params or patched.init(tasks)).packed
         pieces = [
             adapt_tasks(loop, start[s], {k: v[s] for k, v in support.items()}, "unroll")

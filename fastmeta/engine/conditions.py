@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
 from fastmeta.patching import Patched
+
+
+def computing(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager:
+    """Within, the model's matrix products are in `dtype`; None: nothing changes."""
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
 class Conditions:
