@@ -116,4 +116,3 @@ def test_adapting_in_bfloat16() -> None:
     assert 0 < (half.params.packed - exact.params.packed).norm() < 0.05 * moved
     with pytest.raises(ValueError, match="compute_dtype must be"):
         fm.adapt(patched, BATCH.support, compute_dtype=torch.int8, **settings)
-
