@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastmeta import _backend
+from fastmeta import _backend, _checks
 from fastmeta._autograd import Function, fold, needs_autograd, unfold
 from fastmeta._backend import by_reference
 from fastmeta._library import define
@@ -334,6 +334,11 @@ def _counted(labels: Tensor, classes: int) -> Tensor:
     return ((labels >= 0) & (labels < classes)).sum(1).clamp_min(1)
 
 
+def _all_count(labels: Tensor, classes: int) -> bool:
+    """Whether every row is known to count: then nothing need be left out, and no copy made."""
+    return _checks.readable(labels) and bool(((labels >= 0) & (labels < classes)).all())
+
+
 def _row_chunks(query: Tensor, prototypes: Tensor) -> list[slice]:
     rows = query.shape[1]
     size = min(max(CHUNK // max(prototypes.shape[1], 1), 1), max(rows, 1))
@@ -345,7 +350,8 @@ def _in_chunks(query, labels, prototypes, present, scale, metric: Metric, needs:
     tasks, _, _ = query.shape
     classes = prototypes.shape[1]
     kind, p, root = metric
-    query = counting_rows(query, labels, prototypes)
+    if not _all_count(labels, classes):
+        query = counting_rows(query, labels, prototypes)
     centred = _pairwise.centred(query, prototypes) if kind == SQUARES else (query, prototypes)
     rows_kernel = _backend.kernel(_ROWS, query.device.type)
     count = _counted(labels, classes)
