@@ -61,6 +61,12 @@ def gradient(model: torch.nn.Module, compute_dtype: torch.dtype | None, **settin
     return torch.cat([g.flatten().double() for g in oracle.gradients(learner, out.loss).values()])
 
 
+def rounding(steps: int) -> float:
+    """What products in bfloat16 lose on the longest chain: the steps and the query pass, some 20
+    products each, there and back."""
+    return 2**-9 * (steps * 4 + 2) * 20**0.5
+
+
 @pytest.mark.parametrize("memory", ["unroll", "recompute", "auto"])
 def test_meta_gradients_in_bfloat16(memory: str) -> None:
     """Off by the rounding of the products, 2^-9 each, and that is not hidden: float32 is closer."""
@@ -71,9 +77,8 @@ def test_meta_gradients_in_bfloat16(memory: str) -> None:
     def error(g: torch.Tensor) -> float:
         return float((g - exact).norm() / exact.norm())
 
-    # The longest chain: three steps and the query pass, some 20 products each, there and back.
     print(f"relative error: float32 {error(single):.1e}, bfloat16 {error(half):.1e}")
-    assert 10 * error(single) < error(half) < 2**-9 * (3 * 4 + 2) * 20**0.5
+    assert 10 * error(single) < error(half) < rounding(steps=3)
 
 
 def test_compute_dtypes() -> None:
@@ -102,7 +107,7 @@ def test_hypernetworks_in_bfloat16(steps: int) -> None:
         assert learner.predict(again, **BATCH.query).dtype == dtype or dtype is None
     assert torch.equal(*made) == (steps == 0)
     error = (gradients[1] - gradients[0]).norm() / gradients[0].norm()
-    assert 1e-5 < error < 0.1
+    assert 1e-5 < error < rounding(steps)
 
 
 def test_adapting_in_bfloat16() -> None:
@@ -113,6 +118,6 @@ def test_adapting_in_bfloat16() -> None:
     assert half.params.packed.dtype == torch.float32
     start = patched.init(BATCH.num_tasks).packed
     moved = (exact.params.packed - start).norm()
-    assert 0 < (half.params.packed - exact.params.packed).norm() < 0.05 * moved
+    assert 0 < (half.params.packed - exact.params.packed).norm() < rounding(steps=3) * moved
     with pytest.raises(ValueError, match="compute_dtype must be"):
         fm.adapt(patched, BATCH.support, compute_dtype=torch.int8, **settings)

@@ -93,9 +93,10 @@ def test_given_prototypes_and_tasks_without_rows(cpu_impl):
     torch.testing.assert_close((loss, accuracy), again)
 
 
+@pytest.mark.parametrize("cpu_impl", ["cpp"], indirect=True)
 @pytest.mark.parametrize("classes", [3, 70])
-def test_gradients_of_answers_that_are_all_but_certain(classes):
-    """1 - p is 0 in float32, the gradient is not."""
+def test_gradients_of_answers_that_are_all_but_certain(classes, cpu_impl):
+    """1 - p is 0 in float32, the gradient is not: the kernels sum the other classes."""
     generator = torch.Generator().manual_seed(0)
     means = torch.randn(1, classes, 16, generator=generator)
     means *= 5 / means.norm(dim=2, keepdim=True)  # neighbours' logits are some 20 to 100 lower
@@ -108,7 +109,8 @@ def test_gradients_of_answers_that_are_all_but_certain(classes):
         gradients.append(torch.autograd.grad(loss.sum(), given)[0].double())
     assert 0 < gradients[1].norm() < 1e-6
     error = (gradients[0] - gradients[1]).norm(dim=2) / gradients[1].norm(dim=2)
-    assert error.max() < 1e-3
+    # exponentials of logits below 100, of which 16 coordinates are the sum
+    assert error.max() < 100 * 16 * torch.finfo(torch.float32).eps
 
 
 def test_one_of_equally_near_prototypes(cpu_impl):

@@ -175,7 +175,8 @@ FM_HD void sums_of(const F& f, const Rows<const A>& x, const Rows<const A>& y, i
     L here[R];
     FM_UNROLL
     for (int r = 0; r < R; ++r) {
-      __builtin_prefetch(x[i + R + r] + k);  // rows are short for a prefetcher of the hardware
+      // the next rows, once: rows are short for a prefetcher of the hardware
+      if (j == 0) __builtin_prefetch(x[i + R + r] + k);
       here[r] = L::template load<kWhole>(x[i + r] + k, width - k);
     }
     FM_UNROLL

@@ -225,8 +225,9 @@ class HyperNetwork(GradientLearner):
         description: Mapping[str, Tensor] | None,
         plan: MemoryPlan,
     ) -> MetaOutput:
-        exact = self.compute_dtype is not None  # fast weights are made in their own dtype
-        with torch.autocast(self.device.type, enabled=False) if exact else nullcontext():
+        # Fast weights are made in their own dtype; an autocast of the caller's is left alone.
+        lowered = self.compute_dtype is not None
+        with torch.autocast(self.device.type, enabled=False) if lowered else nullcontext():
             packed = self._packed(batch.support, batch.ways, description)
         finite = packed.detach().isfinite().all(1)
         if bool(finite.all()):

@@ -125,12 +125,8 @@ def choose_plan(
         if loop.by_leaf and plan.mode == "unroll" and (over or tasks < total):
             # Chunks and kept steps hold packed weights, whatever all tasks at once would.
             need = unrolled = predict(replace(loop, by_leaf=False), batch, plan.mode)
-        if (
-            plan.free_mode
-            and exact
-            and over
-            and not _large_chunk_fits(loop, plan, need, total, budget)
-        ):
+        less = plan.free_mode and exact and over
+        if less and not _large_chunk_fits(loop, plan, need, total, budget):
             plan.mode = "recompute"
             need = predict(loop, batch, plan.mode)
             if not loop.implicit:

@@ -48,8 +48,12 @@ def _loss_reference(query, labels, prototypes, present, scale, kind, p, root):
 
 def counting_rows(query: Tensor, labels: Tensor, prototypes: Tensor) -> Tensor:
     """The query with zeros in rows that do not count: not even a NaN there reaches a product."""
-    valid = (labels >= 0) & (labels < prototypes.shape[1])
-    return torch.where(valid.unsqueeze(-1), query, 0)
+    return torch.where(_counts(labels, prototypes.shape[1]).unsqueeze(-1), query, 0)
+
+
+def _counts(labels: Tensor, classes: int) -> Tensor:
+    """Which rows count ``[T, Q]``: those labelled with a class."""
+    return (labels >= 0) & (labels < classes)
 
 
 def _distance(sums: Tensor, kind: int, root: float) -> Tensor:
@@ -331,12 +335,12 @@ CHUNK = 1 << 20  # distances worked on at once: 4 MiB
 
 def _counted(labels: Tensor, classes: int) -> Tensor:
     """Rows that count, at least 1, of each task."""
-    return ((labels >= 0) & (labels < classes)).sum(1).clamp_min(1)
+    return _counts(labels, classes).sum(1).clamp_min(1)
 
 
 def _all_count(labels: Tensor, classes: int) -> bool:
     """Whether every row is known to count: then nothing need be left out, and no copy made."""
-    return _checks.readable(labels) and bool(((labels >= 0) & (labels < classes)).all())
+    return _checks.readable(labels) and bool(_counts(labels, classes).all())
 
 
 def _row_chunks(query: Tensor, prototypes: Tensor) -> list[slice]:
