@@ -162,8 +162,9 @@ constexpr int kTogether = L::kParts == 1 && !std::is_same_v<F, Power> ? 4 : 1;
 template <typename L>
 constexpr int kAcross = L::kParts == 4 ? 2 : 5;
 
-// sums[i + r][j + c] of the pairs of R rows of x and J rows of y.
-template <int R, int J, typename L, typename A, typename F>
+// sums[i + r][j + c] of the pairs of R rows of x and J rows of y. kAhead fetches the next R rows of
+// x, which are short for a prefetcher of the hardware.
+template <int R, int J, bool kAhead, typename L, typename A, typename F>
 FM_HD void sums_of(const F& f, const Rows<const A>& x, const Rows<const A>& y, int64_t i, int64_t j,
                    int64_t width, const Rows<A>& sums) {
   L lanes[R][J];
@@ -175,8 +176,7 @@ FM_HD void sums_of(const F& f, const Rows<const A>& x, const Rows<const A>& y, i
     L here[R];
     FM_UNROLL
     for (int r = 0; r < R; ++r) {
-      // the next rows, once: rows are short for a prefetcher of the hardware
-      if (j == 0) __builtin_prefetch(x[i + R + r] + k);
+      if constexpr (kAhead) __builtin_prefetch(x[i + R + r] + k);
       here[r] = L::template load<kWhole>(x[i + r] + k, width - k);
     }
     FM_UNROLL
@@ -195,13 +195,13 @@ FM_HD void sums_of(const F& f, const Rows<const A>& x, const Rows<const A>& y, i
 }
 
 // At most J rows of y.
-template <int R, int J, typename L, typename A, typename F>
+template <int R, int J, bool kAhead, typename L, typename A, typename F>
 FM_HD void sums_of_some(const F& f, const Rows<const A>& x, const Rows<const A>& y, int64_t i,
                         int64_t j, int64_t count, int64_t width, const Rows<A>& sums) {
   if constexpr (J > 1) {
-    if (count < J) return sums_of_some<R, J - 1, L>(f, x, y, i, j, count, width, sums);
+    if (count < J) return sums_of_some<R, J - 1, kAhead, L>(f, x, y, i, j, count, width, sums);
   }
-  sums_of<R, J, L>(f, x, y, i, j, width, sums);
+  sums_of<R, J, kAhead, L>(f, x, y, i, j, width, sums);
 }
 
 constexpr int64_t kNear = 16384;  // bytes of y that stay in the first cache while x passes
@@ -215,8 +215,10 @@ FM_HD void sums_of_pairs(const F& f, const Rows<const A>& x, const Rows<const A>
   for (int64_t from = 0; from < m; from += block) {
     const int64_t to = least(from + block, m);
     const auto rows = [&](auto some, int64_t i) FM_INLINE_LAMBDA {
+      constexpr int kSome = decltype(some)::value;
+      if (m <= J) return sums_of_some<kSome, J, true, L>(f, x, y, i, 0, m, width, sums);
       for (int64_t j = from; j < to; j += J) {
-        sums_of_some<decltype(some)::value, J, L>(f, x, y, i, j, to - j, width, sums);
+        sums_of_some<kSome, J, false, L>(f, x, y, i, j, to - j, width, sums);
       }
     };
     int64_t i = begin;

@@ -220,7 +220,7 @@ void squares(Tensor dots, Tensor x, Tensor y, Tensor xx, Tensor yy) {
           if (doubtful == 0) continue;
           for (int64_t j = from; j < to; ++j) {
             if (out[j] * kCancels >= x_norm + y_norms[j]) continue;
-            sums_of<1, 1, L>(Squares{}, {x_row, 0}, ys, 0, j, D, Rows<A>{out, 0});
+            sums_of<1, 1, false, L>(Squares{}, {x_row, 0}, ys, 0, j, D, Rows<A>{out, 0});
           }
         }
       });
