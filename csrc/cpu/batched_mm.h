@@ -55,17 +55,21 @@ struct Ahead {
   }
 };
 
+// Where a tile begins.
+struct Place {
+  int64_t i, j;
+};
+
 // R rows, V lanes of columns; `count` columns of the last lane are there. b has adjacent columns.
+// What the tile `after` this one writes and adds to is fetched meanwhile, a row at a time and not
+// nearer than the second cache: rows lie a power of two apart, and would evict B from the first.
 template <typename L, int R, int V, bool kWhole, typename A>
 FM_HD void tile(const Product<A>& p, int64_t i, int64_t j, const A* b, int64_t b_row, int64_t count,
-                Ahead& ahead) {
+                const Place& after, Ahead& ahead) {
   L sums[R][V];
   for (int r = 0; r < R; ++r) {
     for (int v = 0; v < V; ++v) {
       sums[r][v] = L::all(0);
-      // needed last, when they have come
-      __builtin_prefetch(p.to + (i + r) * p.to_row + j + v * L::kCount, 1);
-      if (p.base != nullptr) __builtin_prefetch(p.base + (i + r) * p.base_row + j + v * L::kCount);
     }
   }
   const A* a = p.a + i * p.a_row;
@@ -84,7 +88,20 @@ FM_HD void tile(const Product<A>& p, int64_t i, int64_t j, const A* b, int64_t b
   };
   const char* next;
   int64_t q = 0;
-  for (const int64_t lines = ahead.take(p.k, &next); q < lines; ++q) {
+  const A* to_next = p.to + after.i * p.to_row + after.j;
+  const A* base_next = p.base + after.i * p.base_row + after.j;
+  const int64_t lines = ahead.take(p.k, &next);
+  for (const int64_t n = least(p.k, R); q < n; ++q) {
+    for (int v = 0; v < V; ++v) {
+      __builtin_prefetch(to_next + v * L::kCount, 0, 2);
+      if (p.base != nullptr) __builtin_prefetch(base_next + v * L::kCount, 0, 2);
+    }
+    to_next += p.to_row;
+    base_next += p.base_row;
+    if (q < lines) __builtin_prefetch(next + q * 64, 0, 2);
+    add();
+  }
+  for (; q < lines; ++q) {
     __builtin_prefetch(next + q * 64, 0, 2);
     add();
   }
@@ -103,11 +120,13 @@ FM_HD void tile(const Product<A>& p, int64_t i, int64_t j, const A* b, int64_t b
 
 template <typename L, int R, int V, bool kWhole, typename A>
 FM_HD void lower(const Product<A>& p, int64_t i, int64_t j, const A* b, int64_t b_row,
-                 int64_t count, int64_t height, Ahead& ahead) {
+                 int64_t count, int64_t height, const Place& after, Ahead& ahead) {
   if constexpr (R > 1) {
-    if (height < R) return lower<L, R - 1, V, kWhole>(p, i, j, b, b_row, count, height, ahead);
+    if (height < R) {
+      return lower<L, R - 1, V, kWhole>(p, i, j, b, b_row, count, height, after, ahead);
+    }
   }
-  tile<L, R, V, kWhole>(p, i, j, b, b_row, count, ahead);
+  tile<L, R, V, kWhole>(p, i, j, b, b_row, count, after, ahead);
 }
 
 // All rows of V lanes of columns, in blocks of nearly equal height.
@@ -117,7 +136,9 @@ FM_HD void columns(const Product<A>& p, int64_t j, const A* b, int64_t b_row, in
   const int64_t blocks = ceil_div(p.m, R);
   for (int64_t block = 0, i = 0; block < blocks; ++block) {
     const int64_t height = (p.m - i) / (blocks - block);
-    lower<L, R, V, kWhole>(p, i, j, b, b_row, count, height, ahead);
+    const bool below = block + 1 < blocks;
+    const Place after{below ? i + height : 0, below ? j : least(j + V * L::kCount, p.n - 1)};
+    lower<L, R, V, kWhole>(p, i, j, b, b_row, count, height, after, ahead);
     i += height;
   }
 }

@@ -237,7 +237,7 @@ class GradientLearner(nn.Module):
             *(tuple(t.shape) for s in (batch.support, batch.query) for t in s.values()),
         )
         plan = self._memory_plans.get(key)
-        if plan is None:
+        if plan is None or (plan.tokens and plan.outgrown(batch)):
             plan = choose_plan(loop, batch, self.memory, self.task_chunk, self.memory_budget)
             self._memory_plans[key] = plan
         while True:

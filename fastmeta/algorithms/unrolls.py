@@ -134,7 +134,8 @@ class _Unrolls(nn.Module):
         with torch.no_grad():
             start = self.patched.init(batch.num_tasks)
             self.prefixes = tuple(
-                self.patched.record_prefix(start, model_inputs(s)) for s in with_ways(batch)
+                self.patched.record_prefix(start, model_inputs(s), padded=loop.capture is not None)
+                for s in with_ways(batch)
             )
             params = start.packed.contiguous()
             active = torch.ones(batch.num_tasks, dtype=torch.bool, device=params.device)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from fastmeta.batch import TaskBatch
 from fastmeta.engine.budget import budget_bytes, readable
@@ -13,6 +15,7 @@ from fastmeta.engine.inner import InnerLoop, model_inputs
 from fastmeta.engine.meter import PeakMemory
 from fastmeta.engine.recompute import SLICES
 from fastmeta.patching.task_params import shared_row
+from fastmeta.patching.unpadded import MASK
 
 MODES = ("unroll", "recompute", "auto")
 
@@ -22,6 +25,9 @@ _USABLE = 0.7
 _CHUNK_BYTES = 512 << 20
 """A chunk whose graph is this large spends its time in kernels on a CPU, not on calling them: then
 chunks, which compute nothing twice, are faster than recomputing."""
+
+_MORE_TOKENS = 1.05
+"""A plan holds for batches of up to this many times the tokens that it was measured with."""
 
 _TRUSTED = 0.9
 """Share of a given budget that a prediction may fill."""
@@ -39,6 +45,8 @@ class MemoryPlan:
         predicted_bytes: Predicted peak of one chunk beyond what is already allocated, 0 where not
             measured.
         keep: Of a recomputed loop: the last this many steps keep their graphs.
+        tokens: Of the support and the query set that were measured, the real tokens of their
+            fullest task; empty where padding is computed like any token.
         ahead: Whether chunks take their gradient in the forward pass, for a loss that weights all
             tasks alike; False after one that did not.
     """
@@ -50,6 +58,12 @@ class MemoryPlan:
     predicted_bytes: int = 0
     keep: int = 0
     ahead: bool = True
+    tokens: Sequence[int] = ()
+
+    def outgrown(self, batch: TaskBatch) -> bool:
+        """Whether a batch has so many more tokens than the measured one that it says nothing."""
+        found = zip(most_tokens(batch), self.tokens, strict=False)
+        return any(now > _MORE_TOKENS * then for now, then in found)
 
     def shrink(self, tasks: int) -> bool:
         """After running out of memory with `tasks` at once: recompute, and half the tasks.
@@ -114,6 +128,8 @@ def choose_plan(
     exact = torch.is_grad_enabled() and loop.second_order > 0
     if not (plan.free_mode or plan.free_chunk) or not (exact or memory_budget):
         return plan
+    if loop.capture is None and loop.patched.plan(model_inputs(batch.support)).unpadded:
+        plan.tokens, batch = most_tokens(batch), _fullest_first(batch)
     budget = int(_USABLE * free_bytes(loop.patched.device))
     if memory_budget is not None:
         budget = min(budget, int(_TRUSTED * memory_budget))
@@ -145,6 +161,23 @@ def choose_plan(
             f"{readable(need.chunk(1, total))}, got {readable(memory_budget)}"
         )
     return plan
+
+
+def most_tokens(batch: TaskBatch) -> tuple[int, ...]:
+    """Real tokens of the fullest task of the support and of the query set."""
+    return tuple(int(_tokens(s).max()) for s in (batch.support, batch.query) if MASK in s)
+
+
+def _tokens(task_set: Mapping[str, Tensor]) -> Tensor:
+    """Real tokens of every task, ``[T]``."""
+    return (task_set[MASK] != 0).flatten(1).sum(1)
+
+
+def _fullest_first(batch: TaskBatch) -> TaskBatch:
+    """The batch, those tasks first that decide how much of it is computed."""
+    if MASK not in batch.support:
+        return batch
+    return batch.select(_tokens(batch.support).argsort(descending=True, stable=True))
 
 
 def _fitting(need: Need, total: int, budget: int) -> int:

@@ -28,6 +28,7 @@ from fastmeta.ops.nearest import nearest
 from fastmeta.ops.pairwise import cdist, pairwise_distance
 from fastmeta.ops.prototypical import class_means, prototypical_loss
 from fastmeta.ops.quantized_weight import QuantizedWeight
+from fastmeta.ops.take_rows import take_rows
 
 _library.TRITON = _triton.load()
 
@@ -60,5 +61,6 @@ __all__ = [
     "sgd_update",
     "sgd_update_",
     "silu",
+    "take_rows",
     "use_impl",
 ]

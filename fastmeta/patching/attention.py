@@ -15,7 +15,7 @@ from transformers.masking_utils import sdpa_mask
 
 from fastmeta.ops._attention import attend
 from fastmeta.ops.attention import check_mask
-from fastmeta.patching.context import current_call
+from fastmeta.patching.context import active_tokens, current_call
 from fastmeta.reference.attention import Setting
 
 NAME = "fastmeta"
@@ -48,6 +48,27 @@ def attention(
 
     Differentiable to any order.
     """
+    settings = (attention_mask, dropout, scaling, is_causal, position_bias, softcap)
+    tokens = active_tokens()
+    if tokens is None:
+        return _attention(module, query, key, value, *settings), None
+    padded = (tokens.padded(t.transpose(1, 2)).transpose(1, 2) for t in (query, key, value))
+    return tokens.packed(_attention(module, *padded, *settings)), None
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    is_causal: bool | None,
+    position_bias: Tensor | None,
+    softcap: float | None,
+) -> Tensor:
+    """:func:`attention` on padded texts."""
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     causal = bool(is_causal) and query.shape[2] > 1 and attention_mask is None
@@ -68,7 +89,7 @@ def attention(
         softcap=softcap or 0.0,
     )
     out = attend(query, key, value, mask, drawn_seed(query) if dropout else None, setting)
-    return out.transpose(1, 2).contiguous(), None
+    return out.transpose(1, 2).contiguous()
 
 
 def drawn_seed(like: Tensor) -> Tensor:

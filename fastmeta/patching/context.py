@@ -17,6 +17,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from fastmeta.patching.head import Tap
     from fastmeta.patching.prefix import Replay
+    from fastmeta.patching.unpadded import Tokens, Unpadded
 
 
 @dataclass
@@ -31,6 +32,7 @@ class Call:
         only_prefix: Stop at the first adapted module.
         tap: Notes what the adapted modules with a rule are called on, where wanted.
         gates: What a search's candidates leave of the layers (see `fastmeta.search.gates`).
+        unpadded: The tokens that layers work on in place of padded texts, where wanted.
     """
 
     views: list[Tensor]
@@ -40,6 +42,7 @@ class Call:
     only_prefix: bool = False
     tap: Tap | None = None
     gates: Any = None
+    unpadded: Unpadded | None = None
 
 
 class _Local(threading.local):
@@ -55,6 +58,12 @@ def current_call() -> Call:
     if call is None:
         raise RuntimeError("a patched module ran outside its patched model's call")
     return call
+
+
+def active_tokens() -> Tokens | None:
+    """The tokens that the layer under way works on, or None where it has padded texts."""
+    unpadded = None if _local.call is None else _local.call.unpadded
+    return unpadded.tokens if unpadded is not None and unpadded.active else None
 
 
 @contextmanager

@@ -101,6 +101,7 @@ class FastTable:
         self.sum: Tensor | None = None
         self.recording = self.with_bias = False
         self.calls: list[tuple[Tensor, Tensor]] = []
+        self.looked_up: tuple[Tensor, Tensor] | None = None  # ids, and their rows of the weight
 
     def __call__(self, ids: Tensor) -> Tensor:
         """Rows of each task's table for task-major ids ``[T * N, ...]``."""
@@ -110,13 +111,24 @@ class FastTable:
             if self.padding_idx is not None:
                 y = torch.where((mine == self.padding_idx).unsqueeze(-1), y.detach(), y)
         else:
-            y = F.embedding(mine, self.weight, self.padding_idx)
+            y = self._shared_rows(mine)
             if self.sum is not None:
                 same = mine.unsqueeze(2) == self.ids.unsqueeze(1)
                 y = affine(same.to(y.dtype), self.sum, y, nt=False)
         if self.recording:
             self.calls.append((mine, y))
         return y.view(*ids.shape, -1)
+
+    def _shared_rows(self, ids: Tensor) -> Tensor:
+        """Those of all tasks' weight, once for all steps on the same ids: their gradient is as
+        large as the table."""
+        if self.looked_up is not None:
+            before, y = self.looked_up
+            if before.data_ptr() == ids.data_ptr() and before.shape == ids.shape:
+                return y
+        y = F.embedding(ids, self.weight, self.padding_idx)
+        self.looked_up = ids, y
+        return y
 
     def descend(self, g: Tensor, second_order: bool) -> None:
         """Take a step: g is the output's gradient times the negative rate, ``[T, Q, D]``."""

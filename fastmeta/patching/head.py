@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from fastmeta.patching.context import Call, running
+from fastmeta.patching.context import running
 from fastmeta.patching.prefix import PrefixCache
 from fastmeta.patching.rules import Adapted
 from fastmeta.patching.spec import Head
@@ -74,9 +74,9 @@ def read_by(
     """
     flat, tasks, rows = patched._flatten(params, inputs)
     plan = patched.plan(inputs)
-    tap = Tap()
-    replay = None if prefix is None else prefix.replay()
-    with running(Call(params.views, tasks, rows, prefix=replay, tap=tap)):
+    call = patched.call(params.views, inputs, prefix)
+    call.tap = tap = Tap()
+    with running(call):
         out = plan.run(flat)
     logits = getattr(out, "logits", out)
     for called, x, y, version in tap.calls:
@@ -105,8 +105,9 @@ def head_features(
     plan = patched.plan(inputs)
     if plan.modes.get(adapted.name) != "rule":
         return None
-    tap = Tap()
-    with running(Call(params.views, tasks, rows, prefix=prefix.replay(), tap=tap)):
+    call = patched.call(params.views, inputs, prefix)
+    call.tap = tap = Tap()
+    with running(call):
         out = plan.run(flat)
     if len(tap.calls) != 1:
         return None

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+from torch.utils.weak import WeakIdKeyDictionary
 
 from fastmeta.patching import prefix, probe
 from fastmeta.patching.context import Call, running
@@ -17,6 +18,7 @@ from fastmeta.patching.search import make_plan
 from fastmeta.patching.slots import Slots, make_slots
 from fastmeta.patching.spec import Spec
 from fastmeta.patching.task_params import TaskParams
+from fastmeta.patching.unpadded import MASK, Tokens, Unpadded, is_traced, tokens_of
 
 
 def patch(model: nn.Module, spec: Spec, *, seed: int = 0) -> Patched:
@@ -65,6 +67,7 @@ class Patched(nn.Module):
         self.layout = self.slots.layout
         self._plans: dict[tuple[str, ...], Plan] = {}
         self._lock = threading.RLock()
+        self._tokens = WeakIdKeyDictionary()  # of a mask: the positions that count
         self.captures: dict[Any, Any] = {}  # what the engine has captured of this model
         super().train(model.training)
 
@@ -166,15 +169,19 @@ class Patched(nn.Module):
         return plan
 
     def record_prefix(
-        self, params: TaskParams, inputs: Mapping[str, Any]
+        self, params: TaskParams, inputs: Mapping[str, Any], *, padded: bool = False
     ) -> prefix.PrefixCache | None:
-        """Run once and keep the frozen prefix's outputs, or None where there is none to reuse."""
-        flat, _, rows = self._flatten(params, inputs)
+        """Run once and keep the frozen prefix's outputs, or None where there is none to reuse.
+
+        Args:
+            padded: Keep those of padding too, as passes that are traced read them.
+        """
+        flat, _, _ = self._flatten(params, inputs)
         plan = self.plan(inputs)
         if not plan.prefix or plan.prefix_is_random():
             return None
-        cache = prefix.PrefixCache()
-        call = Call(params.views, params.num_tasks, rows, prefix=cache.replay())
+        cache = prefix.PrefixCache(not padded)
+        call = self.call(params.views, inputs, cache)
         try:
             with running(call):
                 plan.run_prefix(flat)
@@ -202,10 +209,31 @@ class Patched(nn.Module):
         """
         flat, tasks, rows = self._flatten(params, inputs)
         plan = self.plan(inputs)
-        replay = None if prefix_cache is None else prefix_cache.replay()
-        with running(Call(params.bound(plan), tasks, rows, prefix=replay)):
+        with running(self.call(params.bound(plan), inputs, prefix_cache)):
             out = plan.run(flat)
         return _unflatten_output(out, tasks, rows)
+
+    def call(
+        self, views: list, inputs: Mapping[str, Any], prefix_cache: prefix.PrefixCache | None
+    ) -> Call:
+        """A pass over inputs ``[T, N, ...]``, without their padding where layers can do without."""
+        _, tasks, rows = _leading_axes(inputs)
+        call = Call(views, tasks, rows)
+        if prefix_cache is not None:
+            call.prefix = prefix_cache.replay()
+        if self.plan(inputs).unpadded and (prefix_cache is None or prefix_cache.unpadded):
+            call.unpadded = self._unpadded(inputs.get(MASK))
+        return call
+
+    def _unpadded(self, mask: Tensor | None) -> Unpadded | None:
+        """Asks how many tokens there are, which waits for the device, once for every mask."""
+        if not isinstance(mask, Tensor) or is_traced(mask):
+            return None
+        version = None if mask.is_inference() else mask._version
+        known: tuple[int, Tokens | None] | None = self._tokens.get(mask)
+        if known is None or known[0] != version or version is None:
+            known = self._tokens[mask] = version, tokens_of(mask)
+        return None if known[1] is None else Unpadded(known[1])
 
     def _flatten(
         self, params: TaskParams, inputs: Mapping[str, Any]

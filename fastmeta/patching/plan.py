@@ -50,6 +50,8 @@ class Plan:
         modes: Adapted module, or shared method, -> one of :data:`MODES`.
         prefix: Modules whose outputs do not depend on the fast weights, in the order they run.
         fused_attention: Whether the model calls torch's fused attention past the registries.
+        shortened: The layer that returns its first token alone, or None.
+        unpadded: Layers that can leave out padding.
     """
 
     def __init__(
@@ -67,6 +69,8 @@ class Plan:
         self.pristine = prepared_copy(model, slots)
         self.prefix: list[str] = []
         self.fused_attention = False
+        self.shortened: str | None = None
+        self.unpadded: list[str] = []
         whole = [n for n, mode in modes.items() if mode in WHOLE]
         for name, module in list(self.structure.named_modules()):
             rule = isolating_rule(module)

@@ -19,11 +19,16 @@ from fastmeta.patching.context import current_call
 
 
 class PrefixCache:
-    """Outputs of the frozen prefix on one set of inputs, module by module, call by call."""
+    """Outputs of the frozen prefix on one set of inputs, module by module, call by call.
 
-    def __init__(self) -> None:
+    Args:
+        unpadded: Whether layers' outputs are those of tokens without padding.
+    """
+
+    def __init__(self, unpadded: bool = False) -> None:
         self.outputs: dict[str, list[Any]] = {}
         self.recording = True
+        self.unpadded = unpadded
 
     def tensors(self) -> list[Tensor]:
         """Every stored tensor that carries a gradient, in a fixed order."""
@@ -37,7 +42,7 @@ class PrefixCache:
         leaves = [
             next(replacements) if isinstance(t, Tensor) and t.requires_grad else t for t in leaves
         ]
-        cache = PrefixCache()
+        cache = PrefixCache(self.unpadded)
         cache.outputs = tree_unflatten(leaves, spec)
         cache.recording = False
         return cache

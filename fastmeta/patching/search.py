@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastmeta.patching import attention, first_token, prefix, probe
+from fastmeta.patching import attention, first_token, prefix, probe, unpadded
 from fastmeta.patching.bind import bind
 from fastmeta.patching.context import Call, running
 from fastmeta.patching.methods import SHARED_METHODS, key, shared_methods, split_key
@@ -67,6 +67,7 @@ def make_plan(
             break
     if not boundaries:
         plan = search.try_first_token(plan)
+    layers = search.layers_without_padding(plan)
     for name, mode in plan.modes.items():
         if mode == "loop":
             module = model.get_submodule(split_key(name)[0])
@@ -74,6 +75,9 @@ def make_plan(
     entered = {n for n, mode in plan.modes.items() if mode != "skip"} | slots.prefixes.keys()
     plan.prefix = probe.prefix_modules(search.trace, entered | boundaries)
     prefix.install_in(plan.structure, plan.prefix)
+    if layers:
+        plan.unpadded = layers
+        unpadded.install_in(plan.structure, layers)
     return plan
 
 
@@ -110,7 +114,7 @@ class _Search:
         self.trace, other = self._trace(small, large)
         rows = probe.TASKS * probe.ROWS, probe.TASKS * (probe.ROWS + 1)
         self.kinds = probe.call_kinds(self.trace, other, rows)
-        self.expected = self._per_task()
+        self.expected = self._per_task(self.small)
         self.rungs: dict[str, list[str]] = {}
         self.blamed: str | None = None
         for name in slots.owners:
@@ -143,7 +147,7 @@ class _Search:
             self.fused_attention = watch.seen
         return traces
 
-    def _per_task(self, record: list[Trace] | None = None) -> list[Any]:
+    def _per_task(self, inputs: Mapping, record: list[Trace] | None = None) -> list[Any]:
         """The oracle: each task's rows through the model with that task's tensors bound."""
         tensors, _ = unit_tensors(self.slots, "", self.reference)
         outputs = []
@@ -154,7 +158,7 @@ class _Search:
                 k: v[rows]
                 if isinstance(v, Tensor) and v.shape[:1] == (probe.TASKS * probe.ROWS,)
                 else v
-                for k, v in self.small.items()
+                for k, v in inputs.items()
             }
             trace = Trace()
             with torch.no_grad(), running(one):
@@ -280,6 +284,7 @@ class _Search:
         shorter.train(False)
         shorter.fused_attention = self.fused_attention
         first_token.shorten(shorter.structure, name, self.slots.owners, shorter.modes)
+        shorter.shortened = name
         try:
             with torch.no_grad(), running(Call(self.views, probe.TASKS, probe.ROWS)):
                 actual = shorter.run(self.small)
@@ -287,10 +292,38 @@ class _Search:
             return plan  # something reads the other tokens
         return shorter if probe.agrees(actual, self.expected, self.tolerance) else plan
 
+    def layers_without_padding(self, plan: Plan) -> list[str]:
+        """A run of the plan's layers that can leave out padding without a change of the model's
+        output, or none."""
+        small = unpadded.with_padding(self.small, getattr(self.model, "config", None))
+        if small is None:
+            return []
+        order = [name for kind, name in self.trace.order if kind == "enter"]
+        expected: list[Any] = []
+        for layers in unpadded.runs_of_layers(self.reference, order):
+            layers = [n for n in layers if n != plan.shortened]
+            trial = Plan(self.model, self.slots, plan.modes, self.kinds)
+            trial.train(False)
+            trial.fused_attention = self.fused_attention
+            if plan.shortened is not None:
+                first_token.shorten(trial.structure, plan.shortened, self.slots.owners, trial.modes)
+            unpadded.install_in(trial.structure, layers)
+            tokens = unpadded.Tokens(small[unpadded.MASK], probe.TASKS)
+            call = Call(self.views, probe.TASKS, probe.ROWS, unpadded=unpadded.Unpadded(tokens))
+            try:
+                expected = expected or self._per_task(small)
+                with torch.no_grad(), running(call):
+                    actual = trial.run(small)
+            except Exception:
+                continue  # something needs to know which text a token is of
+            if probe.agrees(actual, expected, self.tolerance):
+                return layers
+        return []
+
     def _locate(self, plan: Plan) -> str:
         """The first module of the plan that computes something else, or fails."""
         per_task: list[Trace] = []
-        self._per_task(per_task)
+        self._per_task(self.small, per_task)
         actual = Trace()
         with torch.no_grad(), running(Call(self.views, probe.TASKS, probe.ROWS)):
             try:

@@ -22,6 +22,7 @@ from fastmeta.testing import (
     layer_norm,
     lora_linear,
     pairwise,
+    rows,
 )
 from fastmeta.testing.table import OpRow, Sample
 
@@ -237,4 +238,5 @@ TABLE = (
     *batched_linear.TABLE,
     *coordinate_lstm.TABLE,
     *layer_norm.TABLE,
+    *rows.TABLE,
 )
