@@ -335,7 +335,18 @@ def constants_of(
     return found | {"ACC": accumulator(q)}
 
 
-def attention(q, k, v, mask, seed, scale, lower, upper, dropout_p, period) -> tuple[Tensor, Tensor]:
+def check_padded(places: Tensor | None) -> None:
+    if places is not None:
+        raise ValueError(
+            "attention: the Triton kernels take padded texts [B, H, L, D], got texts one after "
+            "another with their places"
+        )
+
+
+def attention(
+    q, k, v, mask, seed, places, scale, lower, upper, dropout_p, period
+) -> tuple[Tensor, Tensor]:
+    check_padded(places)
     out = laid_out_as(q, v.shape[3])
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     lse = q.new_empty(q.shape[:3], dtype=wide)
@@ -355,8 +366,9 @@ def attention(q, k, v, mask, seed, scale, lower, upper, dropout_p, period) -> tu
 
 
 def attention_backward(
-    d_out, q, k, v, lse, mask, seed, scale, lower, upper, dropout_p, period, needs
+    d_out, q, k, v, lse, mask, seed, places, scale, lower, upper, dropout_p, period, needs
 ) -> tuple[Tensor, Tensor, Tensor]:
+    check_padded(places)
     dq, dk, dv = (laid_out_as(t, t.shape[3], needs >> i & 1) for i, t in enumerate((q, k, v)))
     constants = constants_of(q, v, mask, k.shape[2], scale, dropout_p, 32)
     setting = numbers(mask, lower, upper, dropout_p, period)

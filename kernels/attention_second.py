@@ -13,6 +13,7 @@ import triton.language as tl
 
 from fastmeta.kernels._common import ceil_div, launch
 from fastmeta.kernels.attention import (
+    check_padded,
     constants_of,
     fits,
     key_range,
@@ -252,8 +253,9 @@ def second_keys_kernel(
 
 
 def attention_double_backward(
-    a, b, c, d_out, q, k, v, lse, mask, seed, scale, lower, upper, dropout_p, period, needs
+    a, b, c, d_out, q, k, v, lse, mask, seed, places, scale, lower, upper, dropout_p, period, needs
 ):
+    check_padded(places)
     dd, dq, dk, dv = (
         laid_out_as(t, t.shape[3], needs >> i & 1) for i, t in enumerate((d_out, q, k, v))
     )

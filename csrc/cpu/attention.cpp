@@ -20,11 +20,26 @@ struct Problem {
   Heads q, k, v, d_out, a, b, c;          // operands; a, b, c: cotangents of dq, dk, dv
   Heads out, to_d_out, to_q, to_k, to_v;  // results
   A* lse;                                 // [B, H, Lq]
+  int64_t lse_batch, lse_head;
+  const Texts* texts;  // null: padded
   A scale;
   RowTerms<A> terms;
   static constexpr int64_t kCount = 64 / sizeof(A);
 
   int64_t whole() const { return padded(keys, kCount); }
+  A* lse_of(int64_t b, int64_t h) const { return lse + b * lse_batch + h * lse_head; }
+  // That of one text alone.
+  Problem text(int64_t b) const {
+    Problem own = *this;
+    const int64_t first = texts->first[b];
+    own.queries = own.keys = texts->count[b];
+    for (Heads* h : {&own.q, &own.k, &own.v, &own.d_out, &own.a, &own.b, &own.c, &own.out,
+                     &own.to_d_out, &own.to_q, &own.to_k, &own.to_v}) {
+      *h = h->from_row(first);
+    }
+    own.lse += first;
+    return own;
+  }
   // Queries at a time: few enough that their weights stay in cache, and nearly equal blocks.
   int64_t rows() const {
     const int64_t some = least(66, most(24, 6144 / most(whole(), 1)));
@@ -77,7 +92,7 @@ void read_keys(const Heads& from, int64_t b, int64_t h, int64_t keys, const Buff
   if (transposed != nullptr) transpose(to, w.whole, width, transposed);
 }
 
-// f(buffers, unit) for every head of keys, in parallel.
+// f(problem, buffers, row terms, b, group) for every head of keys, in parallel.
 template <typename A, typename F>
 void for_units(const Problem<A>& s, int order, const F& f) {
   const int64_t units = s.batch * s.groups;
@@ -92,7 +107,19 @@ void for_units(const Problem<A>& s, int order, const F& f) {
     const Buffers<A> w(s, order, arena);
     RowTerms<A> terms = s.terms;
     terms.use(w.bias, w.keep);
-    for (int64_t unit = begin; unit < end; ++unit) f(w, terms, unit / s.groups, unit % s.groups);
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t b = unit / s.groups, group = unit % s.groups;
+      if (s.texts == nullptr) {
+        f(s, w, terms, b, group);
+        continue;
+      }
+      const Problem<A> own = s.text(b);
+      Buffers<A> part = w;
+      part.whole = own.whole(), part.rows = most(1, least(w.rows, own.queries));
+      terms.keys = own.keys, terms.whole = part.whole, terms.filled = false;
+      terms.position = s.texts->position.data() + b * s.texts->length;
+      f(own, part, terms, b, group);
+    }
   };
   if (units <= grain) return range(0, units);
   torch::stable::parallel_for(0, units, grain, range);
@@ -190,7 +217,7 @@ void forward_unit(const Problem<A>& s, const Buffers<A>& w, RowTerms<A>& terms, 
   read_keys<A>(s.v, b, group, s.keys, w, w.v, nullptr);
   for_blocks(s, w, terms, b, group, [&](const Block& at) {
     scores(s, w, at);
-    A* const lse = s.lse + (at.b * s.heads + at.h) * s.queries + at.first;
+    A* const lse = s.lse_of(at.b, at.h) + at.first;
     with_registers([&](auto bytes) FM_INLINE_LAMBDA {
       for (int64_t i = 0; i < at.rows; ++i) {
         lse[i] = softmax_row<Lanes<A, bytes()>>(w.p + i * w.whole, terms.bias_of(at.first + i),
@@ -236,7 +263,7 @@ void gradient_unit(const Problem<A>& s, const Buffers<A>& w, RowTerms<A>& terms,
     scores(s, w, at);
     pack(s.d_out, at.b, at.h, at.first, at.rows, w.d_out);
     by_keys(w, at, s.v.width, w.e, w.d_out, w.v_t, w.dp, A(1), false);
-    const A* const lse = s.lse + (at.b * s.heads + at.h) * s.queries + at.first;
+    const A* const lse = s.lse_of(at.b, at.h) + at.first;
     with_registers([&](auto bytes) FM_INLINE_LAMBDA {
       for (int64_t i = 0; i < at.rows; ++i) {
         gradient_row<Lanes<A, bytes()>>(w.p + i * w.whole, w.dp + i * w.whole, lse[i],
@@ -315,7 +342,7 @@ void second_unit(const Problem<A>& s, const Buffers<A>& w, RowTerms<A>& terms, i
     } else {
       std::fill_n(w.r, at.rows * w.whole, A(0));
     }
-    const A* const lse = s.lse + (at.b * s.heads + at.h) * s.queries + at.first;
+    const A* const lse = s.lse_of(at.b, at.h) + at.first;
     with_registers([&](auto bytes) FM_INLINE_LAMBDA {
       for (int64_t i = 0; i < at.rows; ++i) {
         const int64_t row = i * w.whole;
@@ -351,12 +378,44 @@ struct Setting {
   int64_t period;
 };
 
+std::optional<Texts> texts_of(const Optional& places, const Tensor& q, const Tensor& k) {
+  if (!places) return {};
+  STD_TORCH_CHECK(q.size(0) == 1 && k.size(0) == 1 && q.size(2) == k.size(2) &&
+                      places->dim() == 2 && places->is_contiguous(),
+                  "attention: texts need queries and keys of the same rows [1, H, R, D]");
+  return Texts(static_cast<const int64_t*>(places->const_data_ptr()), places->size(0),
+               places->size(1), q.size(2));
+}
+
+// Zeros in rows of no text.
 template <typename A>
-Problem<A> problem(const Tensor& q, const Tensor& k, const Tensor& v, const Optional& mask,
-                   const Optional& seed, const Setting& setting) {
+void clear_others(const Problem<A>& s) {
+  if (s.texts == nullptr) return;
+  const auto clear = [&](const Heads& to, int64_t heads) {
+    if (!to) return;
+    for (const int64_t row : s.texts->others) {
+      for (int64_t h = 0; h < heads; ++h) {
+        std::memset(to.at(h, row), 0, size_t(to.width * to.size()));
+      }
+    }
+  };
+  for (const Heads* to : {&s.out, &s.to_d_out, &s.to_q}) clear(*to, s.heads);
+  for (const Heads* to : {&s.to_k, &s.to_v}) clear(*to, s.groups);
+}
+
+template <typename A>
+Problem<A> problem(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lse,
+                   const Optional& mask, const Optional& seed, const std::optional<Texts>& texts,
+                   const Setting& setting) {
   Problem<A> s{};
   s.batch = q.size(0), s.heads = q.size(1), s.queries = q.size(2);
   s.groups = k.size(1), s.keys = k.size(2);
+  s.lse = data_of<A>(lse), s.lse_batch = s.heads * s.queries, s.lse_head = s.queries;
+  if (texts) {
+    s.texts = &*texts;
+    s.batch = int64_t(texts->first.size()), s.queries = s.keys = texts->longest;
+    s.lse_batch = 0;
+  }
   s.q = heads_of(q), s.k = heads_of(k), s.v = heads_of(v);
   s.scale = A(setting.scale);
   RowTerms<A>& t = s.terms;
@@ -396,56 +455,63 @@ Tensor if_wanted(bool wanted, const Tensor& like) {
 }
 
 std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, Optional mask, Optional seed,
-                                   double scale, int64_t lower, int64_t upper, double dropout_p,
-                                   int64_t period) {
+                                   Optional places, double scale, int64_t lower, int64_t upper,
+                                   double dropout_p, int64_t period) {
+  const auto texts = texts_of(places, q, k);
   const Tensor out = empty_like(q, v.size(3));
   const bool wide = q.scalar_type() == ScalarType::Double;
   const Tensor lse = empty_rows({q.size(0), q.size(1), q.size(2)},
                                 wide ? ScalarType::Double : ScalarType::Float, q);
   with_accumulation(q, [&](auto zero) {
     using A = decltype(zero);
-    auto s = problem<A>(q, k, v, mask, seed, {scale, lower, upper, dropout_p, period});
-    s.out = heads_of(out), s.lse = data_of<A>(lse);
-    for_units(s, 0, [&](const Buffers<A>& w, RowTerms<A>& terms, int64_t b, int64_t group) {
-      forward_unit(s, w, terms, b, group);
-    });
+    auto s = problem<A>(q, k, v, lse, mask, seed, texts, {scale, lower, upper, dropout_p, period});
+    s.out = heads_of(out);
+    if (texts) std::fill_n(s.lse, lse.numel(), A(0));
+    clear_others(s);
+    for_units(s, 0,
+              [](const Problem<A>& s, const Buffers<A>& w, RowTerms<A>& terms, int64_t b,
+                 int64_t group) { forward_unit(s, w, terms, b, group); });
   });
   return {out, lse};
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor lse,
-                                            Optional mask, Optional seed, double scale,
-                                            int64_t lower, int64_t upper, double dropout_p,
-                                            int64_t period, int64_t needs) {
+                                            Optional mask, Optional seed, Optional places,
+                                            double scale, int64_t lower, int64_t upper,
+                                            double dropout_p, int64_t period, int64_t needs) {
+  const auto texts = texts_of(places, q, k);
   const Tensor dq = if_wanted(needs & 1, q), dk = if_wanted(needs & 2, k),
                dv = if_wanted(needs & 4, v);
   with_accumulation(q, [&](auto zero) {
     using A = decltype(zero);
-    auto s = problem<A>(q, k, v, mask, seed, {scale, lower, upper, dropout_p, period});
-    s.d_out = heads_of(d_out), s.lse = data_of<A>(lse);
+    auto s = problem<A>(q, k, v, lse, mask, seed, texts, {scale, lower, upper, dropout_p, period});
+    s.d_out = heads_of(d_out);
     s.to_q = heads_of(dq), s.to_k = heads_of(dk), s.to_v = heads_of(dv);
-    for_units(s, 1, [&](const Buffers<A>& w, RowTerms<A>& terms, int64_t b, int64_t group) {
-      gradient_unit(s, w, terms, b, group);
-    });
+    clear_others(s);
+    for_units(s, 1,
+              [](const Problem<A>& s, const Buffers<A>& w, RowTerms<A>& terms, int64_t b,
+                 int64_t group) { gradient_unit(s, w, terms, b, group); });
   });
   return {dq, dk, dv};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> double_backward(
     Optional a, Optional b, Optional c, Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor lse,
-    Optional mask, Optional seed, double scale, int64_t lower, int64_t upper, double dropout_p,
-    int64_t period, int64_t needs) {
+    Optional mask, Optional seed, Optional places, double scale, int64_t lower, int64_t upper,
+    double dropout_p, int64_t period, int64_t needs) {
+  const auto texts = texts_of(places, q, k);
   const Tensor dd = if_wanted(needs & 1, d_out), dq = if_wanted(needs & 2, q),
                dk = if_wanted(needs & 4, k), dv = if_wanted(needs & 8, v);
   with_accumulation(q, [&](auto zero) {
     using A = decltype(zero);
-    auto s = problem<A>(q, k, v, mask, seed, {scale, lower, upper, dropout_p, period});
-    s.d_out = heads_of(d_out), s.lse = data_of<A>(lse);
+    auto s = problem<A>(q, k, v, lse, mask, seed, texts, {scale, lower, upper, dropout_p, period});
+    s.d_out = heads_of(d_out);
     s.a = heads_of(a), s.b = heads_of(b), s.c = heads_of(c);
     s.to_d_out = heads_of(dd), s.to_q = heads_of(dq), s.to_k = heads_of(dk), s.to_v = heads_of(dv);
-    for_units(s, 2, [&](const Buffers<A>& w, RowTerms<A>& terms, int64_t batch, int64_t group) {
-      second_unit(s, w, terms, batch, group);
-    });
+    clear_others(s);
+    for_units(s, 2,
+              [](const Problem<A>& s, const Buffers<A>& w, RowTerms<A>& terms, int64_t b,
+                 int64_t group) { second_unit(s, w, terms, b, group); });
   });
   return {dd, dq, dk, dv};
 }

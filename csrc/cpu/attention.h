@@ -3,6 +3,7 @@
 #pragma once
 
 #include <limits>
+#include <vector>
 
 #include "common/tensor.h"
 #include "cpu/gemm.h"
@@ -10,12 +11,54 @@
 
 namespace fastmeta {
 
+// The rows of each text where they lie one after another, texts of any length, in tensors of one
+// batch entry [1, H, R, D].
+struct Texts {
+  int64_t length = 0, longest = 0;    // L of the masks, and rows of the longest text
+  std::vector<int64_t> first, count;  // [B]
+  std::vector<int64_t> position;      // [B, L]: of a text's rows in the padded text
+  std::vector<int64_t> others;        // rows of no text
+  // places [B, L]: the row of every position, -1 for none.
+  Texts(const int64_t* places, int64_t batch, int64_t length, int64_t rows)
+      : length(length), first(batch), count(batch), position(batch * length) {
+    std::vector<char> read(rows, 0);
+    for (int64_t b = 0; b < batch; ++b) {
+      for (int64_t j = 0; j < length; ++j) {
+        const int64_t row = places[b * length + j];
+        if (row < 0) continue;
+        if (count[b] == 0) first[b] = row;
+        STD_TORCH_CHECK(row < rows && row == first[b] + count[b],
+                        "attention: rows of a text must follow each other, within ", rows,
+                        " rows, got row ", row);
+        position[b * length + count[b]++] = j;
+        read[row] = 1;
+      }
+      longest = most(longest, count[b]);
+    }
+    for (int64_t row = 0; row < rows; ++row) {
+      if (!read[row]) others.push_back(row);
+    }
+  }
+};
+
 // [B, H, L, width] with adjacent entries in the last axis, of any type; strides in elements.
 struct Heads {
   void* data = nullptr;
   int64_t batch = 0, head = 0, row = 0, width = 0;
   Type type = Type::kFloat;
   explicit operator bool() const { return data != nullptr; }
+
+  int64_t size() const { return type == Type::kDouble ? 8 : type == Type::kFloat ? 4 : 2; }
+  char* at(int64_t h, int64_t i) const {
+    return static_cast<char*>(data) + (h * head + i * row) * size();
+  }
+  // Those of one text.
+  Heads from_row(int64_t first) const {
+    Heads own = *this;
+    if (data != nullptr) own.data = at(0, first);
+    own.batch = 0;
+    return own;
+  }
 };
 inline Heads heads_of(const Tensor& t) {
   if (t.dim() != 4) return {};
@@ -167,6 +210,7 @@ struct RowTerms {
   A* bias = nullptr;  // [whole], of the last row asked for
   A* keep = nullptr;  // [whole]
   bool filled = false;
+  const int64_t* position = nullptr;  // of rows and keys in the mask; null: their own numbers
   int64_t b = 0, h = 0;
   uint32_t key = 0;
 
@@ -190,19 +234,22 @@ struct RowTerms {
     const int64_t from = banded ? first(i) : 0, to = banded ? end(i) : keys;
     for (int64_t j = 0; j < from; ++j) bias[j] = kNone;
     for (int64_t j = to; j < whole; ++j) bias[j] = kNone;
-    const int64_t offset = b * strides[0] + h * strides[1] + i * strides[2], step = strides[3];
+    const int64_t row = position == nullptr ? i : position[i];
+    const int64_t offset = b * strides[0] + h * strides[1] + row * strides[2], step = strides[3];
     if (mask == nullptr) {
       for (int64_t j = from; j < to; ++j) bias[j] = 0;
     } else if (boolean) {
       const auto* m = static_cast<const uint8_t*>(mask) + offset;
-      if (step == 1) {
+      if (position != nullptr) {
+        for (int64_t j = from; j < to; ++j) bias[j] = m[position[j] * step] != 0 ? A(0) : kNone;
+      } else if (step == 1) {
         for (int64_t j = from; j < to; ++j) bias[j] = m[j] != 0 ? A(0) : kNone;
       } else {
         for (int64_t j = from; j < to; ++j) bias[j] = m[j * step] != 0 ? A(0) : kNone;
       }
     } else {
       const auto* m = static_cast<const A*>(mask) + offset;
-      for (int64_t j = from; j < to; ++j) bias[j] = m[j * step];
+      for (int64_t j = from; j < to; ++j) bias[j] = m[(position ? position[j] : j) * step];
     }
     filled = !banded && strides[2] == 0;
     return bias;
@@ -210,10 +257,11 @@ struct RowTerms {
 
   FM_HD const A* keep_of(int64_t i) {
     if (!(dropout.p > 0)) return keep;
-    const uint32_t word = mixed(key + uint32_t(i));
+    const uint32_t word = mixed(key + uint32_t(position == nullptr ? i : position[i]));
     const A factor = A(1 / (1 - dropout.p));
     for (int64_t j = 0; j < whole; ++j) {
-      keep[j] = mixed(word + uint32_t(j) * 0x9E3779B9u) >= dropout.dropped ? factor : A(0);
+      const auto column = uint32_t(position == nullptr || j >= keys ? j : position[j]);
+      keep[j] = mixed(word + column * 0x9E3779B9u) >= dropout.dropped ? factor : A(0);
     }
     return keep;
   }

@@ -2,7 +2,8 @@
 
 Shapes: ``q, d_out [B, H, Lq, .]``, ``k, v [B, Hk, Lk, .]``, ``lse [B, H, Lq]``; a mask (bool, or
 additive in the dtype of computation) with four axes of size 1 or the full one; seed an int64
-scalar. Nothing of the size Lq x Lk is kept: kernels rebuild the weights from ``lse``, in the
+scalar. With places ``[B, L]`` texts lie one after another in ``[1, H, R, .]`` (see `Setting`).
+Nothing of the size Lq x Lk is kept: kernels rebuild the weights from ``lse``, in the
 gradient and in its derivative. What comes after that, and every derivative with respect to a mask,
 differentiates the reference.
 """
@@ -13,19 +14,19 @@ import torch
 from torch import Tensor
 
 from fastmeta import _backend
-from fastmeta._autograd import Function, needs_autograd, unfold
+from fastmeta._autograd import Function, each, needs_autograd, unfold
 from fastmeta._library import Op, define, dispatched
 from fastmeta.reference import attention as reference
 from fastmeta.reference.attention import Setting, empty_like
 
-_SETTING = "float scale, int lower, int upper, float dropout_p, int period"
+_SETTING = "Tensor? places, float scale, int lower, int upper, float dropout_p, int period"
 
 
-def _forward(q, k, v, mask, seed, *setting):
-    return reference.forward(q, k, v, mask, seed, Setting(*setting))
+def _forward(q, k, v, mask, seed, places, *numbers):
+    return reference.forward(q, k, v, mask, seed, Setting(*numbers, places=places))
 
 
-def _fake_forward(q, k, v, mask, seed, *setting):
+def _fake_forward(q, k, v, *others):
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return empty_like(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=dtype)
 
@@ -83,8 +84,13 @@ def _dense(t: Tensor | None) -> Tensor | None:
     return t if t is None or t.shape[-1] <= 1 or t.stride(-1) == 1 else t.contiguous()
 
 
-def _numbers(setting: Setting) -> tuple:
-    return setting.scale, setting.lower, setting.upper, setting.dropout_p, setting.period
+def takes_places(q: Tensor) -> bool:
+    """Whether a kernel serves texts that lie one after another."""
+    return q.device.type == "cpu" and not by_reference(_ATTENTION, q.device)
+
+
+def _arguments(s: Setting) -> tuple:
+    return s.places, s.scale, s.lower, s.upper, s.dropout_p, s.period
 
 
 def _fold(batch: int, dims: tuple, mask_at: int, args: tuple) -> list[Tensor | None]:
@@ -114,7 +120,7 @@ class _Attend(Function):
     @staticmethod
     def forward(q, k, v, mask, seed, setting):
         kernel = _backend.kernel(_ATTENTION, q.device.type)
-        return kernel(*map(_dense, (q, k, v)), mask, seed, *_numbers(setting))
+        return kernel(*map(_dense, (q, k, v)), mask, seed, *_arguments(setting))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -138,6 +144,8 @@ class _Attend(Function):
 
     @staticmethod
     def vmap(info, in_dims, *args):
+        if args[5].places is not None:
+            return each(_Attend, info.batch_size, in_dims, args)
         folded = _fold(info.batch_size, in_dims, 3, args)
         results = _Attend.call(*folded, args[5])
         return tuple(unfold(r, info.batch_size) for r in results), (0, 0)
@@ -160,7 +168,7 @@ class _Gradients(Function):
     def forward(d_out, q, k, v, lse, mask, seed, setting, needs):
         kernel = _backend.kernel(_BACKWARD, q.device.type)
         given = map(_dense, (d_out, q, k, v))
-        results = kernel(*given, lse.contiguous(), mask, seed, *_numbers(setting), needs)
+        results = kernel(*given, lse.contiguous(), mask, seed, *_arguments(setting), needs)
         return tuple(r for i, r in enumerate(results) if needs >> i & 1)
 
     @staticmethod
@@ -191,6 +199,8 @@ class _Gradients(Function):
 
     @staticmethod
     def vmap(info, in_dims, *args):
+        if args[7].places is not None:
+            return each(_Gradients, info.batch_size, in_dims, args)
         folded = _fold(info.batch_size, in_dims, 5, args)
         results = _Gradients.call(*folded, *args[7:])
         return tuple(unfold(r, info.batch_size) for r in results), (0,) * len(results)
@@ -204,7 +214,7 @@ class _Second(Function):
     def forward(a, b, c, d_out, q, k, v, lse, mask, seed, setting, needs):
         kernel = _backend.kernel(_DOUBLE_BACKWARD, q.device.type)
         given = map(_dense, (a, b, c, d_out, q, k, v))
-        results = kernel(*given, lse.contiguous(), mask, seed, *_numbers(setting), needs)
+        results = kernel(*given, lse.contiguous(), mask, seed, *_arguments(setting), needs)
         return tuple(r for i, r in enumerate(results) if needs >> i & 1)
 
     @staticmethod
@@ -221,6 +231,8 @@ class _Second(Function):
 
     @staticmethod
     def vmap(info, in_dims, *args):
+        if args[10].places is not None:
+            return each(_Second, info.batch_size, in_dims, args)
         folded = _fold(info.batch_size, in_dims, 8, args)
         results = _Second.call(*folded, *args[10:])
         return tuple(unfold(r, info.batch_size) for r in results), (0,) * len(results)

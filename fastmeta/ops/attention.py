@@ -64,7 +64,7 @@ def attention(
         equal bits, whatever the number of threads.
     """
     check_operands(q, k, v)
-    mask = check_mask(mask, q, k)
+    mask = check_mask(mask, (*q.shape[:3], k.shape[2]), q.device)
     setting, seed = check_setting(q, k, causal, scale, dropout_p, seed, window, offset, softcap)
     return _attention.attend(q, k, v, mask, seed, setting).contiguous()
 
@@ -103,11 +103,10 @@ def check_operands(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
 
 
-def check_mask(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
-    """The mask with four axes."""
+def check_mask(mask: Tensor | None, full: tuple[int, ...], device: torch.device) -> Tensor | None:
+    """The mask with four axes, that broadcasts to the `full` ones."""
     if mask is None:
         return None
-    full = (*q.shape[:3], k.shape[2])
     if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or mask.is_floating_point()):
         raise ValueError(
             f"attention: mask must be a bool or floating-point tensor that broadcasts to "
@@ -120,8 +119,8 @@ def check_mask(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
         raise ValueError(
             f"attention: mask must broadcast to [B, H, Lq, Lk] = {list(full)}, got {describe(mask)}"
         )
-    if mask.device != q.device:
-        raise ValueError(f"attention: mask must be on {q.device}, got {describe(mask)}")
+    if mask.device != device:
+        raise ValueError(f"attention: mask must be on {device}, got {describe(mask)}")
     return mask[(None,) * (4 - mask.dim())]
 
 

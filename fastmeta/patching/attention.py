@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from fastmeta.ops._attention import attend
+from fastmeta.ops._attention import attend, takes_places
 from fastmeta.ops.attention import check_mask
 from fastmeta.patching.context import active_tokens, current_call
 from fastmeta.reference.attention import Setting
@@ -51,9 +51,14 @@ def attention(
     settings = (attention_mask, dropout, scaling, is_causal, position_bias, softcap)
     tokens = active_tokens()
     if tokens is None:
-        return _attention(module, query, key, value, *settings), None
-    padded = (tokens.padded(t.transpose(1, 2)).transpose(1, 2) for t in (query, key, value))
-    return tokens.packed(_attention(module, *padded, *settings)), None
+        return _attention(module, query, key, value, None, *settings), None
+    operands = [t.transpose(1, 2) for t in (query, key, value)]  # [T, M, H, D]
+    if takes_places(query) and not softcap and not hasattr(module, "fastmeta_prefix"):
+        rows = (t.flatten(0, 1).unsqueeze(0).transpose(1, 2) for t in operands)  # [1, H, T * M, D]
+        out = _attention(module, *rows, tokens.place.view(tokens.shape), *settings)
+        return out.view(operands[0].shape[:2] + out.shape[2:]), None
+    padded = (tokens.padded(t).transpose(1, 2) for t in operands)
+    return tokens.packed(_attention(module, *padded, None, *settings)), None
 
 
 def _attention(
@@ -61,6 +66,7 @@ def _attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    places: Tensor | None,
     attention_mask: Tensor | None,
     dropout: float,
     scaling: float | None,
@@ -68,7 +74,7 @@ def _attention(
     position_bias: Tensor | None,
     softcap: float | None,
 ) -> Tensor:
-    """:func:`attention` on padded texts."""
+    """:func:`attention` on padded texts, or on rows of texts at `places`: ``[B, Lq, H, D]``."""
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     causal = bool(is_causal) and query.shape[2] > 1 and attention_mask is None
@@ -78,15 +84,19 @@ def _attention(
         offset, key, value, mask = _with_prefix(prefix, key, value, mask)
     dtype = torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
     query, key, value = (t.to(dtype) for t in (query, key, value))
-    mask = check_mask(mask, query, key)
-    keys, queries = key.shape[2], query.shape[2]
+    batch, queries, keys = query.shape[0], query.shape[2], key.shape[2]
+    if places is not None:
+        batch, queries = places.shape
+        keys = queries
+    mask = check_mask(mask, (batch, query.shape[1], queries, keys), query.device)
     setting = Setting(
         scale=query.shape[3] ** -0.5 if scaling is None else scaling,
         lower=-queries,
         upper=offset if causal else keys,
         dropout_p=dropout,
-        period=query.shape[0],
+        period=batch,
         softcap=softcap or 0.0,
+        places=places,
     )
     out = attend(query, key, value, mask, drawn_seed(query) if dropout else None, setting)
     return out.transpose(1, 2).contiguous()

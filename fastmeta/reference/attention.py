@@ -6,7 +6,7 @@ masks broadcast to ``[B, H, Lq, Lk]``. float64 is computed in float64, everythin
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,6 +25,10 @@ class Setting:
         dropout_p: probability that an attention weight is dropped.
         period: rows ``b`` and ``b + period`` of the batch share their dropout.
         softcap: scores become ``softcap * tanh(scores / softcap)`` before the mask, unless 0.
+        places: int64 ``[B, L]`` where q, k and v are ``[1, H, R, D]`` with the rows of B texts one
+            after another: the row of every position of a text of width L, -1 for those without;
+            in a text, rows follow each other. Masks are those of ``[B, H, L, L]``; rows of no text
+            give zeros.
     """
 
     scale: float
@@ -33,18 +37,37 @@ class Setting:
     dropout_p: float = 0.0
     period: int = 1
     softcap: float = 0.0
+    places: Tensor | None = None
 
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, seed: Tensor | None, setting: Setting
 ) -> Tensor:
     """``dropout(softmax(cap(scale q k^T) + mask)) v``, ``[B, H, Lq, E]`` in the dtype of q."""
+    if setting.places is not None:
+        places, setting = setting.places, replace(setting, places=None)
+        padded = (as_texts(t, places) for t in (q, k, v))
+        return as_rows(attention(*padded, mask, seed, setting), places, q.shape[2])
     scores = masked_scores(q, k, mask, setting)
     # rows without a key are zero, and so are their derivatives
     weights = torch.ops.aten._safe_softmax.default(scores, -1)
     if setting.dropout_p:
         weights = weights * kept(seed, scores.shape, setting, weights.dtype)
     return _times(weights, v.to(weights.dtype)).to(q.dtype)
+
+
+def as_texts(x: Tensor, places: Tensor) -> Tensor:
+    """``[1, H, R, D]`` -> ``[B, H, L, D]``, zeros at positions without a row."""
+    x = x[0][:, places.clamp_min(0)]  # [H, B, L, D]
+    return x.masked_fill((places < 0).unsqueeze(-1), 0.0).transpose(0, 1)
+
+
+def as_rows(x: Tensor, places: Tensor, rows: int) -> Tensor:
+    """``[B, H, L, D]`` -> ``[1, H, R, D]``."""
+    b, j = (places >= 0).nonzero(as_tuple=True)
+    taken = x[b, :, j]  # [tokens, H, D]
+    empty = taken.new_zeros(rows, *taken.shape[1:])
+    return empty.index_copy(0, places[b, j], taken).transpose(0, 1).unsqueeze(0)
 
 
 def masked_scores(q: Tensor, k: Tensor, mask: Tensor | None, setting: Setting) -> Tensor:
@@ -113,9 +136,12 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """The result, laid out as q is, and the logarithm ``[B, H, Lq]`` of every row's sum of
     exponentials: +inf for rows without a key, so that ``exp(score - it)`` is their weight."""
-    scores = masked_scores(q, k, mask, setting)
-    lse = torch.logsumexp(scores, -1)
+    places, padded = setting.places, replace(setting, places=None)
+    rows = (q, k) if places is None else (as_texts(t, places) for t in (q, k))
+    lse = torch.logsumexp(masked_scores(*rows, mask, padded), -1)
     lse = torch.where(lse == float("-inf"), float("inf"), lse)
+    if places is not None:
+        lse = as_rows(lse.unsqueeze(-1), places, q.shape[2]).squeeze(-1)
     out = empty_like(q, v.shape[3])
     return out.copy_(attention(q, k, v, mask, seed, setting)), lse
 
