@@ -42,24 +42,36 @@ void multiply(const Tensor& a, const Tensor& b, const std::optional<Tensor>& bas
     }
     return ahead;
   };
+  const auto product = [&](int64_t t) {
+    return batched::Product<A>{m,
+                               n,
+                               k,
+                               a_data + t * a.stride(0),
+                               a.stride(1),
+                               a.stride(2),
+                               b_data + t * b.stride(0),
+                               b.stride(1),
+                               n == 1 ? 1 : b.stride(2),
+                               base_data == nullptr ? nullptr : base_data + t * base_task,
+                               base_row,
+                               to_data + t * to.stride(0),
+                               to.stride(1)};
+  };
+  if (tasks > 1 && b.stride(0) == 0) {
+    const auto tasks_range = [&](int64_t begin, int64_t end) {
+      std::vector<A> panel;
+      std::vector<batched::Product<A>> products;
+      for (int64_t t = begin; t < end; ++t) products.push_back(product(t));
+      batched::run(products.data(), end - begin, 0, n, panel, batched::Ahead{});
+    };
+    return parallel_ranges(tasks, m * k * n / 16, tasks_range);
+  }
   const auto range = [&](int64_t begin, int64_t end) {
     std::vector<A> panel;
     for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t t = unit / parts, first = unit % parts * kColumns;
-      const batched::Product<A> product{m,
-                                        n,
-                                        k,
-                                        a_data + t * a.stride(0),
-                                        a.stride(1),
-                                        a.stride(2),
-                                        b_data + t * b.stride(0),
-                                        b.stride(1),
-                                        n == 1 ? 1 : b.stride(2),
-                                        base_data == nullptr ? nullptr : base_data + t * base_task,
-                                        base_row,
-                                        to_data + t * to.stride(0),
-                                        to.stride(1)};
-      batched::run(product, first, least(n, first + kColumns), panel, after(unit, end));
+      const int64_t first = unit % parts * kColumns;
+      const auto own = product(unit / parts);
+      batched::run(&own, 1, first, least(n, first + kColumns), panel, after(unit, end));
     }
   };
   // sixteen multiplications count as one element

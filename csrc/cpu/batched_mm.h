@@ -144,14 +144,17 @@ FM_HD void columns(const Product<A>& p, int64_t j, const A* b, int64_t b_row, in
 }
 
 // 16 x 16 floats, transposed in registers: a strided copy would cost as much as the product of
-// some ten rows.
+// some ten rows. Only the first `rows` are there, the others count as zeros.
 template <int kBytes>
-FM_HD void transpose(const float* from, int64_t from_row, float* to, int64_t to_row) {
+FM_HD void transpose(const float* from, int64_t from_row, int64_t rows, float* to, int64_t to_row) {
   if constexpr (kBytes == 64 && __has_builtin(__builtin_shuffle)) {
     using V = typename Lanes<float, 64>::Vector;
     using I = typename Lanes<float, 64>::Bits;
     V r[16], t[16];
-    for (int i = 0; i < 16; ++i) std::memcpy(&r[i], from + i * from_row, sizeof(V));
+    for (int i = 0; i < 16; ++i) {
+      r[i] = V{};
+      if (i < rows) std::memcpy(&r[i], from + i * from_row, sizeof(V));
+    }
     for (int i = 0; i < 16; i += 2) {
       t[i] = __builtin_shuffle(r[i], r[i + 1],
                                (I){0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29});
@@ -186,7 +189,7 @@ FM_HD void transpose(const float* from, int64_t from_row, float* to, int64_t to_
     }
   } else {
     for (int i = 0; i < 16; ++i) {
-      for (int j = 0; j < 16; ++j) to[j * to_row + i] = from[i * from_row + j];
+      for (int j = 0; j < 16; ++j) to[j * to_row + i] = i < rows ? from[i * from_row + j] : 0;
     }
   }
 }
@@ -197,15 +200,15 @@ FM_HD void pack(const Product<A>& p, int64_t j, int64_t width, int64_t lanes, A*
   const A* b = p.b + j * p.b_column;
   const int64_t rows = p.k, b_row = p.b_row, b_column = p.b_column;
   if constexpr (sizeof(A) == 4) {
-    if (b_row == 1 && width == lanes) {
+    if (b_row == 1) {
       int64_t q = 0;
       for (; q + 16 <= rows; q += 16) {
         for (int64_t v = 0; v < lanes; v += 16) {
-          transpose<kBytes>(b + q + v * b_column, b_column, to + q * lanes + v, lanes);
+          transpose<kBytes>(b + q + v * b_column, b_column, width - v, to + q * lanes + v, lanes);
         }
       }
       for (; q < rows; ++q) {
-        for (int64_t v = 0; v < lanes; ++v) to[q * lanes + v] = b[q + v * b_column];
+        for (int64_t v = 0; v < lanes; ++v) to[q * lanes + v] = v < width ? b[q + v * b_column] : 0;
       }
       return;
     }
@@ -216,9 +219,12 @@ FM_HD void pack(const Product<A>& p, int64_t j, int64_t width, int64_t lanes, A*
   }
 }
 
-// Columns [first, last) of one product. `panel` holds k * 32 numbers of 4 bytes or k * 16 of 8.
+// Columns [first, last) of products of the same sizes and the same B, which is repacked once.
+// `panel` holds k * 32 numbers of 4 bytes or k * 16 of 8.
 template <typename A>
-void run(const Product<A>& p, int64_t first, int64_t last, std::vector<A>& panel, Ahead ahead) {
+void run(const Product<A>* products, int64_t count, int64_t first, int64_t last,
+         std::vector<A>& panel, Ahead ahead) {
+  const Product<A>& p = products[0];
   with_registers([&](auto bytes) FM_INLINE_LAMBDA {
     constexpr int kBytes = bytes();
     using L = Lanes<A, kBytes>;
@@ -234,12 +240,17 @@ void run(const Product<A>& p, int64_t first, int64_t last, std::vector<A>& panel
         pack<kBytes>(p, j, kLanes, kLanes, panel.data());
         b = panel.data();
       }
-      columns<L, kRows, kWide, true>(p, j, b, in_place ? p.b_row : kLanes, L::kCount, ahead);
+      for (int64_t t = 0; t < count; ++t) {
+        columns<L, kRows, kWide, true>(products[t], j, b, in_place ? p.b_row : kLanes, L::kCount,
+                                       ahead);
+      }
     }
     for (; j < last; j += L::kCount) {
-      const int64_t count = least(L::kCount, last - j);
-      pack<kBytes>(p, j, count, L::kCount, panel.data());
-      columns<L, kRows, 1, false>(p, j, panel.data(), L::kCount, count, ahead);
+      const int64_t width = least(L::kCount, last - j);
+      pack<kBytes>(p, j, width, L::kCount, panel.data());
+      for (int64_t t = 0; t < count; ++t) {
+        columns<L, kRows, 1, false>(products[t], j, panel.data(), L::kCount, width, ahead);
+      }
     }
   });
 }
