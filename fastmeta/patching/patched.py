@@ -18,7 +18,7 @@ from fastmeta.patching.search import make_plan
 from fastmeta.patching.slots import Slots, make_slots
 from fastmeta.patching.spec import Spec
 from fastmeta.patching.task_params import TaskParams
-from fastmeta.patching.unpadded import MASK, Tokens, Unpadded, is_traced, tokens_of
+from fastmeta.patching.unpadded import IDS, MASK, Tokens, Unpadded, is_traced, tokens_of
 
 
 def patch(model: nn.Module, spec: Spec, *, seed: int = 0) -> Patched:
@@ -221,18 +221,31 @@ class Patched(nn.Module):
         call = Call(views, tasks, rows)
         if prefix_cache is not None:
             call.prefix = prefix_cache.replay()
-        if self.plan(inputs).unpadded and (prefix_cache is None or prefix_cache.unpadded):
-            call.unpadded = self._unpadded(inputs.get(MASK))
+        plan = self.plan(inputs)
+        if plan.unpadded and (prefix_cache is None or prefix_cache.unpadded):
+            ids = None if plan.padding_word is None else inputs.get(IDS)
+            call.unpadded = self._unpadded(inputs.get(MASK), ids, plan.padding_word)
         return call
 
-    def _unpadded(self, mask: Tensor | None) -> Unpadded | None:
-        """Asks how many tokens there are, which waits for the device, once for every mask."""
+    def _unpadded(
+        self, mask: Tensor | None, ids: Tensor | None, word: int | None
+    ) -> Unpadded | None:
+        """Asks how many tokens there are, which waits for the device, once for every mask.
+
+        Args:
+            ids: Where they are given, padding must hold `word`.
+        """
         if not isinstance(mask, Tensor) or is_traced(mask):
             return None
-        version = None if mask.is_inference() else mask._version
-        known: tuple[int, Tokens | None] | None = self._tokens.get(mask)
-        if known is None or known[0] != version or version is None:
-            known = self._tokens[mask] = version, tokens_of(mask)
+        state = [_version(mask)] if ids is None else [_version(mask), _version(ids), id(ids)]
+        known: tuple[list, Tokens | None, Tensor | None] | None = self._tokens.get(mask)
+        if known is None or known[0] != state or None in state:
+            # Made while a model is evaluated, they may serve its training too.
+            with torch.inference_mode(False):
+                tokens = tokens_of(mask)
+                if tokens is not None and ids is not None:
+                    tokens = tokens if bool(((ids == word) | (mask != 0)).all()) else None
+            known = self._tokens[mask] = state, tokens, ids  # kept, so that its id stays its own
         return None if known[1] is None else Unpadded(known[1])
 
     def _flatten(
@@ -282,6 +295,11 @@ def _unflatten_output(out: Any, tasks: int, rows: int) -> Any:
         return t
 
     return tree_map(fn, out)
+
+
+def _version(t: Tensor) -> int | None:
+    """Changes when the tensor is written to; those of inference mode do not count that."""
+    return None if t.is_inference() else t._version
 
 
 def _leading_axes(inputs: Mapping[str, Any]) -> tuple[str, int, int]:

@@ -52,6 +52,7 @@ class Plan:
         fused_attention: Whether the model calls torch's fused attention past the registries.
         shortened: The layer that returns its first token alone, or None.
         unpadded: Layers that can leave out padding.
+        padding_word: Id that this padding must hold, or None where any may.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Plan:
         self.fused_attention = False
         self.shortened: str | None = None
         self.unpadded: list[str] = []
+        self.padding_word: int | None = None
         whole = [n for n, mode in modes.items() if mode in WHOLE]
         for name, module in list(self.structure.named_modules()):
             rule = isolating_rule(module)

@@ -67,7 +67,7 @@ def make_plan(
             break
     if not boundaries:
         plan = search.try_first_token(plan)
-    layers = search.layers_without_padding(plan)
+    layers, word = search.layers_without_padding(plan)
     for name, mode in plan.modes.items():
         if mode == "loop":
             module = model.get_submodule(split_key(name)[0])
@@ -76,7 +76,7 @@ def make_plan(
     plan.prefix = probe.prefix_modules(search.trace, entered | boundaries)
     prefix.install_in(plan.structure, plan.prefix)
     if layers:
-        plan.unpadded = layers
+        plan.unpadded, plan.padding_word = layers, word
         unpadded.install_in(plan.structure, layers)
     return plan
 
@@ -292,16 +292,29 @@ class _Search:
             return plan  # something reads the other tokens
         return shorter if probe.agrees(actual, self.expected, self.tolerance) else plan
 
-    def layers_without_padding(self, plan: Plan) -> list[str]:
+    def layers_without_padding(self, plan: Plan) -> tuple[list[str], int | None]:
         """A run of the plan's layers that can leave out padding without a change of the model's
-        output, or none."""
-        small = unpadded.with_padding(self.small, getattr(self.model, "config", None))
-        if small is None:
-            return []
+        output, or none; and the word that padding must hold, or None where any may."""
+        padded = unpadded.with_padding(self.small)
+        if padded is None:
+            return [], None
         order = [name for kind, name in self.trace.order if kind == "enter"]
+        runs = [
+            [n for n in layers if n != plan.shortened]
+            for layers in unpadded.runs_of_layers(self.reference, order)
+        ]
+        for small, word in unpadded.with_words(padded, getattr(self.model, "config", None)):
+            layers = self._without_padding(plan, runs, small)
+            if layers:
+                return layers, word
+        return [], None
+
+    def _without_padding(
+        self, plan: Plan, runs: list[list[str]], small: Mapping[str, Any]
+    ) -> list[str]:
+        """The first run of layers that can leave out the padding of these inputs."""
         expected: list[Any] = []
-        for layers in unpadded.runs_of_layers(self.reference, order):
-            layers = [n for n in layers if n != plan.shortened]
+        for layers in filter(None, runs):
             trial = Plan(self.model, self.slots, plan.modes, self.kinds)
             trial.train(False)
             trial.fused_attention = self.fused_attention

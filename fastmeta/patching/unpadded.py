@@ -23,6 +23,7 @@ from fastmeta.patching.bind import install
 from fastmeta.patching.context import current_call
 
 MASK = "attention_mask"
+IDS = "input_ids"
 _WORTH = 15 / 16
 """Share of the positions above which leaving out the others costs more than it saves."""
 
@@ -131,7 +132,7 @@ def is_traced(mask: Tensor) -> bool:
     )
 
 
-def with_padding(inputs: Mapping[str, Any], config: Any) -> dict[str, Any] | None:
+def with_padding(inputs: Mapping[str, Any]) -> dict[str, Any] | None:
     """A model's inputs ``[B, ...]`` with the second half of every other row padding, or None where
     there is no mask or nothing to mask."""
     mask = inputs.get(MASK)
@@ -141,11 +142,25 @@ def with_padding(inputs: Mapping[str, Any], config: Any) -> dict[str, Any] | Non
         return None
     changed = torch.ones_like(mask)
     changed[1::2, (mask.shape[1] + 1) // 2 :] = 0
-    padding, ids = getattr(config, "pad_token_id", None), inputs.get("input_ids")
-    found = {**inputs, MASK: changed}
-    if isinstance(padding, int) and isinstance(ids, Tensor) and ids.shape == mask.shape:
-        found["input_ids"] = ids.masked_fill(changed == 0, padding)
-    return found
+    return {**inputs, MASK: changed}
+
+
+def with_words(inputs: Mapping[str, Any], config: Any) -> list[tuple[dict[str, Any], int | None]]:
+    """Padded inputs whose padding holds some word and, where that shows, the configuration's
+    padding word; and that word, if it is to be there.
+
+    Models that look for a text's last word by its id show the padding that holds any other.
+    """
+    word, ids = getattr(config, "pad_token_id", None), inputs.get(IDS)
+    same = isinstance(ids, Tensor) and ids.shape == inputs[MASK].shape
+    if not isinstance(word, int) or not same:
+        return [(dict(inputs), None)]
+    padding = inputs[MASK] == 0
+
+    def filled(by: int) -> dict[str, Any]:
+        return {**inputs, IDS: ids.masked_fill(padding, by)}
+
+    return [(filled(0 if word else 1), None), (filled(word), word)]
 
 
 def runs_of_layers(structure: nn.Module, order: list[str]) -> list[list[str]]:
@@ -154,6 +169,8 @@ def runs_of_layers(structure: nn.Module, order: list[str]) -> list[list[str]]:
     Args:
         order: Module names in the order in which they were entered.
     """
+    if any(getattr(m, "layerdrop", 0) for m in structure.modules()):
+        return []  # in training any layer may be left out, the first or the last too
     found = []
     for name, module in structure.named_modules():
         if isinstance(module, nn.ModuleList) and len(module):
