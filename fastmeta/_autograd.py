@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import unwrap_dead_wrappers
+from torch._C._functorch import unwrap_if_dead
 from torch.autograd import forward_ad
 
 
@@ -56,7 +56,9 @@ class Function(torch.autograd.Function):
         """
         if torch._C._are_functorch_transforms_active():
             return cls.apply(*args)
-        return super(torch.autograd.Function, cls).apply(*unwrap_dead_wrappers(args))
+        # tensors that outlived their transform, as torch's own `apply` unwraps them
+        args = [unwrap_if_dead(a) if isinstance(a, torch.Tensor) else a for a in args]
+        return super(torch.autograd.Function, cls).apply(*args)
 
 
 def pull_back(

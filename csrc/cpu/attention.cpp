@@ -35,9 +35,9 @@ struct Problem {
     own.queries = own.keys = texts->count[b];
     for (Heads* h : {&own.q, &own.k, &own.v, &own.d_out, &own.a, &own.b, &own.c, &own.out,
                      &own.to_d_out, &own.to_q, &own.to_k, &own.to_v}) {
-      *h = h->from_row(first);
+      *h = h->from(first / texts->each, first % texts->each);
     }
-    own.lse += first;
+    own.lse += first / texts->each * heads * texts->each + first % texts->each;
     return own;
   }
   // Queries at a time: few enough that their weights stay in cache, and nearly equal blocks.
@@ -380,11 +380,11 @@ struct Setting {
 
 std::optional<Texts> texts_of(const Optional& places, const Tensor& q, const Tensor& k) {
   if (!places) return {};
-  STD_TORCH_CHECK(q.size(0) == 1 && k.size(0) == 1 && q.size(2) == k.size(2) &&
-                      places->dim() == 2 && places->is_contiguous(),
-                  "attention: texts need queries and keys of the same rows [1, H, R, D]");
+  STD_TORCH_CHECK(q.size(0) == k.size(0) && q.size(2) == k.size(2) && places->dim() == 2 &&
+                      places->is_contiguous(),
+                  "attention: texts need queries and keys of the same rows [T, H, M, D]");
   return Texts(static_cast<const int64_t*>(places->const_data_ptr()), places->size(0),
-               places->size(1), q.size(2));
+               places->size(1), q.size(2), q.size(0) * q.size(2));
 }
 
 // Zeros in rows of no text.
@@ -395,7 +395,8 @@ void clear_others(const Problem<A>& s) {
     if (!to) return;
     for (const int64_t row : s.texts->others) {
       for (int64_t h = 0; h < heads; ++h) {
-        std::memset(to.at(h, row), 0, size_t(to.width * to.size()));
+        std::memset(to.at(row / s.texts->each, h, row % s.texts->each), 0,
+                    size_t(to.width * to.size()));
       }
     }
   };

@@ -2,7 +2,7 @@
 
 Shapes: ``q, d_out [B, H, Lq, .]``, ``k, v [B, Hk, Lk, .]``, ``lse [B, H, Lq]``; a mask (bool, or
 additive in the dtype of computation) with four axes of size 1 or the full one; seed an int64
-scalar. With places ``[B, L]`` texts lie one after another in ``[1, H, R, .]`` (see `Setting`).
+scalar. With places ``[B, L]`` texts lie one after another in ``[T, H, M, .]`` (see `Setting`).
 Nothing of the size Lq x Lk is kept: kernels rebuild the weights from ``lse``, in the
 gradient and in its derivative. What comes after that, and every derivative with respect to a mask,
 differentiates the reference.

@@ -90,7 +90,7 @@ class Landing(Protocol):
 def product(a: Tensor, b: Tensor, base: Tensor | None = None) -> Tensor:
     """``a b + base`` for ``[T, M, K]`` and ``[T, K, N]``; no derivative."""
     if has_kernel(a):
-        return _backend.kernel(_MM, a.device.type)(a, b, base)
+        return _backend.kernel(_MM, _KERNEL_DEVICE)(a, b, base)
     return reference.batched_mm(a, b, base)
 
 

@@ -52,12 +52,11 @@ def attention(
     tokens = active_tokens()
     if tokens is None:
         return _attention(module, query, key, value, None, *settings), None
-    operands = [t.transpose(1, 2) for t in (query, key, value)]  # [T, M, H, D]
     if takes_places(query) and not softcap and not hasattr(module, "fastmeta_prefix"):
-        rows = (t.flatten(0, 1).unsqueeze(0).transpose(1, 2) for t in operands)  # [1, H, T * M, D]
-        out = _attention(module, *rows, tokens.place.view(tokens.shape), *settings)
-        return out.view(operands[0].shape[:2] + out.shape[2:]), None
-    padded = (tokens.padded(t).transpose(1, 2) for t in operands)
+        return _attention(
+            module, query, key, value, tokens.place.view(tokens.shape), *settings
+        ), None
+    padded = (tokens.padded(t.transpose(1, 2)).transpose(1, 2) for t in (query, key, value))
     return tokens.packed(_attention(module, *padded, None, *settings)), None
 
 
@@ -74,7 +73,8 @@ def _attention(
     position_bias: Tensor | None,
     softcap: float | None,
 ) -> Tensor:
-    """:func:`attention` on padded texts, or on rows of texts at `places`: ``[B, Lq, H, D]``."""
+    """:func:`attention` on padded texts, or on rows of texts at `places`: ``[B, Lq, H, D]`` or
+    ``[T, M, H, D]``."""
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     causal = bool(is_causal) and query.shape[2] > 1 and attention_mask is None

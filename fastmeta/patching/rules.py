@@ -69,7 +69,8 @@ def _affine(module: nn.Module, adapted: Adapted, call: Call, x: Tensor, transpos
     if weight is None and "lora_A" in adapted.slots and has_kernel(x.device):
         y = _lora(module, adapted, call, x, bias, transposed)
         return y.reshape(*x.shape[:-1], y.shape[-1])
-    rows = x.reshape(call.tasks, -1, x.shape[-1])  # [T, M, in]
+    by_task = x.dim() == 3 and x.shape[0] == call.tasks
+    rows = x if by_task else x.reshape(call.tasks, -1, x.shape[-1])  # [T, M, in]
     if weight is not None:
         base = bias.unsqueeze(1) if bias is not None else module.bias
         if bias is None and base is not None:
@@ -86,7 +87,7 @@ def _affine(module: nn.Module, adapted: Adapted, call: Call, x: Tensor, transpos
     if "lora_A" in adapted.slots:
         low = _factor(adapted, call, rows, "lora_A") * adapted.lora_scale  # [T, M, r]
         y = _factor(adapted, call, low, "lora_B", y)
-    return y.reshape(*x.shape[:-1], y.shape[-1])
+    return y if by_task else y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def _lora(

@@ -25,10 +25,10 @@ class Setting:
         dropout_p: probability that an attention weight is dropped.
         period: rows ``b`` and ``b + period`` of the batch share their dropout.
         softcap: scores become ``softcap * tanh(scores / softcap)`` before the mask, unless 0.
-        places: int64 ``[B, L]`` where q, k and v are ``[1, H, R, D]`` with the rows of B texts one
-            after another: the row of every position of a text of width L, -1 for those without;
-            in a text, rows follow each other. Masks are those of ``[B, H, L, L]``; rows of no text
-            give zeros.
+        places: int64 ``[B, L]`` where q, k and v are ``[T, H, M, D]`` with the rows of B texts one
+            after another: the row ``t M + i`` of every position of a text of width L, -1 for those
+            without. A text's rows follow each other and are of one task. Masks, dropout and causal
+            order are those of ``[B, H, L, L]``; rows of no text give zeros.
     """
 
     scale: float
@@ -47,7 +47,7 @@ def attention(
     if setting.places is not None:
         places, setting = setting.places, replace(setting, places=None)
         padded = (as_texts(t, places) for t in (q, k, v))
-        return as_rows(attention(*padded, mask, seed, setting), places, q.shape[2])
+        return as_rows(attention(*padded, mask, seed, setting), places, q)
     scores = masked_scores(q, k, mask, setting)
     # rows without a key are zero, and so are their derivatives
     weights = torch.ops.aten._safe_softmax.default(scores, -1)
@@ -57,17 +57,18 @@ def attention(
 
 
 def as_texts(x: Tensor, places: Tensor) -> Tensor:
-    """``[1, H, R, D]`` -> ``[B, H, L, D]``, zeros at positions without a row."""
-    x = x[0][:, places.clamp_min(0)]  # [H, B, L, D]
-    return x.masked_fill((places < 0).unsqueeze(-1), 0.0).transpose(0, 1)
+    """``[T, H, M, D]`` -> ``[B, H, L, D]``, zeros at positions without a row."""
+    x = x.transpose(1, 2).flatten(0, 1)[places.clamp_min(0)]  # [B, L, H, D]
+    return x.masked_fill((places < 0)[:, :, None, None], 0.0).transpose(1, 2)
 
 
-def as_rows(x: Tensor, places: Tensor, rows: int) -> Tensor:
-    """``[B, H, L, D]`` -> ``[1, H, R, D]``."""
+def as_rows(x: Tensor, places: Tensor, like: Tensor) -> Tensor:
+    """``[B, H, L, D]`` -> ``[T, H, M, D]`` for rows like those of ``[T, H, M, .]``."""
     b, j = (places >= 0).nonzero(as_tuple=True)
     taken = x[b, :, j]  # [tokens, H, D]
-    empty = taken.new_zeros(rows, *taken.shape[1:])
-    return empty.index_copy(0, places[b, j], taken).transpose(0, 1).unsqueeze(0)
+    tasks, _, each, _ = like.shape
+    rows = taken.new_zeros(tasks * each, *taken.shape[1:]).index_copy(0, places[b, j], taken)
+    return rows.unflatten(0, (tasks, each)).transpose(1, 2)
 
 
 def masked_scores(q: Tensor, k: Tensor, mask: Tensor | None, setting: Setting) -> Tensor:
@@ -141,7 +142,7 @@ def forward(
     lse = torch.logsumexp(masked_scores(*rows, mask, padded), -1)
     lse = torch.where(lse == float("-inf"), float("inf"), lse)
     if places is not None:
-        lse = as_rows(lse.unsqueeze(-1), places, q.shape[2]).squeeze(-1)
+        lse = as_rows(lse.unsqueeze(-1), places, q).squeeze(-1)
     out = empty_like(q, v.shape[3])
     return out.copy_(attention(q, k, v, mask, seed, setting)), lse
 
