@@ -95,7 +95,7 @@ class Support:
             return self
         leaves, spec = tree_flatten(self.prefix.outputs)
         others = iter(_HOLE if t is None else t for t in tensors)
-        cache = PrefixCache(self.prefix.unpadded)
+        cache = PrefixCache(self.prefix.tokens)
         cache.recording = False
         cache.outputs = tree_unflatten(
             [next(others) if isinstance(t, Tensor) or t is _HOLE else t for t in leaves], spec

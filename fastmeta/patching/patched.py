@@ -180,8 +180,9 @@ class Patched(nn.Module):
         plan = self.plan(inputs)
         if not plan.prefix or plan.prefix_is_random():
             return None
-        cache = prefix.PrefixCache(not padded)
-        call = self.call(params.views, inputs, cache)
+        call = self.call(params.views, inputs, padded=padded)
+        cache = prefix.PrefixCache(call.unpadded and call.unpadded.tokens)
+        call.prefix = cache.replay()
         try:
             with running(call):
                 plan.run_prefix(flat)
@@ -209,22 +210,35 @@ class Patched(nn.Module):
         """
         flat, tasks, rows = self._flatten(params, inputs)
         plan = self.plan(inputs)
-        with running(self.call(params.bound(plan), inputs, prefix_cache)):
+        with running(self.call(params.bound(plan), inputs, prefix_cache=prefix_cache)):
             out = plan.run(flat)
         return _unflatten_output(out, tasks, rows)
 
     def call(
-        self, views: list, inputs: Mapping[str, Any], prefix_cache: prefix.PrefixCache | None
+        self,
+        views: list,
+        inputs: Mapping[str, Any],
+        *,
+        prefix_cache: prefix.PrefixCache | None = None,
+        padded: bool = False,
     ) -> Call:
-        """A pass over inputs ``[T, N, ...]``, without their padding where layers can do without."""
+        """A pass over inputs ``[T, N, ...]``: without their padding where layers can do without,
+        unless `padded`; with a stored prefix, as that was recorded."""
         _, tasks, rows = _leading_axes(inputs)
         call = Call(views, tasks, rows)
+        plan, mask = self.plan(inputs), inputs.get(MASK)
         if prefix_cache is not None:
             call.prefix = prefix_cache.replay()
-        plan = self.plan(inputs)
-        if plan.unpadded and (prefix_cache is None or prefix_cache.unpadded):
+            if prefix_cache.tokens is not None:
+                if is_traced(mask):
+                    raise RuntimeError(
+                        "a pass that is traced or transformed needs a prefix of padded texts: "
+                        "record_prefix(..., padded=True)"
+                    )
+                call.unpadded = Unpadded(prefix_cache.tokens)
+        elif plan.unpadded and not padded:
             ids = None if plan.padding_word is None else inputs.get(IDS)
-            call.unpadded = self._unpadded(inputs.get(MASK), ids, plan.padding_word)
+            call.unpadded = self._unpadded(mask, ids, plan.padding_word)
         return call
 
     def _unpadded(

@@ -8,7 +8,7 @@ the stored tensors and flows back through the prefix once.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,18 +17,21 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from fastmeta.patching.bind import install
 from fastmeta.patching.context import current_call
 
+if TYPE_CHECKING:
+    from fastmeta.patching.unpadded import Tokens
+
 
 class PrefixCache:
     """Outputs of the frozen prefix on one set of inputs, module by module, call by call.
 
     Args:
-        unpadded: Whether layers' outputs are those of tokens without padding.
+        tokens: Those that layers' outputs are of, without padding; None where they are padded.
     """
 
-    def __init__(self, unpadded: bool = False) -> None:
+    def __init__(self, tokens: Tokens | None = None) -> None:
         self.outputs: dict[str, list[Any]] = {}
         self.recording = True
-        self.unpadded = unpadded
+        self.tokens = tokens
 
     def tensors(self) -> list[Tensor]:
         """Every stored tensor that carries a gradient, in a fixed order."""
@@ -42,7 +45,7 @@ class PrefixCache:
         leaves = [
             next(replacements) if isinstance(t, Tensor) and t.requires_grad else t for t in leaves
         ]
-        cache = PrefixCache(self.unpadded)
+        cache = PrefixCache(self.tokens)
         cache.outputs = tree_unflatten(leaves, spec)
         cache.recording = False
         return cache
