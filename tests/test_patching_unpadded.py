@@ -14,6 +14,7 @@ import torch
 import transformers as tf
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
+from transformers.pytorch_utils import Conv1D
 
 import fastmeta as fm
 from fastmeta.engine import memory
@@ -71,7 +72,7 @@ def watched(plan, layers: list[str] | None = None) -> Iterator[list[tuple[int, .
         module.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape[:2])))
         for name in layers
         for module in plan.structure.get_submodule(name).modules()
-        if isinstance(module, nn.Linear)
+        if isinstance(module, nn.Linear | Conv1D)
     ]
     assert handles
     yield shapes
@@ -419,7 +420,8 @@ def test_models_that_show_padding_keep_it(kind: str) -> None:
     model = SHOWING[kind]().eval()
     patched = fm.patch(model, EVERYTHING)
     inputs = texts()
-    assert patched.plan(inputs).unpadded == []
+    plan = patched.plan(inputs)
+    assert plan.unpadded == [] or plan.shows_padding
     got = shown(patched(patched.init(2), **inputs)).flatten(0, 1)
     want = shown(model(**{k: v.flatten(0, 1) for k, v in inputs.items()}))
     torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
@@ -450,6 +452,57 @@ def test_padding_that_holds_words_shows_where_the_last_word_is_read(family: str)
     assert layer_shapes(patched, {**inputs, "input_ids": ids}) == {(2, 10)}
     ids.masked_fill_(inputs["attention_mask"] == 0, 7)
     assert_right(patched, {**inputs, "input_ids": ids})
+
+
+def labelled(side: str = "right", seed: int = 0) -> dict[str, Tensor]:
+    """Texts whose labels are their words, but for padding and words after padding."""
+    inputs = texts(side=side, seed=seed)
+    real = inputs["attention_mask"] != 0
+    counted = real.clone()
+    counted[..., 1:] &= real[..., :-1]
+    return {**inputs, "labels": inputs["input_ids"].masked_fill(~counted, -100)}
+
+
+@pytest.mark.parametrize("side", ["right", "left", "holes"])
+@pytest.mark.parametrize("family", ["gpt2_lm", "bert_mlm"])
+def test_labels_tell_that_nobody_reads_padding(family: str, side: str) -> None:
+    patched = fm.patch(families.build(family), EVERYTHING)
+    inputs = labelled(side)
+    ((rows, width),) = layer_shapes(patched, inputs)
+    assert rows == 2 and 10 <= width < 16
+    with keep_float64():
+        got = patched(patched.init(2), **inputs).logits
+    labels = inputs.pop("labels")
+    real = inputs["attention_mask"] != 0
+    torch.testing.assert_close(got[real], model_logits(patched, inputs)[real], rtol=1e-9, atol=0)
+    assert layer_shapes(patched, inputs) == {(6, LENGTH)}
+    labels[0, 0, 7 if side == "right" else 3] = 4  # of padding, or of the word after it
+    if side != "holes":
+        assert layer_shapes(patched, {**inputs, "labels": labels}) == {(6, LENGTH)}
+
+
+def test_labels_of_other_texts_tell_nothing() -> None:
+    patched = fm.patch(families.build("bart_lm"), EVERYTHING)
+    assert patched.plan(labelled()).unpadded == []
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_language_models_learn_the_same_without_padding(
+    monkeypatch: pytest.MonkeyPatch, order: int
+) -> None:
+    def run() -> dict[str, Tensor]:
+        patched = fm.patch(families.build("gpt2_lm"), EVERYTHING)
+        settings = {"order": order, "memory": "unroll", "loss_fn": "causal_lm"}
+            learner = fm.MAML(patched, lr=0.1, steps=2, **settings)
+        with watched(patched.plan(labelled())) as shapes, keep_float64():
+            out = learner(fm.TaskBatch(labelled(), labelled("left", seed=1)))
+            found = episode_oracle.gradients(learner, out.loss)
+        seen.append({rows for rows, _ in shapes})
+        return found
+
+    seen: list[set] = []
+    episode_oracle.assert_close(run(), padded(monkeypatch, run))
+    assert seen == [{2}, {6}]
 
 
 def test_layers_that_training_leaves_out_keep_padding() -> None:

@@ -18,7 +18,15 @@ from fastmeta.patching.search import make_plan
 from fastmeta.patching.slots import Slots, make_slots
 from fastmeta.patching.spec import Spec
 from fastmeta.patching.task_params import TaskParams
-from fastmeta.patching.unpadded import IDS, MASK, Tokens, Unpadded, is_traced, tokens_of
+from fastmeta.patching.unpadded import (
+    IDS,
+    MASK,
+    Tokens,
+    Unpadded,
+    ignored_by,
+    is_traced,
+    tokens_of,
+)
 
 
 def patch(model: nn.Module, spec: Spec, *, seed: int = 0) -> Patched:
@@ -200,7 +208,8 @@ class Patched(nn.Module):
             prefix_cache: From :meth:`record_prefix` on the same inputs.
             inputs: The model's inputs with a task axis, ``[T, N, ...]``. ``labels`` are not passed
                 to the model (its own loss would mix tasks); an encoder-decoder model derives its
-                decoder inputs from them.
+                decoder inputs from them. Labels ``[T, N, L]`` that ignore all padding (-100) say
+                that nobody reads the outputs there, which then need not be computed.
 
         Returns:
             The model's output with ``[T, N, ...]`` in place of ``[B, ...]``.
@@ -237,30 +246,26 @@ class Patched(nn.Module):
                     )
                 call.unpadded = Unpadded(prefix_cache.tokens)
         elif plan.unpadded and not padded:
-            ids = None if plan.padding_word is None else inputs.get(IDS)
-            call.unpadded = self._unpadded(mask, ids, plan.padding_word)
+            call.unpadded = self._unpadded(plan, inputs)
         return call
 
-    def _unpadded(
-        self, mask: Tensor | None, ids: Tensor | None, word: int | None
-    ) -> Unpadded | None:
-        """Asks how many tokens there are, which waits for the device, once for every mask.
-
-        Args:
-            ids: Where they are given, padding must hold `word`.
-        """
+    def _unpadded(self, plan: Plan, inputs: Mapping[str, Any]) -> Unpadded | None:
+        """Asks how many tokens there are, which waits for the device, once for every mask."""
+        mask = inputs.get(MASK)
         if not isinstance(mask, Tensor) or is_traced(mask):
             return None
-        state = [_version(mask)] if ids is None else [_version(mask), _version(ids), id(ids)]
-        known: tuple[list, Tokens | None, Tensor | None] | None = self._tokens.get(mask)
-        if known is None or known[0] != state or None in state:
+        # what the answer depends on; kept, so that their ids stay their own
+        asked = [mask]
+        asked += [inputs.get(IDS)] if plan.padding_word is not None else []
+        asked += [inputs.get("labels")] if plan.shows_padding else []
+        state = [(id(t), _version(t)) for t in asked]
+        known: tuple[list, list, Tokens | None] | None = self._tokens.get(mask)
+        if known is None or known[0] != state or any(version is None for _, version in state):
             # Made while a model is evaluated, they may serve its training too.
             with torch.inference_mode(False):
-                tokens = tokens_of(mask)
-                if tokens is not None and ids is not None:
-                    tokens = tokens if bool(((ids == word) | (mask != 0)).all()) else None
-            known = self._tokens[mask] = state, tokens, ids  # kept, so that its id stays its own
-        return None if known[1] is None else Unpadded(known[1])
+                tokens = _tokens(plan, inputs)
+            known = self._tokens[mask] = state, asked[1:], tokens
+        return None if known[2] is None else Unpadded(known[2])
 
     def _flatten(
         self, params: TaskParams, inputs: Mapping[str, Any]
@@ -302,6 +307,19 @@ class Patched(nn.Module):
         )
 
 
+def _tokens(plan: Plan, inputs: Mapping[str, Any]) -> Tokens | None:
+    """The positions of inputs ``[T, N, ...]`` that count, None where padding is to be computed."""
+    mask, word = inputs[MASK], plan.padding_word
+    tokens = tokens_of(mask)
+    if tokens is None:
+        return None
+    if word is not None and not bool(((inputs.get(IDS) == word) | (mask != 0)).all()):
+        return None
+    if plan.shows_padding and not ignored_by(inputs.get("labels"), mask):
+        return None
+    return tokens
+
+
 def _unflatten_output(out: Any, tasks: int, rows: int) -> Any:
     def fn(t: Any) -> Any:
         if isinstance(t, Tensor) and t.dim() > 0 and t.shape[0] == tasks * rows:
@@ -311,8 +329,10 @@ def _unflatten_output(out: Any, tasks: int, rows: int) -> Any:
     return tree_map(fn, out)
 
 
-def _version(t: Tensor) -> int | None:
-    """Changes when the tensor is written to; those of inference mode do not count that."""
+def _version(t: Any) -> int | None:
+    """Changes when a tensor is written to; those of inference mode do not count that."""
+    if not isinstance(t, Tensor):
+        return 0
     return None if t.is_inference() else t._version
 
 

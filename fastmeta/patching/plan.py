@@ -53,6 +53,8 @@ class Plan:
         shortened: The layer that returns its first token alone, or None.
         unpadded: Layers that can leave out padding.
         padding_word: Id that this padding must hold, or None where any may.
+        shows_padding: Whether the output is another at padding without them; then padding is left
+            out where labels say that nobody reads it.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class Plan:
         self.shortened: str | None = None
         self.unpadded: list[str] = []
         self.padding_word: int | None = None
+        self.shows_padding = False
         whole = [n for n, mode in modes.items() if mode in WHOLE]
         for name, module in list(self.structure.named_modules()):
             rule = isolating_rule(module)

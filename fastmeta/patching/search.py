@@ -67,7 +67,7 @@ def make_plan(
             break
     if not boundaries:
         plan = search.try_first_token(plan)
-    layers, word = search.layers_without_padding(plan)
+    search.leave_out_padding(plan)
     for name, mode in plan.modes.items():
         if mode == "loop":
             module = model.get_submodule(split_key(name)[0])
@@ -75,9 +75,8 @@ def make_plan(
     entered = {n for n, mode in plan.modes.items() if mode != "skip"} | slots.prefixes.keys()
     plan.prefix = probe.prefix_modules(search.trace, entered | boundaries)
     prefix.install_in(plan.structure, plan.prefix)
-    if layers:
-        plan.unpadded, plan.padding_word = layers, word
-        unpadded.install_in(plan.structure, layers)
+    if plan.unpadded:
+        unpadded.install_in(plan.structure, plan.unpadded)
     return plan
 
 
@@ -292,27 +291,36 @@ class _Search:
             return plan  # something reads the other tokens
         return shorter if probe.agrees(actual, self.expected, self.tolerance) else plan
 
-    def layers_without_padding(self, plan: Plan) -> tuple[list[str], int | None]:
-        """A run of the plan's layers that can leave out padding without a change of the model's
-        output, or none; and the word that padding must hold, or None where any may."""
+    def leave_out_padding(self, plan: Plan) -> None:
+        """Find a run of the plan's layers that can leave out padding without a change of the
+        model's output; else one that changes it at padding alone."""
         padded = unpadded.with_padding(self.small)
         if padded is None:
-            return [], None
+            return
         order = [name for kind, name in self.trace.order if kind == "enter"]
         runs = [
             [n for n in layers if n != plan.shortened]
             for layers in unpadded.runs_of_layers(self.reference, order)
         ]
-        for small, word in unpadded.with_words(padded, getattr(self.model, "config", None)):
-            layers = self._without_padding(plan, runs, small)
+        config = getattr(self.model, "config", None)
+        filled = unpadded.with_words(padded, config)
+        trials = [(*f, False) for f in filled]
+        if not getattr(config, "is_encoder_decoder", False):  # whose labels are of other texts
+            trials.append((*filled[0], True))
+        for small, word, shown in trials:
+            layers = self._without_padding(plan, runs, small, shown)
             if layers:
-                return layers, word
-        return [], None
+                plan.unpadded, plan.padding_word, plan.shows_padding = layers, word, shown
+                return
 
     def _without_padding(
-        self, plan: Plan, runs: list[list[str]], small: Mapping[str, Any]
+        self, plan: Plan, runs: list[list[str]], small: Mapping[str, Any], shown: bool
     ) -> list[str]:
-        """The first run of layers that can leave out the padding of these inputs."""
+        """The first run of layers that can leave out the padding of these inputs.
+
+        Args:
+            shown: Whether the output may change at padding.
+        """
         expected: list[Any] = []
         for layers in filter(None, runs):
             trial = Plan(self.model, self.slots, plan.modes, self.kinds)
@@ -324,11 +332,17 @@ class _Search:
             tokens = unpadded.Tokens(small[unpadded.MASK], probe.TASKS)
             call = Call(self.views, probe.TASKS, probe.ROWS, unpadded=unpadded.Unpadded(tokens))
             try:
-                expected = expected or self._per_task(small)
+                if not expected:
+                    expected = self._per_task(small)
+                    if shown:
+                        masks = small[unpadded.MASK].split(probe.ROWS)
+                        expected = list(map(unpadded.at_tokens, expected, masks))
                 with torch.no_grad(), running(call):
                     actual = trial.run(small)
             except Exception:
                 continue  # something needs to know which text a token is of
+            if shown:
+                actual = unpadded.at_tokens(actual, small[unpadded.MASK])
             if probe.agrees(actual, expected, self.tolerance):
                 return layers
         return []

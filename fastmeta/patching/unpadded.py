@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.utils._pytree import tree_map
 
+from fastmeta.batch import IGNORE_INDEX
 from fastmeta.ops.take_rows import rearranged
 from fastmeta.patching.bind import install
 from fastmeta.patching.context import current_call
@@ -130,6 +132,28 @@ def is_traced(mask: Tensor) -> bool:
         or torch._C._are_functorch_transforms_active()
         or torch._C._functorch.is_legacy_batchedtensor(mask)
     )
+
+
+def ignored_by(labels: object, mask: Tensor) -> bool:
+    """Whether labels ``[T, N, L]`` leave out the padding of a mask of that shape, as that of the
+    word itself and as that of the word before."""
+    if not isinstance(labels, Tensor) or labels.shape != mask.shape:
+        return False
+    padding = mask == 0
+    counted = labels != IGNORE_INDEX
+    after = counted[..., 1:] & padding[..., :-1]
+    return not bool((counted & padding).any() | after.any())
+
+
+def at_tokens(outputs: Any, mask: Tensor) -> Any:
+    """A model's outputs with zeros for padding, in whatever is ``[B, L, ...]``."""
+
+    def kept(t: Any) -> Any:
+        if not isinstance(t, Tensor) or t.shape[:2] != mask.shape:
+            return t
+        return t.masked_fill((mask == 0).view(*mask.shape, *(1,) * (t.dim() - 2)), 0)
+
+    return tree_map(kept, outputs)
 
 
 def with_padding(inputs: Mapping[str, Any]) -> dict[str, Any] | None:
