@@ -50,26 +50,28 @@ def batched_mm_onto(to, a, b, *_, **__) -> int:
     return batched_mm(a, b)
 
 
-def _scores(q, k, v) -> tuple[int, int, int]:
-    """Entries of all scores, and the head sizes that a product sums over or returns."""
-    return q[0] * q[1] * q[2] * k[2], q[3], v[3]
+def _scores(q, k, v, places) -> tuple[int, int, int]:
+    """Entries of all scores, as if texts were padded, and the head sizes that a product sums over
+    or returns."""
+    texts, queries, keys = (q[0], q[2], k[2]) if places is None else (*places, places[1])
+    return texts * q[1] * queries * keys, q[3], v[3]
 
 
 @register_flop_formula(torch.ops.fastmeta.attention)
-def attention(q, k, v, *_, **__) -> int:
-    scores, d, e = _scores(q, k, v)
+def attention(q, k, v, mask, seed, places, *_, **__) -> int:
+    scores, d, e = _scores(q, k, v, places)
     return 2 * scores * (d + e)
 
 
 @register_flop_formula(torch.ops.fastmeta.attention_backward)
-def attention_backward(d_out, q, k, v, *_, **__) -> int:
-    scores, d, e = _scores(q, k, v)
+def attention_backward(d_out, q, k, v, lse, mask, seed, places, *_, **__) -> int:
+    scores, d, e = _scores(q, k, v, places)
     return 2 * scores * (3 * d + 2 * e)
 
 
 @register_flop_formula(torch.ops.fastmeta.attention_double_backward)
-def attention_double_backward(a, b, c, d_out, q, k, v, *_, **__) -> int:
-    scores, d, e = _scores(q, k, v)
+def attention_double_backward(a, b, c, d_out, q, k, v, lse, mask, seed, places, *_, **__) -> int:
+    scores, d, e = _scores(q, k, v, places)
     return 2 * scores * (7 * d + 5 * e)
 
 

@@ -493,7 +493,7 @@ def test_language_models_learn_the_same_without_padding(
     def run() -> dict[str, Tensor]:
         patched = fm.patch(families.build("gpt2_lm"), EVERYTHING)
         settings = {"order": order, "memory": "unroll", "loss_fn": "causal_lm"}
-            learner = fm.MAML(patched, lr=0.1, steps=2, **settings)
+        learner = fm.MAML(patched, lr=0.1, steps=2, **settings)
         with watched(patched.plan(labelled())) as shapes, keep_float64():
             out = learner(fm.TaskBatch(labelled(), labelled("left", seed=1)))
             found = episode_oracle.gradients(learner, out.loss)

@@ -317,7 +317,7 @@ def call_attention(launchers, shape, dtype, options: bool) -> None:
     k, v, kc, vc = (empty(b, groups, keys, width) for _ in range(4))
     mask = empty(b, 1, 1, keys, dtype=torch.bool) if options else None
     seed = empty(dtype=torch.int64) if options else None
-    setting = (width**-0.5, -queries, 0 if options else keys, 0.1 if options else 0.0, b)
+    setting = (None, width**-0.5, -queries, 0 if options else keys, 0.1 if options else 0.0, b)
     _, lse = launchers["attention"](q, k, v, mask, seed, *setting)
     given = (d_out, q, k, v, lse, mask, seed, *setting)
     launchers["attention_backward"](*given, 7)
