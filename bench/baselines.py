@@ -17,7 +17,9 @@ from bench.cases import LR
 
 
 def inputs_of(task_set: Mapping[str, Tensor], t: int) -> dict[str, Tensor]:
-    return {k: v[t] for k, v in task_set.items() if k != "labels"}
+    """One task's, no wider than its longest text."""
+    width = int(task_set["attention_mask"][t].sum(-1).max())
+    return {k: v[t, :, :width] for k, v in task_set.items() if k != "labels"}
 
 
 def per_task_loop(model: nn.Module, names: list[str], batch: fm.TaskBatch, steps: int) -> float:

@@ -14,6 +14,9 @@ import fastmeta as fm
 WAYS = 5
 LR = 0.01
 
+# Words of a text of CLINC150 by all-MiniLM's tokenizer, at every twentieth of all texts.
+CLINC_LENGTHS = (3, 5, 6, 7, 8, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 14, 14, 15, 17, 19, 28)
+
 
 @dataclass(frozen=True)
 class Case:
@@ -23,6 +26,8 @@ class Case:
     tasks, shots, length, steps: T, K-shot, L, inner steps; the query set has the support's size.
     spec: What adapts.
     trained: Parameters that the outer loop learns, by substring of their name; None for all.
+    lengths: What texts' lengths are drawn from, L being the longest; None: all are of length L but
+        every third, which is a quarter shorter.
     """
 
     title: str
@@ -35,6 +40,7 @@ class Case:
     steps: int
     spec: Callable[[], fm.Spec]
     trained: tuple[str, ...] | None = None
+    lengths: tuple[int, ...] | None = None
 
     def model(self) -> nn.Module:
         torch.manual_seed(0)
@@ -61,6 +67,10 @@ class Case:
             ids = torch.randint(5, 1000, shape, generator=generator)
             mask = torch.ones_like(ids)
             mask[:, 1::3, self.length * 3 // 4 :] = 0  # some texts are shorter
+            if self.lengths is not None:
+                drawn = torch.randint(len(self.lengths), shape[:2], generator=generator)
+                mask = torch.arange(self.length) < torch.tensor(self.lengths)[drawn].unsqueeze(-1)
+                mask = mask.to(ids.dtype)
             labels = (torch.arange(shape[1]) % WAYS).expand(shape[:2]).contiguous()
             sets.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
         return fm.TaskBatch(*sets)
@@ -89,6 +99,11 @@ CASES = {
         "6-layer BERT h=384 (MiniLM), T=32, 1-shot, L=16, K=5, LoRA (r=8) + head, frozen backbone",
         6, 384, 12, 32, 1, 16, 5, lambda: fm.LoRA(r=8) + fm.Params("classifier.*"),
         ("classifier",),
+    ),
+    "texts-lora": Case(
+        "the same with texts as long as those of CLINC150, L=28, T=8",
+        6, 384, 12, 8, 1, 28, 5, lambda: fm.LoRA(r=8) + fm.Params("classifier.*"),
+        ("classifier",), CLINC_LENGTHS,
     ),
     "memory": Case(
         "4-layer BERT h=256, T=8, 5-shot, L=32, all parameters",

@@ -1,7 +1,7 @@
 """Compare meta-steps with other libraries, interleaved in one process; peak memory in its own.
 
-    python -m bench.compare [--cases full,lora,last2,deep,minilm-lora,memory] [--rounds 5]
-                            [--out results.json]
+    python -m bench.compare [--rounds 5] [--out results.json]
+                            [--cases full,lora,last2,deep,minilm-lora,texts-lora,memory]
 
 Cases that are measured replace those of the file; others stay.
 
@@ -36,6 +36,7 @@ PEERS = {
     "last2": ["per-task loop", "higher"],
     "deep": ["per-task loop", "JAX jit(vmap)"],
     "minilm-lora": ["per-task loop", "higher"],
+    "texts-lora": ["per-task loop", "torch.func.vmap", "higher"],
 }
 
 MODES = {
@@ -168,7 +169,7 @@ def memory_table() -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cases", default="full,lora,last2,deep,minilm-lora,memory")
+    parser.add_argument("--cases", default="full,lora,last2,deep,minilm-lora,texts-lora,memory")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path)
