@@ -362,6 +362,25 @@ def test_a_stored_prefix_is_that_of_tokens(name: str) -> None:
     assert outputs[0].shape[:2] == SUPPORT and outputs[1].shape[:2] == (9, LENGTH)
 
 
+def test_transforms_need_a_prefix_of_padded_texts() -> None:
+    patched = fm.patch(bert(), SPECS["last layer"])
+    inputs = texts()
+    params = patched.init(2)
+    packed = params.packed.detach()
+
+    def run(factor: Tensor, store) -> Tensor:
+        fast = fm.TaskParams(patched.layout, factor * packed)
+        return patched(fast, prefix_cache=store, **inputs).logits
+
+    factors = torch.tensor([1.0, 1.5], dtype=packed.dtype)
+    with pytest.raises(RuntimeError, match="needs a prefix of padded texts: record_prefix"):
+        torch.func.vmap(run, in_dims=(0, None))(factors, patched.record_prefix(params, inputs))
+    store = patched.record_prefix(params, inputs, padded=True)
+    got = torch.func.vmap(run, in_dims=(0, None))(factors, store)
+    want = torch.stack([run(f, store) for f in factors])
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+
+
 # -- models that show their padding ----------------------------------------------------------
 
 
@@ -680,7 +699,7 @@ def test_many_more_tokens_are_measured_again(monkeypatch: pytest.MonkeyPatch) ->
     original = memory.predict
 
     def predict(loop, batch, mode):
-        measured.append(memory.most_tokens(batch[:1]))
+        measured.append(memory.computed_tokens(loop, batch[:1]))
         return original(loop, batch, mode)
 
     monkeypatch.setattr(memory, "predict", predict)
@@ -710,13 +729,17 @@ def test_plans_of_padded_texts_hold_for_any(kind: str) -> None:
 
 
 def test_a_plan_allows_a_few_more_tokens() -> None:
-    def sets(support: int, query: int) -> fm.TaskBatch:
-        masks = ({"attention_mask": torch.ones(1, 1, n)} for n in (support, query))
-        return fm.TaskBatch(*masks)
-
     plan = memory.MemoryPlan("unroll", tokens=(100, 200))
-    assert not plan.outgrown(sets(105, 210))
-    assert plan.outgrown(sets(106, 10)) and plan.outgrown(sets(10, 211))
+    assert not plan.outgrown((105, 210))
+    assert plan.outgrown((106, 10)) and plan.outgrown((10, 211))
+
+
+def test_a_mask_that_keeps_padding_outgrows_a_plan() -> None:
+    learner = fm.MAML(fm.patch(bert(), EVERYTHING), lr=0.1, steps=1)
+    first = plan_of(learner, batch_of(6))
+    batch = batch_of(6)
+    batch.support["attention_mask"] = batch.support["attention_mask"].double()
+    assert first.tokens == (6, 6) and plan_of(learner, batch).tokens == (3 * LENGTH, 6)
 
 
 # -- the operator ----------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from fastmeta.engine.memory import (
     MemoryPlan,
     check_memory,
     choose_plan,
+    computed_tokens,
     is_out_of_memory,
 )
 from fastmeta.engine.optimizers import UpdateRule, resolve_rule
@@ -237,7 +238,7 @@ class GradientLearner(nn.Module):
             *(tuple(t.shape) for s in (batch.support, batch.query) for t in s.values()),
         )
         plan = self._memory_plans.get(key)
-        if plan is None or (plan.tokens and plan.outgrown(batch)):
+        if plan is None or (plan.tokens and plan.outgrown(computed_tokens(loop, batch))):
             plan = choose_plan(loop, batch, self.memory, self.task_chunk, self.memory_budget)
             self._memory_plans[key] = plan
         while True:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from fastmeta.batch import TaskBatch
 from fastmeta.engine.budget import budget_bytes, readable
@@ -45,8 +44,7 @@ class MemoryPlan:
         predicted_bytes: Predicted peak of one chunk beyond what is already allocated, 0 where not
             measured.
         keep: Of a recomputed loop: the last this many steps keep their graphs.
-        tokens: Of the support and the query set that were measured, the real tokens of their
-            fullest task; empty where padding is computed like any token.
+        tokens: Of the support and the query set that were measured: see :func:`computed_tokens`.
         ahead: Whether chunks take their gradient in the forward pass, for a loss that weights all
             tasks alike; False after one that did not.
     """
@@ -60,9 +58,9 @@ class MemoryPlan:
     ahead: bool = True
     tokens: Sequence[int] = ()
 
-    def outgrown(self, batch: TaskBatch) -> bool:
-        """Whether a batch has so many more tokens than the measured one that it says nothing."""
-        found = zip(most_tokens(batch), self.tokens, strict=False)
+    def outgrown(self, tokens: Sequence[int]) -> bool:
+        """Whether a batch computes so many more than the measured one that it says nothing."""
+        found = zip(tokens, self.tokens, strict=False)
         return any(now > _MORE_TOKENS * then for now, then in found)
 
     def shrink(self, tasks: int) -> bool:
@@ -128,8 +126,7 @@ def choose_plan(
     exact = torch.is_grad_enabled() and loop.second_order > 0
     if not (plan.free_mode or plan.free_chunk) or not (exact or memory_budget):
         return plan
-    if loop.capture is None and loop.patched.plan(model_inputs(batch.support)).unpadded:
-        plan.tokens, batch = most_tokens(batch), _fullest_first(batch)
+    plan.tokens, batch = computed_tokens(loop, batch), _fullest_first(batch)
     budget = int(_USABLE * free_bytes(loop.patched.device))
     if memory_budget is not None:
         budget = min(budget, int(_TRUSTED * memory_budget))
@@ -163,21 +160,21 @@ def choose_plan(
     return plan
 
 
-def most_tokens(batch: TaskBatch) -> tuple[int, ...]:
-    """Real tokens of the fullest task of the support and of the query set."""
-    return tuple(int(_tokens(s).max()) for s in (batch.support, batch.query) if MASK in s)
-
-
-def _tokens(task_set: Mapping[str, Tensor]) -> Tensor:
-    """Real tokens of every task, ``[T]``."""
-    return (task_set[MASK] != 0).flatten(1).sum(1)
+def computed_tokens(loop: InnerLoop, batch: TaskBatch) -> tuple[int, ...]:
+    """Of the support and of the query set, the positions of a task that layers compute; empty where
+    those are the same for every batch of a shape."""
+    if loop.capture is not None:
+        return ()
+    found = (loop.patched.computed_tokens(model_inputs(s)) for s in (batch.support, batch.query))
+    return tuple(n for n in found if n is not None)
 
 
 def _fullest_first(batch: TaskBatch) -> TaskBatch:
     """The batch, those tasks first that decide how much of it is computed."""
-    if MASK not in batch.support:
+    mask = batch.support.get(MASK)
+    if mask is None or mask.dim() < 2:
         return batch
-    return batch.select(_tokens(batch.support).argsort(descending=True, stable=True))
+    return batch.select((mask != 0).flatten(1).sum(1).argsort(descending=True, stable=True))
 
 
 def _fitting(need: Need, total: int, budget: int) -> int:

@@ -249,6 +249,15 @@ class Patched(nn.Module):
             call.unpadded = self._unpadded(plan, inputs)
         return call
 
+    def computed_tokens(self, inputs: Mapping[str, Any]) -> int | None:
+        """Positions of each task that layers compute for inputs ``[T, N, ...]``; None where those
+        are all, whatever the mask."""
+        plan, mask = self.plan(inputs), inputs.get(MASK)
+        if not plan.unpadded or not isinstance(mask, Tensor):
+            return None
+        unpadded = self._unpadded(plan, inputs)
+        return mask[0].numel() if unpadded is None else unpadded.tokens.width
+
     def _unpadded(self, plan: Plan, inputs: Mapping[str, Any]) -> Unpadded | None:
         """Asks how many tokens there are, which waits for the device, once for every mask."""
         mask = inputs.get(MASK)

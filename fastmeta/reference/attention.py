@@ -47,6 +47,7 @@ def attention(
     if setting.places is not None:
         places, setting = setting.places, replace(setting, places=None)
         padded = (as_texts(t, places) for t in (q, k, v))
+        mask = at_places(mask, places)
         return as_rows(attention(*padded, mask, seed, setting), places, q)
     scores = masked_scores(q, k, mask, setting)
     # rows without a key are zero, and so are their derivatives
@@ -60,6 +61,14 @@ def as_texts(x: Tensor, places: Tensor) -> Tensor:
     """``[T, H, M, D]`` -> ``[B, H, L, D]``, zeros at positions without a row."""
     x = x.transpose(1, 2).flatten(0, 1)[places.clamp_min(0)]  # [B, L, H, D]
     return x.masked_fill((places < 0)[:, :, None, None], 0.0).transpose(1, 2)
+
+
+def at_places(mask: Tensor | None, places: Tensor) -> Tensor:
+    """The mask ``[B, H, L, L]``, without keys at positions that have no row."""
+    real = (places >= 0)[:, None, None]  # [B, 1, 1, L]
+    if mask is None:
+        return real
+    return mask & real if mask.dtype == torch.bool else mask.masked_fill(~real, float("-inf"))
 
 
 def as_rows(x: Tensor, places: Tensor, like: Tensor) -> Tensor:
@@ -137,9 +146,10 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """The result, laid out as q is, and the logarithm ``[B, H, Lq]`` of every row's sum of
     exponentials: +inf for rows without a key, so that ``exp(score - it)`` is their weight."""
-    places, padded = setting.places, replace(setting, places=None)
-    rows = (q, k) if places is None else (as_texts(t, places) for t in (q, k))
-    lse = torch.logsumexp(masked_scores(*rows, mask, padded), -1)
+    places, rows, own = setting.places, (q, k), mask
+    if places is not None:
+        rows, own = (as_texts(t, places) for t in (q, k)), at_places(mask, places)
+    lse = torch.logsumexp(masked_scores(*rows, own, setting), -1)
     lse = torch.where(lse == float("-inf"), float("inf"), lse)
     if places is not None:
         lse = as_rows(lse.unsqueeze(-1), places, q).squeeze(-1)
