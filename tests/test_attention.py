@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import second_order
 import torch
 from torch.nn import functional as F
 
@@ -19,18 +20,7 @@ def made(*shape: int, dtype: torch.dtype = torch.float64, layout: int = 0) -> li
 
 
 def all_orders(q, k, v, **options) -> list[torch.Tensor]:
-    """The result, its gradients, and the derivatives of those for fixed cotangents."""
-    generator = torch.Generator().manual_seed(1)
-    inputs = [t.detach().requires_grad_() for t in (q, k, v)]
-    out = ops.attention(*inputs, **options)
-
-    def random(t):
-        return torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype)
-
-    upstream = random(out).requires_grad_()
-    first = torch.autograd.grad(out, inputs, upstream, create_graph=True)
-    second = torch.autograd.grad(first, [upstream, *inputs], [random(t) for t in first])
-    return [t.detach() for t in (out, *first, *second)]
+    return second_order.by_cotangents(lambda *inputs: ops.attention(*inputs, **options), (q, k, v))
 
 
 @pytest.mark.parametrize("causal", [False, True])

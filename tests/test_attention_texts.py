@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from second_order import by_cotangents
 from torch import Tensor
 
 from fastmeta.ops import use_impl
@@ -58,21 +59,6 @@ def mask_of(kind: str) -> Tensor | None:
     return None
 
 
-def all_orders(function, tensors: list[Tensor]) -> list[Tensor]:
-    """The result, its gradients, and the derivatives of those for fixed cotangents."""
-    generator = torch.Generator().manual_seed(2)
-    inputs = [t.detach().requires_grad_() for t in tensors]
-    out = function(*inputs)
-
-    def random(t: Tensor) -> Tensor:
-        return torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.dtype)
-
-    upstream = random(out).requires_grad_()
-    first = torch.autograd.grad(out, inputs, upstream, create_graph=True)
-    second = torch.autograd.grad(first, [upstream, *inputs], [random(t) for t in first])
-    return [t.detach() for t in (out, *first, *second)]
-
-
 CASES = [
     ("none", {}),
     ("bool", {}),
@@ -100,9 +86,9 @@ def test_texts_give_what_padded_ones_give(cpu_impl, kind, options):
             both = real if mask is None else mask & real
         return as_rows(attend(*texts, both, seed, setting), PLACES, q)
 
-    found = all_orders(of_rows, made())
+    found = by_cotangents(of_rows, made())
     with use_impl("reference"):
-        expected = all_orders(padded, made())
+        expected = by_cotangents(padded, made())
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
     outside = torch.ones(44, dtype=torch.bool)

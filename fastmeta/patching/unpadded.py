@@ -217,7 +217,7 @@ def _on_tokens(original: Callable, first: bool, last: bool) -> Callable:
         call = current_call().unpadded
         if call is None:
             return original(*args, **kwargs)
-        states, *others = args  # a layer whose states come by name runs padded
+        states, *others = args  # where they come by name this fails, and layers stay padded
         call.active = True
         states = call.tokens.packed(states) if first else states
         others = map(call.argument, others)

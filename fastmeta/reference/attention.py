@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fastmeta.reference.rows import take_rows
+
 WORD = 0xFFFFFFFF
 
 
@@ -59,8 +61,9 @@ def attention(
 
 def as_texts(x: Tensor, places: Tensor) -> Tensor:
     """``[T, H, M, D]`` -> ``[B, H, L, D]``, zeros at positions without a row."""
-    x = x.transpose(1, 2).flatten(0, 1)[places.clamp_min(0)]  # [B, L, H, D]
-    return x.masked_fill((places < 0)[:, :, None, None], 0.0).transpose(1, 2)
+    _, heads, _, width = x.shape
+    rows = take_rows(x.transpose(1, 2).reshape(-1, heads * width), places.flatten())
+    return rows.view(*places.shape, heads, width).transpose(1, 2)
 
 
 def at_places(mask: Tensor | None, places: Tensor) -> Tensor:
