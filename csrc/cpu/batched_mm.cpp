@@ -8,74 +8,157 @@ namespace {
 
 // Columns of a product that one unit of work takes: one task alone keeps several threads busy.
 constexpr int64_t kColumns = 512;
+// In `which` of batched_mms_: what is written is added to.
+constexpr int64_t kItself = -1;
 
-// [T, M, K] by [T, K, N] onto [T, M, N]; base has the same axes, 1 where it is shared.
+// A product of all tasks, as the kernel reads it: [T, M, K] by [T, K, N] onto [T, M, N]; base has
+// the same axes, 1 where it is shared.
 template <typename A>
-void multiply(const Tensor& a, const Tensor& b, const std::optional<Tensor>& base,
-              const Tensor& to) {
-  const int64_t tasks = a.size(0), m = a.size(1), k = a.size(2), n = b.size(2);
-  const A* const a_data = static_cast<const A*>(a.const_data_ptr());
-  const A* const b_data = static_cast<const A*>(b.const_data_ptr());
-  const A* const base_data = pointer_or_null<A>(base);
-  A* const to_data = static_cast<A*>(to.mutable_data_ptr());
-  const auto stride = [](const Tensor& t, int64_t axis) {
+struct Batch {
+  Batch(const Tensor& a, const Tensor& b, const std::optional<Tensor>& base, const Tensor& to)
+      : tasks(a.size(0)),
+        m(a.size(1)),
+        k(a.size(2)),
+        n(b.size(2)),
+        a_task(a.stride(0)),
+        b_task(b.stride(0)),
+        base_task(base ? stride(*base, 0) : 0),
+        to_task(to.stride(0)),
+        parts(ceil_div(n, kColumns)),
+        a_dense(a_task == m * k),
+        b_dense(parts == 1 ? b_task == k * n : b.stride(1) == 1),
+        first{m,
+              n,
+              k,
+              static_cast<const A*>(a.const_data_ptr()),
+              a.stride(1),
+              a.stride(2),
+              static_cast<const A*>(b.const_data_ptr()),
+              b.stride(1),
+              n == 1 ? 1 : b.stride(2),
+              pointer_or_null<A>(base),
+              base ? stride(*base, 1) : 0,
+              static_cast<A*>(to.mutable_data_ptr()),
+              to.stride(1)} {}
+
+  static int64_t stride(const Tensor& t, int64_t axis) {
     return t.size(axis) == 1 ? 0 : t.stride(axis);
-  };
-  const int64_t base_task = base ? stride(*base, 0) : 0, base_row = base ? stride(*base, 1) : 0;
-  if (tasks == 0 || m == 0 || n == 0) return;
-  const int64_t parts = ceil_div(n, kColumns);
-  // where all of a task's numbers lie together: A, and the part of B whose columns a unit takes
-  const bool a_dense = a.stride(0) == m * k,
-             b_dense = parts == 1 ? b.stride(0) == k * n : b.stride(1) == 1;
-  const auto after = [&](int64_t unit, int64_t end) {
+  }
+
+  bool empty() const { return tasks == 0 || m == 0 || n == 0; }
+
+  // Sixteen multiplications count as one element.
+  int64_t work() const { return m * k * n / 16; }
+
+  batched::Product<A> of_task(int64_t t) const {
+    batched::Product<A> p = first;
+    p.a += t * a_task;
+    p.b += t * b_task;
+    if (p.base != nullptr) p.base += t * base_task;
+    p.to += t * to_task;
+    return p;
+  }
+
+  // What the part of a task's product reads, where its numbers lie together.
+  batched::Ahead operands(int64_t t, int64_t part) const {
     batched::Ahead ahead;
-    if (++unit >= end) return ahead;
-    const int64_t t = unit / parts, first = unit % parts * kColumns;
-    if (first == 0 && a_dense) {
-      ahead.at = reinterpret_cast<const char*>(a_data + t * a.stride(0));
+    const int64_t from = part * kColumns;
+    if (part == 0 && a_dense) {
+      ahead.at = reinterpret_cast<const char*>(first.a + t * a_task);
       ahead.lines = ceil_div(m * k * sizeof(A), 64);
     }
     if (b_dense) {
-      const int64_t from = parts == 1 ? 0 : first * b.stride(2);
-      ahead.then = reinterpret_cast<const char*>(b_data + t * b.stride(0) + from);
-      ahead.then_lines = ceil_div(k * least(n - first, kColumns) * sizeof(A), 64);
+      const int64_t offset = parts == 1 ? 0 : from * first.b_column;
+      ahead.then = reinterpret_cast<const char*>(first.b + t * b_task + offset);
+      ahead.then_lines = ceil_div(k * least(n - from, kColumns) * sizeof(A), 64);
     }
     return ahead;
-  };
-  const auto product = [&](int64_t t) {
-    return batched::Product<A>{m,
-                               n,
-                               k,
-                               a_data + t * a.stride(0),
-                               a.stride(1),
-                               a.stride(2),
-                               b_data + t * b.stride(0),
-                               b.stride(1),
-                               n == 1 ? 1 : b.stride(2),
-                               base_data == nullptr ? nullptr : base_data + t * base_task,
-                               base_row,
-                               to_data + t * to.stride(0),
-                               to.stride(1)};
-  };
-  if (tasks > 1 && b.stride(0) == 0) {
+  }
+
+  void run_part(int64_t t, int64_t part, std::vector<A>& panel, batched::Ahead ahead) const {
+    const auto own = of_task(t);
+    const int64_t from = part * kColumns;
+    batched::run(&own, 1, from, least(n, from + kColumns), panel, ahead);
+  }
+
+  // Notes which operands another product of the task has in a cache already.
+  void knows(const Batch& other) {
+    for (const A* known : {other.first.a, other.first.b, const_cast<const A*>(other.first.to)}) {
+      a_dense = a_dense && first.a != known;
+      b_dense = b_dense && first.b != known;
+    }
+  }
+
+  bool reads_more() const { return a_dense || b_dense; }
+
+  int64_t tasks, m, k, n, a_task, b_task, base_task, to_task, parts;
+  // what can be fetched, all of a task's numbers lying together: A, and the part of B whose columns
+  // a unit takes
+  bool a_dense, b_dense;
+  batched::Product<A> first;
+};
+
+template <typename A>
+void multiply(const Batch<A>& batch) {
+  if (batch.empty()) return;
+  const int64_t tasks = batch.tasks, parts = batch.parts;
+  if (tasks > 1 && batch.b_task == 0) {
     const auto tasks_range = [&](int64_t begin, int64_t end) {
       std::vector<A> panel;
       std::vector<batched::Product<A>> products;
-      for (int64_t t = begin; t < end; ++t) products.push_back(product(t));
-      batched::run(products.data(), end - begin, 0, n, panel, batched::Ahead{});
+      for (int64_t t = begin; t < end; ++t) products.push_back(batch.of_task(t));
+      batched::run(products.data(), end - begin, 0, batch.n, panel, batched::Ahead{});
     };
-    return parallel_ranges(tasks, m * k * n / 16, tasks_range);
+    return parallel_ranges(tasks, batch.work(), tasks_range);
   }
   const auto range = [&](int64_t begin, int64_t end) {
     std::vector<A> panel;
     for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t first = unit % parts * kColumns;
-      const auto own = product(unit / parts);
-      batched::run(&own, 1, first, least(n, first + kColumns), panel, after(unit, end));
+      batched::Ahead ahead;
+      if (unit + 1 < end) ahead = batch.operands((unit + 1) / parts, (unit + 1) % parts);
+      batch.run_part(unit / parts, unit % parts, panel, ahead);
     }
   };
-  // sixteen multiplications count as one element
-  parallel_ranges(tasks * parts, m * k * least(n, kColumns) / 16, range);
+  parallel_ranges(tasks * parts, batch.work() / parts, range);
+}
+
+// Products of the same tasks: all of one task before the next one's, so that what they share is
+// still in a cache. One product after the other where there are too few tasks for the threads.
+template <typename A>
+void multiply(std::vector<Batch<A>>& batches) {
+  const int64_t tasks = batches[0].tasks, threads = torch::stable::get_num_threads();
+  if (tasks % threads != 0 && tasks < 4 * threads) {
+    for (const auto& batch : batches) multiply(batch);
+    return;
+  }
+  const size_t count = batches.size();
+  int64_t work = 0;
+  for (size_t i = 0; i < count; ++i) {
+    work += batches[i].work();
+    for (size_t j = 0; j < i; ++j) batches[i].knows(batches[j]);
+  }
+  const auto range = [&](int64_t begin, int64_t end) {
+    std::vector<A> panel;
+    for (int64_t t = begin; t < end; ++t) {
+      for (size_t i = 0; i < count; ++i) {
+        const Batch<A>& batch = batches[i];
+        if (batch.empty()) continue;
+        size_t next = i + 1;
+        while (next < count && !batches[next].reads_more()) ++next;
+        batched::Ahead ahead;
+        if (next < count) {
+          ahead = batches[next].operands(t, 0);
+        } else if (t + 1 < end) {
+          ahead = batches[0].operands(t + 1, 0);
+        }
+        for (int64_t part = 0; part < batch.parts; ++part) {
+          const bool more = part + 1 < batch.parts;
+          batch.run_part(t, part, panel, more ? batch.operands(t, part + 1) : ahead);
+        }
+      }
+    }
+  };
+  parallel_ranges(tasks, work, range);
 }
 
 // The tensor, or a copy of it where neither its rows nor its columns are adjacent.
@@ -93,38 +176,84 @@ void check(const Tensor& a, const Tensor& b, const Tensor& to) {
   STD_TORCH_CHECK(fits, "fastmeta: batched_mm expects [T, M, K] by [T, K, N] of one dtype");
 }
 
+void check_dtype(const Tensor& t) {
+  const Type type = type_of(t.scalar_type());
+  STD_TORCH_CHECK(type == Type::kFloat || type == Type::kDouble,
+                  "fastmeta: batched_mm takes float32 and float64");
+}
+
+void check_written(const Tensor& to) {
+  STD_TORCH_CHECK(to.size(2) <= 1 || to.stride(2) == 1,
+                  "fastmeta: batched_mm_ writes adjacent columns");
+}
+
+std::optional<Tensor> checked_base(const Tensor& base, const Tensor& to) {
+  for (int64_t axis = 0; axis < 3; ++axis) {
+    const int64_t size = base.size(axis);
+    STD_TORCH_CHECK(size == to.size(axis) || (size == 1 && axis < 2),
+                    "fastmeta: the base of batched_mm does not fit its result");
+  }
+  return readable(base, true);
+}
+
 void dispatch(const Tensor& a, const Tensor& b, const std::optional<Tensor>& base,
               const Tensor& to) {
   const Tensor left = readable(a, false), right = readable(b, false);
   if (type_of(a.scalar_type()) == Type::kDouble) {
-    multiply<double>(left, right, base, to);
+    multiply(Batch<double>(left, right, base, to));
   } else {
-    STD_TORCH_CHECK(type_of(a.scalar_type()) == Type::kFloat,
-                    "fastmeta: batched_mm takes float32 and float64");
-    multiply<float>(left, right, base, to);
+    check_dtype(a);
+    multiply(Batch<float>(left, right, base, to));
   }
 }
 
 Tensor batched_mm(Tensor a, Tensor b, std::optional<Tensor> base) {
   const Tensor to = empty_rows({a.size(0), a.size(1), b.size(2)}, a.scalar_type(), a);
   check(a, b, to);
-  if (base) {
-    for (int64_t axis = 0; axis < 3; ++axis) {
-      const int64_t size = base->size(axis);
-      STD_TORCH_CHECK(size == to.size(axis) || (size == 1 && axis < 2),
-                      "fastmeta: the base of batched_mm does not fit its result");
-    }
-    base = readable(*base, true);
-  }
+  if (base) base = checked_base(*base, to);
   dispatch(a, b, base, to);
   return to;
 }
 
 void batched_mm_(Tensor to, Tensor a, Tensor b, bool accumulate) {
   check(a, b, to);
-  STD_TORCH_CHECK(to.size(2) <= 1 || to.stride(2) == 1,
-                  "fastmeta: batched_mm_ writes adjacent columns");
+  check_written(to);
   dispatch(a, b, accumulate ? std::optional<Tensor>(to) : std::nullopt, to);
+}
+
+template <typename A>
+void run_together(const std::vector<Tensor>& to, const std::vector<Tensor>& a,
+                  const std::vector<Tensor>& b, const std::vector<std::optional<Tensor>>& base) {
+  std::vector<Batch<A>> batches;
+  for (size_t i = 0; i < to.size(); ++i) batches.emplace_back(a[i], b[i], base[i], to[i]);
+  multiply(batches);
+}
+
+void batched_mms_(std::vector<Tensor> to, std::vector<Tensor> a, std::vector<Tensor> b,
+                  std::vector<Tensor> bases, std::vector<int64_t> which) {
+  const size_t count = to.size();
+  STD_TORCH_CHECK(count > 0 && a.size() == count && b.size() == count && which.size() == count,
+                  "fastmeta: batched_mms_ expects as many results as factors");
+  check_dtype(to[0]);
+  std::vector<std::optional<Tensor>> base(count);
+  for (size_t i = 0; i < count; ++i) {
+    check(a[i], b[i], to[i]);
+    check_written(to[i]);
+    STD_TORCH_CHECK(to[i].size(0) == to[0].size(0) && to[i].scalar_type() == to[0].scalar_type(),
+                    "fastmeta: batched_mms_ expects products of the same tasks and dtype");
+    STD_TORCH_CHECK(which[i] < static_cast<int64_t>(bases.size()),
+                    "fastmeta: batched_mms_ has no such base");
+    // A product may read what one before it wrote: that has adjacent columns and is not copied.
+    a[i] = readable(a[i], false);
+    b[i] = readable(b[i], false);
+    if (which[i] == kItself) base[i] = to[i];
+    if (which[i] >= 0) base[i] = checked_base(bases[which[i]], to[i]);
+  }
+  if (type_of(to[0].scalar_type()) == Type::kDouble) {
+    run_together<double>(to, a, b, base);
+  } else {
+    run_together<float>(to, a, b, base);
+  }
 }
 
 }  // namespace
@@ -132,6 +261,7 @@ void batched_mm_(Tensor to, Tensor a, Tensor b, bool accumulate) {
 STABLE_TORCH_LIBRARY_IMPL(fastmeta, CPU, m) {
   m.impl("batched_mm", TORCH_BOX(&batched_mm));
   m.impl("batched_mm_", TORCH_BOX(&batched_mm_));
+  m.impl("batched_mms_", TORCH_BOX(&batched_mms_));
 }
 
 }  // namespace fastmeta

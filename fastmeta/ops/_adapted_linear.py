@@ -9,6 +9,7 @@ and an update that reads it again.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +19,16 @@ import torch
 from torch import Tensor
 
 from fastmeta._autograd import Function, needs_autograd, transformed
-from fastmeta.ops.batched_linear import _land, affine, product
+from fastmeta.ops.batched_linear import (
+    affine,
+    has_kernel,
+    landing_or_new,
+    product,
+    second_gradients,
+    sum_of_rows,
+    together,
+    weight_gradient,
+)
 
 
 @dataclass
@@ -72,6 +82,20 @@ class Gathering:
         return found + gradient
 
 
+@dataclass
+class Descent:
+    """A step of gradient descent that a layer's inner backward pass takes on its weight, in one go
+    with the gradient of its input: the products read the same rows and the same weight.
+
+    Attributes:
+        landing: That of the weight before, where it has one.
+        taken: The weight after, with its landing; None as long as no pass came by.
+    """
+
+    landing: Gathering | None = None
+    taken: tuple[Tensor, Gathering] | None = None
+
+
 def adapted_linear(
     x: Tensor,
     weight: Tensor,
@@ -82,6 +106,7 @@ def adapted_linear(
     nt: bool,
     gate: Gate,
     landing: Gathering | None = None,
+    descent: Descent | None = None,
 ) -> Tensor:
     """``x W^T + (x a^T) b + base``.
 
@@ -92,8 +117,9 @@ def adapted_linear(
         a, b: ``[B, r, K]`` and ``[B, r, N]``, or None.
         base: ``[B, 1, N]``, ``[B, M, N]`` or None.
         landing: Where gradients of a weight ``[B, ., .]`` gather.
+        descent: Where an inner backward pass that is differentiated leaves ``W + d_y^T x``.
     """
-    return _linear(x, weight, a, b, base, nt, False, gate, landing)[0]
+    return _linear(x, weight, a, b, base, nt, False, gate, landing, descent)[0]
 
 
 def descend(
@@ -115,9 +141,11 @@ def descend(
     return _Descend.call(weight, x, g, nt, landing, after), after
 
 
-def _linear(x, weight, a, b, base, nt, total, gate, landing) -> tuple[Tensor, Tensor | None]:
+def _linear(
+    x, weight, a, b, base, nt, total, gate, landing, descent=None
+) -> tuple[Tensor, Tensor | None]:
     """:func:`adapted_linear`, and the sum of the rows of x where `total`."""
-    args = (x, weight, a, b, base, nt, total, gate, landing)
+    args = (x, weight, a, b, base, nt, total, gate, landing, descent)
     if needs_autograd(x, weight, a, b, base):
         return _Linear.call(*args)
     return _Linear.forward(*args)
@@ -157,7 +185,7 @@ def _mm(differentiable: bool) -> Callable:
 
 class _Linear(Function):
     @staticmethod
-    def forward(x, weight, a, b, base, nt, total, gate, landing):
+    def forward(x, weight, a, b, base, nt, total, gate, landing, descent):
         y = _times(product, x, weight.mT if nt else weight, base)
         if a is not None:
             y = product(product(x, a.mT), b, y)
@@ -165,7 +193,9 @@ class _Linear(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        x, weight, a, b, base, ctx.nt, _, ctx.gate, ctx.landing = inputs
+        x, weight, a, b, base, ctx.nt, _, ctx.gate, ctx.landing, descent = inputs
+        # The weight after is made of this graph, which must not hold it.
+        ctx.descent = (lambda: None) if descent is None else weakref.ref(descent)
         ctx.save_for_backward(x, weight, a, b)
         ctx.base_rows = 0 if base is None else base.shape[1]
         ctx.set_materialize_grads(False)
@@ -173,24 +203,29 @@ class _Linear(Function):
     @staticmethod
     def backward(ctx: Any, d_y: Tensor | None, d_total: Tensor | None) -> tuple:
         x, weight, a, b = ctx.saved_tensors
-        need, nt = ctx.needs_input_grad, ctx.nt
+        need, nt, rest = ctx.needs_input_grad, ctx.nt, (None,) * 5
         d_x = d_weight = d_a = d_b = d_base = None
         if d_y is None:
             if d_total is not None and need[0]:
                 d_x = d_total.expand_as(x)
-            return d_x, None, None, None, None, None, None, None, None
+            return d_x, None, None, None, None, *rest
         if need[4]:
             d_base = d_y
         if ctx.gate.inner:
             total = need[4] and ctx.base_rows == 1
-            if need[0]:
+            descent = ctx.descent()
+            if need[0] and descent is not None and torch.is_grad_enabled():
+                d_x, d_total = _take_step(descent, x, weight, d_y, nt, total)
+            elif need[0]:
                 d_x, d_total = _linear(
                     d_y, weight, b, a, None, not nt, total, ctx.gate, ctx.landing
                 )
             elif total:
                 d_total = d_y.sum(1, keepdim=True)
-            return d_x, None, None, None, d_total if total else d_base, None, None, None, None
+            return d_x, None, None, None, d_total if total else d_base, *rest
         differentiable = torch.is_grad_enabled() or transformed(d_y, d_total)
+        if not differentiable and a is None and weight.shape[0] == x.shape[0] and has_kernel(d_y):
+            return *_own_gradients(ctx, d_y, d_total, x, weight), *rest
         mm = _mm(differentiable)
         low = None if a is None else mm(d_y, b.mT)  # [B, M, r]
         if need[0]:
@@ -202,17 +237,120 @@ class _Linear(Function):
                 left, right = (_by_heads(t, weight.shape[0]) for t in (left, right))
                 # A library's product: one sum over the rows of all tasks.
                 d_weight = torch.bmm(left.mT, right)
-            elif differentiable:
-                d_weight = mm(left.mT, right)
             else:
-                d_weight = _land(left, right, ctx.landing, False)
+                d_weight = mm(left.mT, right)
         if need[2]:
             d_a = mm(low.mT, x)
         if need[3]:
             d_b = mm(mm(x, a.mT).mT, d_y)
         if need[4] and ctx.base_rows == 1:
             d_base = d_y.sum(1, keepdim=True)
-        return d_x, d_weight, d_a, d_b, d_base, None, None, None, None
+        return d_x, d_weight, d_a, d_b, d_base, *rest
+
+
+def _own_gradients(
+    ctx: Any, d_y: Tensor, d_total: Tensor | None, x: Tensor, weight: Tensor
+) -> tuple[Tensor | None, Tensor | None, None, None, Tensor | None]:
+    """Those of :class:`_Linear` where each task has a weight of its own, by products that run
+    together."""
+    need, nt = ctx.needs_input_grad, ctx.nt
+    d_x = d_weight = None
+    d_base = d_y if need[4] else None
+    products = []
+    if need[0]:
+        d_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+        products.append((d_x, d_y, weight if nt else weight.mT, d_total))
+    if need[1]:
+        to, more, landed = landing_or_new(ctx.landing, weight, False)
+        products.append(weight_gradient(to, d_y, x, to if more else None, nt=nt))
+        d_weight = None if landed else to
+    if need[4] and ctx.base_rows == 1:
+        d_base = d_y.new_empty(d_y.shape[0], 1, d_y.shape[2])
+        products.append(sum_of_rows(d_base, d_y))
+    together(products)
+    return d_x, d_weight, None, None, d_base
+
+
+def _take_step(
+    descent: Descent, x: Tensor, weight: Tensor, d_y: Tensor, nt: bool, total: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The gradient of x and the sum of d_y's rows; the weight after goes to the descent."""
+    after = Gathering()
+    d_x, weight, rows = _Step.call(x, weight, d_y, nt, total, descent.landing, after)
+    descent.taken = weight, after
+    return d_x, rows
+
+
+class _Step(Function):
+    """``(x, W, dy) -> (dx, W + dy^T x, sum of dy's rows)``, W of each task or one that all
+    share."""
+
+    @staticmethod
+    def forward(x, weight, d_y, nt, total, before, after):
+        tasks, rows = x.shape[0], None
+        if not has_kernel(d_y):
+            mine = weight.expand(tasks, -1, -1)
+            d_x = product(d_y, mine if nt else mine.mT)
+            rows = d_y.sum(1, keepdim=True) if total else None
+            return d_x, _descended(product, weight, x, d_y, nt), rows
+        mine = weight.expand(tasks, -1, -1)
+        d_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+        stepped = mine.new_empty(mine.shape)
+        products = [
+            (d_x, d_y, mine if nt else mine.mT, None),
+            weight_gradient(stepped, d_y, x, mine, nt=nt),
+        ]
+        if total:
+            rows = d_y.new_empty(tasks, 1, d_y.shape[2])
+            products.append(sum_of_rows(rows, d_y))
+        together(products)
+        return d_x, stepped, rows
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        x, weight, d_y, ctx.nt, _, ctx.before, ctx.after = inputs
+        stepped = output[1]
+        ctx.after.like = (stepped.shape, stepped.dtype, stepped.device)
+        ctx.save_for_backward(x, weight, d_y)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(
+        ctx: Any, g_x: Tensor | None, g_weight: Tensor | None, g_rows: Tensor | None
+    ) -> tuple:
+        (x, weight, d_y), nt, need = ctx.saved_tensors, ctx.nt, ctx.needs_input_grad
+        differentiable = torch.is_grad_enabled() or transformed(g_x, g_weight, g_rows)
+        owned = g_weight is None
+        g_weight = ctx.after.take(g_weight)
+        owned = owned and g_weight is not None
+        tasks, shared = x.shape[0], weight.shape[0] < x.shape[0]
+        mine = weight.expand(tasks, -1, -1)
+        needs = need[2], need[0], need[1] and not shared
+        d_weight = None
+        if differentiable or not has_kernel(x):
+            d_dy, d_x, d_weight = second_by_products(
+                g_x, g_weight, g_rows, d_y, x, mine, nt, needs
+            )
+            if needs[2] and g_weight is not None:
+                d_weight = g_weight if d_weight is None else g_weight + d_weight
+        else:
+            to = None
+            if needs[2]:
+                d_weight = g_weight
+                if g_x is not None:
+                    d_weight = g_weight if owned else mine.new_empty(mine.shape)
+                    to, owned = (d_weight, g_weight), True
+            d_dy, d_x = second_gradients(g_x, g_weight, g_rows, d_y, x, mine, nt, needs, to)
+            if owned and d_weight is not None and ctx.before is not None:
+                ctx.before.give(d_weight)  # the same buffer gathers the gradient of the weight before
+                d_weight = None
+        if need[1] and shared:
+            d_weight = None if g_weight is None else g_weight.sum(0, keepdim=True)
+            if g_x is not None:
+                left, right = (d_y, g_x) if nt else (g_x, d_y)
+                rows = torch.bmm(left.flatten(0, 1).T.unsqueeze(0), right.flatten(0, 1).unsqueeze(0))
+                d_weight = rows if d_weight is None else d_weight + rows
+        return d_x, d_weight, d_dy, None, None, None, None
 
 
 class _Descend(Function):

@@ -7,6 +7,7 @@ is needed in, and the terms accumulate inside the products.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +22,11 @@ _MM = define("batched_mm(Tensor a, Tensor b, Tensor? base) -> Tensor", reference
 _MM_ = define(
     "batched_mm_(Tensor(a!) to, Tensor a, Tensor b, bool accumulate) -> ()", reference.batched_mm_
 )
+_MMS_ = define(
+    "batched_mms_(Tensor(a!)[] to, Tensor[] a, Tensor[] b, Tensor[] bases, int[] which) -> ()",
+    reference.batched_mms_,
+)
+_ROWS = torch.contiguous_format
 _KERNEL_DEVICE = "cpu" if dispatched(_MM.name, "cpu") else None
 
 
@@ -92,6 +98,40 @@ def product(a: Tensor, b: Tensor, base: Tensor | None = None) -> Tensor:
     if has_kernel(a):
         return _backend.kernel(_MM, _KERNEL_DEVICE)(a, b, base)
     return reference.batched_mm(a, b, base)
+
+
+Product = tuple[Tensor, Tensor, Tensor, Tensor | None]
+"""``(to, a, b, base)``: ``a b + base`` is written to `to`, which may be the base itself."""
+
+
+def together(products: Sequence[Product]) -> None:
+    """Products of the same tasks, all of one task before the next one's: what several read comes
+    from memory once. One may read what another before it wrote. No derivative."""
+    if not products:
+        return
+    to, a, b, bases = (list(each) for each in zip(*products, strict=True))
+    others, which = [], []
+    for out, base in zip(to, bases, strict=True):
+        if base is None or base is out:
+            which.append(-2 if base is None else -1)
+        else:
+            which.append(len(others))
+            others.append(base)
+    _backend.kernel(_MMS_, to[0].device.type)(to, a, b, others, which)
+
+
+def weight_gradient(
+    to: Tensor, d_y: Tensor, x: Tensor, base: Tensor | None, *, nt: bool
+) -> Product:
+    """The gradient ``[T, N, K]`` (``[T, K, N]`` without `nt`) of the weight of ``y = x W^T``."""
+    left, right = (d_y, x) if nt else (x, d_y)
+    return to, left.mT, right, base
+
+
+def sum_of_rows(to: Tensor, d_y: Tensor) -> Product:
+    """``[T, M, N] -> [T, 1, N]`` as a product, for rows that other products read too."""
+    tasks, rows, _ = d_y.shape
+    return to, d_y.new_ones(1, 1, 1).expand(tasks, 1, rows), d_y, None
 
 
 def has_kernel(x: Tensor) -> bool:
@@ -169,23 +209,95 @@ def _affine_grad(
     landing: Landing | None,
     differentiable: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    d_x = product(d_y, weight if nt else weight.mT) if needs[0] else None
-    d_weight = None
+    if not has_kernel(d_y) or transformed(d_y, x):
+        d_x = product(d_y, weight if nt else weight.mT) if needs[0] else None
+        d_weight = product(*weight_gradient(d_y, d_y, x, None, nt=nt)[1:]) if needs[1] else None
+        return d_x, d_weight, _reduce(d_y, needs[2]) if needs[2] else None
+    d_x = d_weight = None
+    d_base = d_y if needs[2] else None
+    products = []
+    if needs[0]:
+        d_x = torch.empty_like(x, memory_format=_ROWS)
+        products.append((d_x, d_y, weight if nt else weight.mT, None))
     if needs[1]:
-        d_weight = _land(*((d_y, x) if nt else (x, d_y)), landing, differentiable)
-    return d_x, d_weight, _reduce(d_y, needs[2]) if needs[2] else None
+        to, more, landed = landing_or_new(landing, weight, differentiable)
+        products.append(weight_gradient(to, d_y, x, to if more else None, nt=nt))
+        d_weight = None if landed else to
+    if needs[2] == 1:
+        d_base = d_y.new_empty(d_y.shape[0], 1, d_y.shape[2])
+        products.append(sum_of_rows(d_base, d_y))
+    together(products)
+    return d_x, d_weight, d_base
 
 
-def _land(a: Tensor, b: Tensor, landing: Landing | None, differentiable: bool) -> Tensor | None:
-    """``a^T b``: the gradient of a weight. None where it got there by its landing."""
-    place = None
-    if landing is not None and has_kernel(a) and not transformed(a, b):
-        place = landing.place(differentiable)
+def landing_or_new(
+    landing: Landing | None, weight: Tensor, differentiable: bool
+) -> tuple[Tensor, bool, bool]:
+    """Where the gradient of a weight is written; whether to add to what is there; and whether it
+    reaches the weight from there, without autograd."""
+    place = None if landing is None else landing.place(differentiable)
     if place is None:
-        return product(a.mT, b)
-    to, more = place
-    _backend.kernel(_MM_, a.device.type)(to, a.mT, b, more)
-    return to if differentiable else None
+        return torch.empty_like(weight, memory_format=_ROWS), False, False
+    return *place, not differentiable
+
+
+def second_gradients(
+    g_x: Tensor | None,
+    g_weight: Tensor | None,
+    g_base: Tensor | None,
+    d_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    nt: bool,
+    needs: Sequence[bool],
+    to: tuple[Tensor, Tensor | None] | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients to d_y and x of ``(dy, x, W) -> (dx, dW, dbase)``, by products that run together;
+    that to the weight is added to a base and written, ``to = (where, base)``.
+
+    `g_x`, `g_weight` and `g_base` are those of the results, None where nothing came.
+    """
+    d_dy = d_x = None
+    products = []
+    if needs[0]:
+        d_dy = g_base if g_base is None else g_base.expand_as(d_y)
+        for left, right in ((g_x, weight), (x, g_weight)):
+            if left is not None and right is not None:
+                out = d_dy if products else torch.empty_like(d_y, memory_format=_ROWS)
+                products.append((out, left, right.mT if nt else right, d_dy))
+                d_dy = out
+    if needs[1] and g_weight is not None:
+        d_x = torch.empty_like(x, memory_format=_ROWS)
+        products.append((d_x, d_y, g_weight if nt else g_weight.mT, None))
+    if to is not None and g_x is not None:
+        products.append(weight_gradient(to[0], d_y, g_x, to[1], nt=nt))
+    together(products)
+    return d_dy, d_x
+
+
+def second_by_products(
+    g_x: Tensor | None,
+    g_weight: Tensor | None,
+    g_base: Tensor | None,
+    d_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    nt: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients to d_y, x and the weight by `affine`, whose own derivatives may be asked for."""
+    d_dy = d_x = d_weight = None
+    if needs[0]:
+        d_dy = g_base if g_base is None else g_base.expand_as(d_y)
+        for left, right in ((g_x, weight), (x, g_weight)):
+            if left is not None and right is not None:
+                d_dy = affine(left, right, d_dy, nt=nt)
+    if needs[1] and g_weight is not None:
+        d_x = affine(d_y, g_weight, nt=not nt)
+    if needs[2] and g_x is not None:
+        left, right = (d_y, g_x) if nt else (g_x, d_y)
+        d_weight = affine(left.mT, right, nt=False)
+    return d_dy, d_x, d_weight
 
 
 class _AffineGrad(Function):
@@ -209,22 +321,16 @@ class _AffineGrad(Function):
         ctx: Any, g_x: Tensor | None, g_weight: Tensor | None, g_base: Tensor | None
     ) -> tuple:
         d_y, x, weight = ctx.saved_tensors
-        nt, differentiable = ctx.nt, torch.is_grad_enabled() or transformed()
-        d_dy = d_x = d_weight = None
-        if ctx.needs_input_grad[0]:
-            d_dy = g_base if g_base is None else g_base.expand_as(d_y)
-            for left, right in ((g_x, weight), (x, g_weight)):
-                if left is not None and right is not None:
-                    d_dy = affine(left, right, d_dy, nt=nt)
-        # `affine` again where a third derivative may be asked for
-        if ctx.needs_input_grad[1] and g_weight is not None:
-            d_x = affine(d_y, g_weight, nt=not nt)
-        if ctx.needs_input_grad[2] and g_x is not None:
-            left, right = (d_y, g_x) if nt else (g_x, d_y)
-            if differentiable:
-                d_weight = affine(left.mT, right, nt=False)
-            else:
-                d_weight = _land(left, right, ctx.landing, False)
+        nt, needs = ctx.nt, ctx.needs_input_grad
+        if torch.is_grad_enabled() or transformed(g_x, g_weight, g_base) or not has_kernel(x):
+            found = second_by_products(g_x, g_weight, g_base, d_y, x, weight, nt, needs)
+            return *found, None, None, None
+        to = d_weight = None
+        if needs[2] and g_x is not None:
+            d_weight, more, landed = landing_or_new(ctx.landing, weight, False)
+            to = d_weight, d_weight if more else None
+            d_weight = None if landed else d_weight
+        d_dy, d_x = second_gradients(g_x, g_weight, g_base, d_y, x, weight, nt, needs, to)
         return d_dy, d_x, d_weight, None, None, None
 
     @staticmethod

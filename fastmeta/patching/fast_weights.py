@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmeta.ops._adapted_linear import Gate, Gathering, adapted_linear, descend
+from fastmeta.ops._adapted_linear import Descent, Gate, Gathering, adapted_linear, descend
 from fastmeta.ops.batched_linear import affine
 
 _TABLE_ROWS = 100
@@ -41,6 +41,7 @@ class FastMatrix:
         # [T * H, r, .]: b^T a is added to the weight
         self.a: Tensor | None = None
         self.b: Tensor | None = None
+        self.descent: Descent | None = None  # of the last call
         self.recording = self.with_bias = False
         self.calls: list[tuple[Tensor, Tensor, bool]] = []
 
@@ -59,7 +60,12 @@ class FastMatrix:
             # other heads than when it was adapted
             weight, a, b = self.written_out().reshape(x.shape[0], -1, weight.shape[2]), None, None
         a, b = (a, b) if nt else (b, a)
-        y = adapted_linear(x, weight, a, b, base, nt=nt, gate=self.gate, landing=self.own)
+        self.descent = None
+        if self.recording and weight.shape[0] in (1, x.shape[0]) and not self._keeps_rows(x):
+            self.descent = Descent(self.own)
+        y = adapted_linear(
+            x, weight, a, b, base, nt=nt, gate=self.gate, landing=self.own, descent=self.descent
+        )
         if self.recording:
             self.weight = weight
             self.calls.append((x, y, nt))
@@ -68,14 +74,21 @@ class FastMatrix:
     def descend(self, g: Tensor, second_order: bool) -> None:
         """Take a step: g is the output's gradient times the negative rate, ``[T * H, M, .]``."""
         ((x, _, nt),) = self.calls
+        if self.descent is not None and self.descent.taken is not None:
+            self.weight, self.own = self.descent.taken
+            return
         x = x if second_order else x.detach()
-        _, n, k = self.weight.shape
-        if self.own is None and x.shape[1] * self.steps * (n + k) <= n * k:
+        if self._keeps_rows(x):
             a, b = (x, g) if nt else (g, x)
             self.a = a if self.a is None else torch.cat([self.a, a], 1)
             self.b = b if self.b is None else torch.cat([self.b, b], 1)
         else:
             self.weight, self.own = descend(self.weight, x, g, nt=nt, landing=self.own)
+
+    def _keeps_rows(self, x: Tensor) -> bool:
+        """Whether the steps' rows stay factors, for an input ``[T * H, M, .]``."""
+        _, n, k = self.weight.shape
+        return self.own is None and x.shape[1] * self.steps * (n + k) <= n * k
 
     def written_out(self) -> Tensor:
         """``[T, *shape]``."""

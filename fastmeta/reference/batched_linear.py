@@ -17,3 +17,15 @@ def batched_mm_(to: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
         to.baddbmm_(a, b)
     else:
         torch.bmm(a, b, out=to)
+
+
+def batched_mms_(
+    to: list[Tensor], a: list[Tensor], b: list[Tensor], bases: list[Tensor], which: list[int]
+) -> None:
+    """Products one after the other: ``to_i = a_i b_i``, plus ``bases[which_i]``, or plus what
+    `to_i` held where ``which_i`` is -1; nothing where it is less."""
+    for i, out in enumerate(to):
+        if which[i] >= 0:
+            torch.baddbmm(bases[which[i]], a[i], b[i], out=out)
+        else:
+            batched_mm_(out, a[i], b[i], which[i] == -1)
