@@ -15,6 +15,7 @@ struct Heads {
   void* data = nullptr;
   int64_t batch = 0, head = 0, row = 0, width = 0;
   Type type = Type::kFloat;
+  const char* ahead = nullptr;  // the first row of the head after this one, or null
   explicit operator bool() const { return data != nullptr; }
 
   int64_t size() const { return type == Type::kDouble ? 8 : type == Type::kFloat ? 4 : 2; }
@@ -40,6 +41,15 @@ inline Heads heads_of(const Tensor& t) {
 }
 inline Heads heads_of(const std::optional<Tensor>& t) { return t ? heads_of(*t) : Heads{}; }
 
+// Row i of the head that comes next, fetched from memory while this one is worked on.
+FM_HD void fetch_ahead(const Heads& of, int64_t i) {
+  if (of.ahead == nullptr) return;
+  const char* const row = of.ahead + i * of.row * of.size();
+  for (int64_t byte = 0; byte < of.width * of.size(); byte += 64) {
+    __builtin_prefetch(row + byte, 0, 2);
+  }
+}
+
 constexpr int64_t padded(int64_t n, int64_t to) { return ceil_div(n, to) * to; }
 
 // Rows [first, first + rows) of one head as [rows, width padded with zeros].
@@ -56,6 +66,7 @@ void pack(const Heads& from, int64_t b, int64_t h, int64_t first, int64_t rows, 
       A* y = to;
       const T* row = x;
       for (int64_t i = 0; i < rows; ++i, row += step, y += ld) {
+        fetch_ahead(from, first + i);
         if constexpr (std::is_same_v<T, A>) {
           int64_t j = 0;
           for (; j + L::kCount <= width; j += L::kCount) {
@@ -84,6 +95,7 @@ void unpack(const A* from, const Heads& to, int64_t b, int64_t h, int64_t first,
       const A* row = from;
       T* target = y;
       for (int64_t i = 0; i < rows; ++i, row += ld, target += step) {
+        fetch_ahead(to, first + i);
         if constexpr (std::is_same_v<T, A>) {
           int64_t j = 0;
           for (; j + L::kCount <= width; j += L::kCount) {

@@ -2,6 +2,7 @@
 // heads of queries that share it, of one text; its queries come in blocks.
 #pragma once
 
+#include <array>
 #include <memory>
 
 #include "cpu/attention.h"
@@ -28,12 +29,22 @@ struct Problem {
     Problem own = *this;
     const int64_t first = texts->first[b];
     own.queries = own.keys = texts->count[b];
-    for (Heads* h : {&own.q, &own.k, &own.v, &own.d_out, &own.a, &own.b, &own.c, &own.out,
-                     &own.to_d_out, &own.to_q, &own.to_k, &own.to_v}) {
-      *h = h->from(first / texts->each, first % texts->each);
-    }
+    for (Heads* h : own.tensors()) *h = h->from(first / texts->each, first % texts->each);
     own.lse += first / texts->each * heads * texts->each + first % texts->each;
     return own;
+  }
+  // Every tensor of [B, H, L, width].
+  std::array<Heads*, 12> tensors() {
+    return {&q, &k, &v, &d_out, &a, &b, &c, &out, &to_d_out, &to_q, &to_k, &to_v};
+  }
+  // Notes where the rows of another unit are, those of a `whole` problem.
+  void comes_next(Problem whole, int64_t text, int64_t head) {
+    if (texts != nullptr) whole = whole.text(text), text = 0;
+    const auto others = whole.tensors();
+    const auto mine = tensors();
+    for (size_t i = 0; i < mine.size(); ++i) {
+      if (*mine[i]) mine[i]->ahead = others[i]->at(text, head, 0);
+    }
   }
   // Queries at a time: few enough that their weights stay in cache, and nearly equal blocks.
   int64_t rows() const {
@@ -102,13 +113,16 @@ void for_units(const Problem<A>& s, int order, const F& f) {
     const Buffers<A> w(s, order, arena);
     RowTerms<A> terms = s.terms;
     terms.use(w.bias, w.keep);
+    // what waits for memory is a short head; its queries are one block
+    const bool ahead = s.heads == s.groups && s.queries <= s.rows();
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t b = unit / s.groups, group = unit % s.groups;
+      Problem<A> own = s.texts == nullptr ? s : s.text(b);
+      if (ahead && unit + 1 < end) own.comes_next(s, (unit + 1) / s.groups, (unit + 1) % s.groups);
       if (s.texts == nullptr) {
-        f(s, w, terms, b, group);
+        f(own, w, terms, b, group);
         continue;
       }
-      const Problem<A> own = s.text(b);
       Buffers<A> part = w;
       part.whole = own.whole(), part.rows = most(1, least(w.rows, own.queries));
       terms.keys = own.keys, terms.whole = part.whole, terms.filled = false;

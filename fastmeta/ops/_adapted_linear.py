@@ -187,9 +187,19 @@ class _Linear(Function):
     @staticmethod
     def forward(x, weight, a, b, base, nt, total, gate, landing, descent):
         y = _times(product, x, weight.mT if nt else weight, base)
+        if not has_kernel(x):
+            if a is not None:
+                y = product(product(x, a.mT), b, y)
+            return y, x.sum(1, keepdim=True) if total else None
+        products, sums = [], None
         if a is not None:
-            y = product(product(x, a.mT), b, y)
-        return y, x.sum(1, keepdim=True) if total else None
+            low = x.new_empty(*x.shape[:2], a.shape[1])
+            products += [(low, x, a.mT, None), (y, low, b, y)]
+        if total:
+            sums = x.new_empty(x.shape[0], 1, x.shape[2])
+            products.append(sum_of_rows(sums, x))
+        together(products)
+        return y, sums
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -224,20 +234,18 @@ class _Linear(Function):
                 d_total = d_y.sum(1, keepdim=True)
             return d_x, None, None, None, d_total if total else d_base, *rest
         differentiable = torch.is_grad_enabled() or transformed(d_y, d_total)
-        if not differentiable and a is None and weight.shape[0] == x.shape[0] and has_kernel(d_y):
-            return *_own_gradients(ctx, d_y, d_total, x, weight), *rest
+        if has_kernel(d_y) and not differentiable:
+            return *_gradients(ctx, d_y, d_total, x, weight, a, b), *rest
         mm = _mm(differentiable)
         low = None if a is None else mm(d_y, b.mT)  # [B, M, r]
         if need[0]:
             d_x = _times(mm, d_y, weight if nt else weight.mT, d_total)
             d_x = d_x if a is None else mm(low, a, d_x)
         if need[1]:
-            left, right = (d_y, x) if nt else (x, d_y)
             if weight.shape[0] < x.shape[0]:
-                left, right = (_by_heads(t, weight.shape[0]) for t in (left, right))
-                # A library's product: one sum over the rows of all tasks.
-                d_weight = torch.bmm(left.mT, right)
+                d_weight = _over_tasks(d_y, x, weight.shape[0], nt)
             else:
+                left, right = (d_y, x) if nt else (x, d_y)
                 d_weight = mm(left.mT, right)
         if need[2]:
             d_a = mm(low.mT, x)
@@ -248,19 +256,40 @@ class _Linear(Function):
         return d_x, d_weight, d_a, d_b, d_base, *rest
 
 
-def _own_gradients(
-    ctx: Any, d_y: Tensor, d_total: Tensor | None, x: Tensor, weight: Tensor
-) -> tuple[Tensor | None, Tensor | None, None, None, Tensor | None]:
-    """Those of :class:`_Linear` where each task has a weight of its own, by products that run
-    together."""
+def _gradients(
+    ctx: Any,
+    d_y: Tensor,
+    d_total: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """Those of :class:`_Linear`, by products that run together."""
     need, nt = ctx.needs_input_grad, ctx.nt
-    d_x = d_weight = None
+    own = weight.shape[0] == x.shape[0]
+    d_x = d_weight = d_a = d_b = None
     d_base = d_y if need[4] else None
     products = []
     if need[0]:
-        d_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-        products.append((d_x, d_y, weight if nt else weight.mT, d_total))
-    if need[1]:
+        back = weight if nt else weight.mT
+        if own:
+            d_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+            products.append((d_x, d_y, back, d_total))
+        else:
+            d_x = _times(product, d_y, back, d_total)
+    if a is not None:
+        low = x.new_empty(*x.shape[:2], a.shape[1])  # [B, M, r]
+        products.append((low, d_y, b.mT, None))
+        if need[0]:
+            products.append((d_x, low, a, d_x))
+        if need[2]:
+            d_a = a.new_empty(a.shape)
+            products.append((d_a, low.mT, x, None))
+        if need[3]:
+            d_b, rows = b.new_empty(b.shape), torch.empty_like(low)
+            products += [(rows, x, a.mT, None), (d_b, rows.mT, d_y, None)]
+    if need[1] and own:
         to, more, landed = landing_or_new(ctx.landing, weight, False)
         products.append(weight_gradient(to, d_y, x, to if more else None, nt=nt))
         d_weight = None if landed else to
@@ -268,7 +297,16 @@ def _own_gradients(
         d_base = d_y.new_empty(d_y.shape[0], 1, d_y.shape[2])
         products.append(sum_of_rows(d_base, d_y))
     together(products)
-    return d_x, d_weight, None, None, d_base
+    if need[1] and not own:
+        d_weight = _over_tasks(d_y, x, weight.shape[0], nt)
+    return d_x, d_weight, d_a, d_b, d_base
+
+
+def _over_tasks(d_y: Tensor, x: Tensor, heads: int, nt: bool) -> Tensor:
+    """The gradient ``[H, ., .]`` of a weight that all tasks share: one sum over the rows of all, by
+    a library's product."""
+    left, right = (d_y, x) if nt else (x, d_y)
+    return torch.bmm(_by_heads(left, heads).mT, _by_heads(right, heads))
 
 
 def _take_step(
@@ -328,9 +366,7 @@ class _Step(Function):
         needs = need[2], need[0], need[1] and not shared
         d_weight = None
         if differentiable or not has_kernel(x):
-            d_dy, d_x, d_weight = second_by_products(
-                g_x, g_weight, g_rows, d_y, x, mine, nt, needs
-            )
+            d_dy, d_x, d_weight = second_by_products(g_x, g_weight, g_rows, d_y, x, mine, nt, needs)
             if needs[2] and g_weight is not None:
                 d_weight = g_weight if d_weight is None else g_weight + d_weight
         else:
@@ -342,13 +378,14 @@ class _Step(Function):
                     to, owned = (d_weight, g_weight), True
             d_dy, d_x = second_gradients(g_x, g_weight, g_rows, d_y, x, mine, nt, needs, to)
             if owned and d_weight is not None and ctx.before is not None:
-                ctx.before.give(d_weight)  # the same buffer gathers the gradient of the weight before
+                ctx.before.give(
+                    d_weight
+                )  # the same buffer gathers the gradient of the weight before
                 d_weight = None
         if need[1] and shared:
             d_weight = None if g_weight is None else g_weight.sum(0, keepdim=True)
             if g_x is not None:
-                left, right = (d_y, g_x) if nt else (g_x, d_y)
-                rows = torch.bmm(left.flatten(0, 1).T.unsqueeze(0), right.flatten(0, 1).unsqueeze(0))
+                rows = _over_tasks(d_y, g_x, 1, nt)
                 d_weight = rows if d_weight is None else d_weight + rows
         return d_x, d_weight, d_dy, None, None, None, None
 
