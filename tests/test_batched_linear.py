@@ -11,7 +11,7 @@ from torch import Tensor
 from fastmeta import ops
 from fastmeta._backend import kernel
 from fastmeta._library import OPS
-from fastmeta.ops.batched_linear import affine
+from fastmeta.ops.batched_linear import affine, together
 
 CASES = list(itertools.product((True, False), (0, 1, 3)))
 
@@ -101,6 +101,42 @@ def test_product_in_place(shape: tuple[int, ...], accumulate: bool, cpu_impl) ->
     kernel(OPS["batched_mm_"], "cpu")(to, a, b, accumulate)
     torch.testing.assert_close(to, expected, rtol=1e-13, atol=1e-13)
     assert torch.equal(wide[:, [0, -2, -1]], edges)
+
+
+@pytest.mark.parametrize("tasks", [1, 3, 4, 9])
+def test_products_together(tasks: int, cpu_impl) -> None:
+    """What one writes another reads, or adds to; bases are shared, of other products, or none."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    x, w, v = random(tasks, 13, 40), random(tasks, 600, 40), random(1, 40, 17).expand(tasks, -1, -1)
+    bias, far = random(tasks, 1, 600), random(tasks, 600, 40)
+    y, z, kept = torch.empty(tasks, 13, 600), random(tasks, 13, 17), far.clone()
+    y = y.double()
+    first = z.clone()
+    together(
+        [
+            (y, x, w.mT, bias),
+            (z, x, v, z),
+            (far, y.mT, x, far),
+            (first, random(tasks, 13, 0), random(tasks, 0, 17), None),
+            (first, z[:, :, :5], random(5, 17).expand(tasks, -1, -1), first),
+        ]
+    )
+    generator.manual_seed(0)
+    x, w, v = random(tasks, 13, 40), random(tasks, 600, 40), random(1, 40, 17)
+    bias, _ = random(tasks, 1, 600), random(tasks, 600, 40)
+    added = random(tasks, 13, 17) + x @ v
+    random(tasks, 13, 0), random(tasks, 0, 17)
+    for got, want in (
+        (y, x @ w.mT + bias),
+        (z, added),
+        (far, kept + (x @ w.mT + bias).mT @ x),
+        (first, added[:, :, :5] @ random(5, 17)),
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
 def test_threads_do_not_show() -> None:

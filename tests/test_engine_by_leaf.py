@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import episode_oracle as oracle
 import pytest
 import torch
@@ -9,8 +11,9 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2ForSequenceClassification
 
 import fastmeta as fm
+from fastmeta import ops
 from fastmeta.engine import episode
-from fastmeta.ops._adapted_linear import Gate, adapted_linear, descend
+from fastmeta.ops._adapted_linear import Descent, Gate, adapted_linear, descend
 from fastmeta.patching.fast_weights import FastMatrix, FastTable
 from fastmeta.patching.leaf_params import LeafParams
 
@@ -78,6 +81,13 @@ def test_same_as_the_general_loop(make, order: int, rate: str, monkeypatch) -> N
         for by_leaf in (True, False)
     ]
     assert_same(*found)
+
+
+@pytest.mark.parametrize("make", [oracle.tiny_bert, gpt2])
+def test_without_kernels(make, monkeypatch) -> None:
+    found = run(make, monkeypatch, True, batch(), lr=0.1, steps=3)
+    with ops.use_impl("reference"):
+        assert_same(run(make, monkeypatch, True, batch(), lr=0.1, steps=3), found)
 
 
 def test_tables_of_many_tokens(monkeypatch) -> None:
@@ -187,3 +197,64 @@ def test_backward_passes_of_any_part() -> None:
     for a, b in zip(first, again, strict=True):
         assert torch.equal(a, b)
     assert torch.equal(rate, first[[p is learner.rates.values for p in parameters].index(True)])
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("nt", [True, False])
+@pytest.mark.parametrize("shared", [True, False])
+def test_steps_that_inner_passes_take(shared: bool, nt: bool, impl: str) -> None:
+    """Two steps on a weight, each taken while the gradient passes its layer; to any order."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    weight = random(1 if shared else 2, *((3, 4) if nt else (4, 3)))
+    inputs = (random(2, 2, 4), weight, random(2, 1, 3), random(2, 2, 3))
+
+    def run(by_pass: bool, x: Tensor, weight: Tensor, base: Tensor, goal: Tensor) -> Tensor:
+        gate, landing, after = Gate(), None, []
+        for _ in range(2):
+            here, descent = x.tanh(), Descent(landing)
+            y = adapted_linear(
+                here, weight, None, None, base, nt=nt, gate=gate, landing=landing,
+                descent=descent if by_pass else None,
+            )  # fmt: skip
+            gate.inner = True
+            wanted = [x, base, y]
+            g = torch.autograd.grad((y.tanh() * goal).sum(), wanted, create_graph=True)
+            gate.inner = False
+            if by_pass:
+                assert descent.taken is not None
+                weight, landing = descent.taken
+            else:
+                weight, landing = descend(weight, here, g[2], nt=nt, landing=landing)
+            x, base = x + g[0], base + g[1]
+            after.append(weight.flatten(1).sum(1) ** 2)
+        y = adapted_linear(x, weight, None, None, base, nt=nt, gate=gate, landing=landing)
+        return torch.cat([y.flatten(), *after])
+
+    with ops.use_impl(impl):
+        found, want = (run(by_pass, *inputs) for by_pass in (True, False))
+        torch.testing.assert_close(found, want)
+        grads = [torch.autograd.grad(y.sin().sum(), inputs) for y in (found, want)]
+        torch.testing.assert_close(*grads)
+        assert torch.autograd.gradcheck(lambda *args: run(True, *args), inputs)
+        assert torch.autograd.gradgradcheck(lambda *args: run(True, *args), inputs)
+
+
+@pytest.mark.parametrize("backward", [True, False])
+def test_nothing_outlives_its_meta_step(backward: bool) -> None:
+    """Weights after a step are made in the graph of the step, which must not hold them."""
+    patched = fm.patch(oracle.tiny_bert(), fm.Params("*"))
+    learner = fm.MAML(patched, lr=0.1, steps=2, memory="unroll")
+    out = learner(batch())
+    seen = [
+        weakref.ref(leaf.weight)
+        for leaf in out.params.leaves.values()
+        if isinstance(leaf, FastMatrix) and leaf.own is not None
+    ]
+    if backward:
+        out.loss.backward()
+    del out
+    assert seen and not any(ref() is not None for ref in seen)

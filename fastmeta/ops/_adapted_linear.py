@@ -24,6 +24,7 @@ from fastmeta.ops.batched_linear import (
     has_kernel,
     landing_or_new,
     product,
+    second_by_products,
     second_gradients,
     sum_of_rows,
     together,
