@@ -170,14 +170,66 @@ def test_first_order() -> None:
     episode_oracle.assert_close(found, expected("everything", order=1))
 
 
+CAPTURED = (3, 16)
+"""The support set's tokens, rounded up to a multiple of 2: a sixteenth of 3 x 8 positions."""
+
+
+@pytest.mark.parametrize("memory", ["unroll", "recompute"])
 @pytest.mark.parametrize(("pattern", "order"), [("*layer.0.output*", 1), ("*layer.1.*", 2)])
-def test_captured_steps_keep_padding(pattern: str, order: int) -> None:
-    """Only the query set, which is judged eagerly, is without; a stored prefix has it too."""
+def test_captured_steps(pattern: str, order: int, memory: str) -> None:
+    """With a prefix of layers, or of the embeddings alone."""
     patched = fm.patch(episode_oracle.tiny_bert(layers=2), fm.Params(pattern))
-    learner = fm.MAML(patched, lr=0.1, steps=2, order=order, memory="unroll", compile=True)
+    learner = fm.MAML(patched, lr=0.1, steps=2, order=order, memory=memory, compile=True)
     found, shapes = steps_of(learner)
+    assert_captured(learner)
+    if memory == "unroll":
+        assert shapes == {CAPTURED, QUERY}
+    else:  # some tasks at a time, with numbers of tokens of their own
+        assert all(tokens % 2 == 0 and tokens != LENGTH for _, tokens in shapes - {QUERY})
+    episode_oracle.assert_close(found, by_loop(learner))
+
+
+def assert_captured(learner: fm.MAML) -> None:
     assert learner.capture.steps and all(s is not None for s in learner.capture.steps.values())
-    assert shapes == {(9, LENGTH), QUERY}
+
+
+def test_a_graph_serves_every_mask_of_a_width() -> None:
+    patched = fm.patch(bert(), EVERYTHING)
+    eager, learner = (
+        fm.MAML(patched, lr=0.1, steps=2, memory="unroll", compile=c) for c in (False, True)
+    )
+    graphs = set()
+    for lengths in ([5, 2, 8], [4, 8, 3], [8, 1, 7], [6, 6, 1]):  # 15, 15, 16 and 13 tokens
+        batch = episode_oracle.as_batch(tasks())
+        batch.support["attention_mask"][0] = masks(torch.tensor(lengths))
+        want, got = (episode_oracle.gradients(m, m(batch).loss) for m in (eager, learner))
+        episode_oracle.assert_close(got, want)
+        graphs.add((sum(lengths) + 1) // 2)
+        assert len(learner.capture.steps) == 2 * len(graphs)
+    assert_captured(learner)
+
+
+def test_captured_steps_whose_prefix_draws_random_numbers() -> None:
+    """Nothing of it is stored; so few are drawn that the results are those without."""
+    found = []
+    for compile in (False, True):
+        patched = fm.patch(bert(dropout=1e-12), fm.Params("*layer.2.*"))
+        learner = fm.MAML(patched, lr=0.1, steps=2, memory="unroll", compile=compile)
+        numbers, shapes = steps_of(learner)
+        found.append(numbers)
+    assert_captured(learner)
+    assert shapes == {CAPTURED, QUERY}
+    episode_oracle.assert_close(found[1], found[0])
+
+
+@pytest.mark.slow
+def test_compiled_steps(tmp_path) -> None:
+    patched = fm.patch(episode_oracle.tiny_bert(layers=2), fm.Params("*layer.0.output*"))
+    settings = {"compile": "inductor", "compile_cache": tmp_path}
+    learner = fm.MAML(patched, lr=0.1, steps=2, memory="unroll", **settings)
+    found, shapes = steps_of(learner)
+    assert_captured(learner)
+    assert shapes == {CAPTURED, QUERY}
     episode_oracle.assert_close(found, by_loop(learner))
 
 
@@ -258,11 +310,16 @@ def test_many_more_tokens_are_measured_again(monkeypatch: pytest.MonkeyPatch) ->
     assert third is not second and third.tokens == (6, 10)
 
 
-@pytest.mark.parametrize("kind", ["captured", "without layers"])
-def test_plans_of_padded_texts_hold_for_any(kind: str) -> None:
-    model = episode_oracle.tiny_bert(layers=1) if kind == "without layers" else bert()
-    patched = fm.patch(model, EVERYTHING)
-    learner = fm.MAML(patched, lr=0.1, steps=1, compile=kind == "captured")
+def test_plans_of_captured_steps_round_up() -> None:
+    learner = fm.MAML(fm.patch(bert(), EVERYTHING), lr=0.1, steps=1, compile=True)
+    for tokens in (5, 6):
+        plan = memory.choose_plan(learner.inner_loop(), batch_of(tokens), "auto", None)
+        assert plan.tokens == (6, tokens)
+
+
+def test_plans_of_padded_texts_hold_for_any() -> None:
+    patched = fm.patch(episode_oracle.tiny_bert(layers=1), EVERYTHING)
+    learner = fm.MAML(patched, lr=0.1, steps=1)
     for tokens in (6, 10):
         plan = memory.choose_plan(learner.inner_loop(), batch_of(tokens), "auto", None)
         assert plan.predicted_bytes > 0 and plan.tokens == ()

@@ -67,7 +67,8 @@ class GradientLearner(nn.Module):
             float32, as under ``torch.autocast``; needs float32 weights. The meta-gradient then
             differs from the exact one by about 1 % of its norm. None: the weights' dtype.
         compile: Capture one inner step's gradient and its derivative as graphs, used for every
-            step and every batch of the same shapes. True takes what is best on the device:
+            step and every batch of the same shapes; where padding is left out, the number of tokens
+            counts as one, rounded up by at most a sixteenth of all positions. True takes what is best on the device:
             ``"trace"`` (the operators alone, without autograd and Python; seconds to capture) on
             a CPU, where products take the time and neither gains much, ``"inductor"`` (compiled;
             a minute) on a GPU. The same numbers, by Inductor to rounding; the loss is
@@ -191,6 +192,7 @@ class GradientLearner(nn.Module):
             second_order=exact if self.truncate is None else min(exact, self.truncate),
             clip_norm=self.clip_norm,
             capture=self.capture,
+            rounded=self.capture is not None,
         )
 
     def forward(self, batch: TaskBatch, *, steps: int | None = None) -> MetaOutput:

@@ -114,6 +114,7 @@ def adapt(
         second_order=0,
         clip_norm=clip_norm,
         capture=capture_of(patched, compile, compile_cache),
+        rounded=compile is not False,
     )
     check_sets(patched, loop.loss_fn, {"support": support})
     with torch.no_grad(), computing(patched.device, compute_dtype):

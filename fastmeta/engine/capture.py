@@ -88,7 +88,7 @@ class Capture:
         if self.how == "inductor":
             packed = packed.contiguous()  # the first step's rows are one: no graph of its own
         shared = loop.patched.shared_parameters() if create_graph else []
-        operands = [packed, *support.stored(), *support.inputs.values()]
+        operands = [packed, *support.stored(), *support.inputs.values(), *_tokens(support)]
         if loop.proximal:
             operands.append(support.start)
         key = _signature(loop, support, operands, shared, create_graph)
@@ -150,6 +150,12 @@ def _cache_in(folder: str | None) -> Iterator[None]:
 _INDUCTOR = "TORCHINDUCTOR_CACHE_DIR"
 
 
+def _tokens(support: Support) -> tuple[Tensor, ...]:
+    """Which positions of the texts are computed, where padding is left out."""
+    prefix = support.prefix
+    return () if prefix is None or prefix.tokens is None else prefix.tokens.tensors
+
+
 def _signature(loop, support, operands, shared, create_graph) -> Hashable:
     """Everything that a trace fixes."""
     device = operands[0].device.type
@@ -192,18 +198,21 @@ class _Step:
     ) -> _Step:
         loop = replace(loop, capture=None)
         stored = len(support.stored())
-        names = list(support.inputs)
+        names, tokens = list(support.inputs), len(_tokens(support))
         carrying = [i for i in range(1, 1 + stored) if operands[i].requires_grad]
 
         def function(*args: Tensor) -> list[Tensor | None]:
             leaves = [t.detach().requires_grad_(t.requires_grad) for t in args[: 1 + stored]]
             packed = leaves[0].requires_grad_()
-            given = args[1 + stored :]
+            given = iter(args[1 + stored :])
             own = replace(
                 support.with_stored(leaves[1:]),
-                inputs=dict(zip(names, given, strict=False)),
-                start=given[len(names)] if loop.proximal else None,
+                inputs={name: next(given) for name in names},
             )
+            if tokens:
+                own.prefix.tokens = own.prefix.tokens.traced([next(given) for _ in range(tokens)])
+            if loop.proximal:
+                own = replace(own, start=next(given))
             losses, grad = gradient(loop, packed, own, create_graph)
             results = [losses, grad.detach()]  # before the cotangent is read
             if not create_graph:

@@ -221,7 +221,5 @@ def _support(
 ) -> Support:
     """The support set with its frozen prefix, run once."""
     start = TaskParams(loop.patched.layout, packed)
-    prefix = loop.patched.record_prefix(
-        start, model_inputs(inputs), padded=loop.capture is not None
-    )
+    prefix = loop.patched.record_prefix(start, model_inputs(inputs), rounded=loop.rounded)
     return Support(inputs, prefix, tasks, packed.detach() if loop.proximal else None)

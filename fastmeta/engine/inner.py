@@ -37,6 +37,7 @@ class InnerLoop:
         implicit: Iterations of conjugate gradients of an implicit meta-gradient, or 0.
         head: Starts the head from each task's prototypes (ProtoMAML), or None.
         capture: Runs gradients from captured graphs, or None.
+        rounded: Whether numbers of tokens without padding are rounded up, so that few graphs serve.
         by_leaf: Whether weights may be kept by leaf instead of packed, where that is possible.
     """
 
@@ -51,6 +52,7 @@ class InnerLoop:
     implicit: int = 0
     head: PrototypeHead | None = None
     capture: Capture | None = None
+    rounded: bool = False
     by_leaf: bool = True
 
     def added_parameters(self) -> list[Tensor]:

@@ -177,19 +177,27 @@ class Patched(nn.Module):
         return plan
 
     def record_prefix(
-        self, params: TaskParams, inputs: Mapping[str, Any], *, padded: bool = False
+        self,
+        params: TaskParams,
+        inputs: Mapping[str, Any],
+        *,
+        padded: bool = False,
+        rounded: bool = False,
     ) -> prefix.PrefixCache | None:
         """Run once and keep the frozen prefix's outputs, or None where there is none to reuse.
 
         Args:
-            padded: Keep those of padding too, as passes that are traced read them.
+            padded: Keep those of padding too, as passes under ``torch.func`` read them.
+            rounded: Without padding, round the number of tokens up to one of few. What is returned
+                then says which tokens there are, also where there is no prefix.
         """
         flat, _, _ = self._flatten(params, inputs)
         plan = self.plan(inputs)
-        if not plan.prefix or plan.prefix_is_random():
-            return None
-        call = self.call(params.views, inputs, padded=padded)
+        call = self.call(params.views, inputs, padded=padded, rounded=rounded)
         cache = prefix.PrefixCache(call.unpadded and call.unpadded.tokens)
+        if not plan.prefix or plan.prefix_is_random():
+            cache.recording = False
+            return cache if rounded and cache.tokens is not None else None
         call.prefix = cache.replay()
         try:
             with running(call):
@@ -230,35 +238,38 @@ class Patched(nn.Module):
         *,
         prefix_cache: prefix.PrefixCache | None = None,
         padded: bool = False,
+        rounded: bool = False,
     ) -> Call:
         """A pass over inputs ``[T, N, ...]``: without their padding where layers can do without,
-        unless `padded`; with a stored prefix, as that was recorded."""
+        unless `padded`; with a stored prefix, as that was recorded. See :meth:`record_prefix`."""
         _, tasks, rows = _leading_axes(inputs)
         call = Call(views, tasks, rows)
         plan, mask = self.plan(inputs), inputs.get(MASK)
         if prefix_cache is not None:
             call.prefix = prefix_cache.replay()
             if prefix_cache.tokens is not None:
-                if is_traced(mask):
+                if is_traced(mask) and not prefix_cache.tokens.is_traced:
                     raise RuntimeError(
                         "a pass that is traced or transformed needs a prefix of padded texts: "
                         "record_prefix(..., padded=True)"
                     )
                 call.unpadded = Unpadded(prefix_cache.tokens)
         elif plan.unpadded and not padded:
-            call.unpadded = self._unpadded(plan, inputs)
+            call.unpadded = self._unpadded(plan, inputs, rounded)
         return call
 
-    def computed_tokens(self, inputs: Mapping[str, Any]) -> int | None:
+    def computed_tokens(self, inputs: Mapping[str, Any], rounded: bool = False) -> int | None:
         """Positions of each task that layers compute for inputs ``[T, N, ...]``; None where those
         are all, whatever the mask."""
         plan, mask = self.plan(inputs), inputs.get(MASK)
         if not plan.unpadded or not isinstance(mask, Tensor):
             return None
-        unpadded = self._unpadded(plan, inputs)
+        unpadded = self._unpadded(plan, inputs, rounded)
         return mask[0].numel() if unpadded is None else unpadded.tokens.width
 
-    def _unpadded(self, plan: Plan, inputs: Mapping[str, Any]) -> Unpadded | None:
+    def _unpadded(
+        self, plan: Plan, inputs: Mapping[str, Any], rounded: bool = False
+    ) -> Unpadded | None:
         """Asks how many tokens there are, which waits for the device, once for every mask."""
         mask = inputs.get(MASK)
         if not isinstance(mask, Tensor) or is_traced(mask):
@@ -268,12 +279,13 @@ class Patched(nn.Module):
         asked += [inputs.get(IDS)] if plan.padding_word is not None else []
         asked += [inputs.get("labels")] if plan.shows_padding else []
         state = [(id(t), _version(t)) for t in asked]
-        known: tuple[list, list, Tokens | None] | None = self._tokens.get(mask)
+        answers: dict[bool, tuple[list, list, Tokens | None]] = self._tokens.setdefault(mask, {})
+        known = answers.get(rounded)
         if known is None or known[0] != state or any(version is None for _, version in state):
             # Made while a model is evaluated, they may serve its training too.
             with torch.inference_mode(False):
-                tokens = _tokens(plan, inputs)
-            known = self._tokens[mask] = state, asked[1:], tokens
+                tokens = _tokens(plan, inputs, rounded)
+            known = answers[rounded] = state, asked[1:], tokens
         return None if known[2] is None else Unpadded(known[2])
 
     def _flatten(
@@ -316,10 +328,10 @@ class Patched(nn.Module):
         )
 
 
-def _tokens(plan: Plan, inputs: Mapping[str, Any]) -> Tokens | None:
+def _tokens(plan: Plan, inputs: Mapping[str, Any], rounded: bool) -> Tokens | None:
     """The positions of inputs ``[T, N, ...]`` that count, None where padding is to be computed."""
     mask, word = inputs[MASK], plan.padding_word
-    tokens = tokens_of(mask)
+    tokens = tokens_of(mask, rounded)
     if tokens is None:
         return None
     if word is not None and not bool(((inputs.get(IDS) == word) | (mask != 0)).all()):

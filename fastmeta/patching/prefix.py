@@ -62,6 +62,8 @@ class Replay:
         self.position: dict[str, int] = {}
 
     def run(self, name: str, forward: Callable, args: tuple, kwargs: dict) -> Any:
+        if not self.cache.recording and name not in self.cache.outputs:
+            return forward(*args, **kwargs)  # it holds tokens only
         if self.cache.recording:
             output = forward(*args, **kwargs)
             self.cache.outputs.setdefault(name, []).append(output)

@@ -10,7 +10,8 @@ its padding is checked on real inputs before this is used (see `search`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +31,10 @@ _WORTH = 15 / 16
 """Share of the positions above which leaving out the others costs more than it saves."""
 
 
+_WIDTHS = 16
+"""Numbers of tokens per task that rounding leaves, up to that of all positions."""
+
+
 class Tokens:
     """Which positions of a padded batch are computed.
 
@@ -37,6 +42,7 @@ class Tokens:
         mask: ``[B, L]``, nonzero at real tokens; the B rows are those of T tasks in turn. A row's
             first position is always kept.
         tasks: T.
+        multiple: M is rounded up to a multiple of it, where there are as many positions.
 
     Attributes:
         index: int64 ``[T * M]``: the position ``b * L + l`` of every token. Tasks with fewer real
@@ -44,13 +50,15 @@ class Tokens:
         place: int64 ``[B * L]``: where each real position's token is, -1 for padding.
     """
 
-    def __init__(self, mask: Tensor, tasks: int) -> None:
+    is_traced = False
+
+    def __init__(self, mask: Tensor, tasks: int, multiple: int = 1) -> None:
         self.tasks, self.shape = tasks, tuple(mask.shape)
         kept = mask != 0
         kept[:, :1] = True
         kept = kept.view(tasks, -1)  # [T, N * L]
         each = kept.sum(1)
-        self.width = int(each.max())
+        self.width = min(-(-int(each.max()) // multiple) * multiple, kept.shape[1])
         # real ones first, in their order
         index = kept.logical_not().to(torch.int8).sort(dim=1, stable=True).indices[:, : self.width]
         offsets = torch.arange(tasks, device=mask.device).unsqueeze(1) * kept.shape[1]
@@ -61,6 +69,18 @@ class Tokens:
         self.place[self.index] = torch.where(real, rows, -1).flatten()
         # filling tokens are computed and never put back, so nothing comes back to them
         self.read = torch.where(real.flatten(), self.index, -1)
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What differs between batches of the same shapes and M."""
+        return self.index, self.place, self.read
+
+    def traced(self, tensors: Sequence[Tensor]) -> Tokens:
+        """These positions with :attr:`tensors` that are operands of a trace."""
+        other = copy.copy(self)
+        other.index, other.place, other.read = tensors
+        other.is_traced = True
+        return other
 
     @property
     def share(self) -> float:
@@ -116,11 +136,16 @@ class Unpadded:
         return self.others[id(value)][1]
 
 
-def tokens_of(mask: Tensor) -> Tokens | None:
-    """The positions of ``[T, N, L]`` that count, or None where all or nearly all do."""
+def tokens_of(mask: Tensor, rounded: bool = False) -> Tokens | None:
+    """The positions of ``[T, N, L]`` that count, or None where all or nearly all do.
+
+    Args:
+        rounded: Round M up to one of :data:`_WIDTHS`, so that batches of the same shapes have few.
+    """
     if mask.dim() != 3 or mask.is_floating_point() or not mask.numel():
         return None
-    tokens = Tokens(mask.flatten(0, 1), mask.shape[0])
+    multiple = -(-mask[0].numel() // _WIDTHS) if rounded else 1
+    tokens = Tokens(mask.flatten(0, 1), mask.shape[0], multiple)
     return tokens if tokens.share <= _WORTH else None
 
 
