@@ -90,6 +90,25 @@ def test_without_kernels(make, monkeypatch) -> None:
         assert_same(run(make, monkeypatch, True, batch(), lr=0.1, steps=3), found)
 
 
+def test_chunks_are_kept_by_leaf_too(monkeypatch) -> None:
+    """Also where their graphs are built again, for a loss that reads the fast weights."""
+    served, original = [], episode.unroll_by_leaf
+    monkeypatch.setattr(
+        episode, "unroll_by_leaf", lambda *args: served.append(args[2]) or original(*args)
+    )
+    found = []
+    for chunk in (None, 2):
+        patched = fm.patch(oracle.tiny_bert(), fm.Params("*"))
+        learner = fm.MAML(patched, lr=0.1, steps=2, memory="unroll", task_chunk=chunk)
+        out = learner(batch())
+        weighted = (out.task_losses * torch.arange(1, T + 1)).sum()
+        found.append(
+            oracle.gradients(learner, out.loss + weighted + out.params.packed.tanh().sum())
+        )
+    assert served == [T, 2, 1, 1, 2]  # forward, and backward from the last
+    assert_same(*found)
+
+
 def test_tables_of_many_tokens(monkeypatch) -> None:
     """A small vocabulary and many rows: tasks have tables of their own."""
     monkeypatch.setattr("fastmeta.patching.fast_weights._TABLE_ROWS", 0)

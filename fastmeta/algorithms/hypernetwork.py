@@ -212,7 +212,7 @@ class HyperNetwork(GradientLearner):
         batch = self._with_ways(batch)
         self.check(batch)
         self._check_texts(batch.support, description)
-        loop = self.inner_loop(steps)
+        loop = replace(self.inner_loop(steps), own_rows=True)
         with computing(self.device, self.compute_dtype):
             return self._with_memory(
                 loop, batch, lambda plan: self._judge(loop, batch, description, plan)

@@ -62,10 +62,14 @@ def run_chunks(loop: InnerLoop, run: Run, packed: Tensor, plan: MemoryPlan) -> T
         return run(pieces[0], packed, plan.mode)
     if torch.is_grad_enabled():
         weights = [*loop.added_parameters(), *loop.patched.shared_parameters()]
-        rows = packed.split([s.stop - s.start for s in pieces])
+        row = None if whole else shared_row(packed)
+        if row is not None:  # tasks that start from one row may be kept by leaf
+            starts = [row] * len(pieces)
+        else:
+            starts = packed.split([s.stop - s.start for s in pieces])
         results = [
-            TaskResults(*_Chunk.apply(loop, run, plan, s, whole, weights, mine, *weights))
-            for s, mine in zip(pieces, rows, strict=True)
+            TaskResults(*_Chunk.apply(loop, run, plan, s, whole, weights, start, *weights))
+            for s, start in zip(pieces, starts, strict=True)
         ]
     else:
         results = [run(s, packed[s], plan.mode) for s in pieces]
@@ -95,20 +99,23 @@ def _closed(loop: InnerLoop) -> bool:
 
 
 class _Chunk(torch.autograd.Function):
-    """``run(tasks, packed, plan.mode)``: its graph kept, or its gradient, or built again."""
+    """``run(tasks, packed, plan.mode)``: its graph kept, or its gradient, or built again.
+
+    The initial fast weights are the rows ``[T, P]`` of these tasks, or the one row ``[P]`` of all.
+    """
 
     @staticmethod
-    def forward(ctx, loop, run, plan, tasks, keep, weights, packed, *_):
+    def forward(ctx, loop, run, plan, tasks, keep, weights, start, *_):
         ctx.loop, ctx.run, ctx.plan, ctx.tasks, ctx.weights = loop, run, plan, tasks, weights
-        ctx.conditions = Conditions(loop.patched, packed.device)
+        ctx.conditions = Conditions(loop.patched, start.device)
         # The weights are saved only so that changing them before backward() raises.
-        ctx.save_for_backward(packed, *weights)
+        ctx.save_for_backward(start, *weights)
         ctx.set_materialize_grads(False)
         ctx.kept = ctx.ahead = None
         if keep or plan.ahead:
-            results = _with_gradient(ctx, packed, keep)
+            results = _with_gradient(ctx, start, keep)
         else:
-            results = run(tasks, packed, plan.mode)
+            results = run(tasks, _rows_of(start, tasks), plan.mode)
         ctx.conditions.finish()
         ctx.mark_non_differentiable(results.active, results.support_losses)
         return tuple(results)
@@ -116,7 +123,7 @@ class _Chunk(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *gradients: Tensor | None):
-        whole, plan, packed = ctx.tasks, ctx.plan, ctx.saved_tensors[0]
+        whole, plan, start = ctx.tasks, ctx.plan, ctx.saved_tensors[0]
         if ctx.ahead is not None:
             found, retain = ctx.ahead, torch._C._autograd._get_current_graph_task_keep_graph()
             ctx.ahead = ctx.ahead if retain else None
@@ -126,7 +133,7 @@ class _Chunk(torch.autograd.Function):
             plan.ahead = False
         random = ctx.conditions.random is not None
         pending = [whole] if random else split(whole, plan.task_chunk)
-        d_packed: list[Tensor] = []
+        d_start: list[Tensor] = []
         d_weights: list[Tensor | None] = [None] * len(ctx.weights)
         while pending:
             tasks, mode = pending[0], plan.mode
@@ -134,7 +141,10 @@ class _Chunk(torch.autograd.Function):
             size = tasks.stop - tasks.start
             try:
                 found = _pull_back(
-                    ctx, tasks, packed[rows], [g if g is None else g[rows] for g in gradients]
+                    ctx,
+                    tasks,
+                    start[rows] if start.dim() == 2 else start,
+                    [g if g is None else g[rows] for g in gradients],
                 )
             except (RuntimeError, MemoryError) as error:
                 if not (is_out_of_memory(error) and plan.shrink(size)):
@@ -146,17 +156,23 @@ class _Chunk(torch.autograd.Function):
                 pending[:1] = [tasks] if random else split(tasks, plan.task_chunk)
                 continue
             pending.pop(0)
-            d_packed.append(torch.zeros_like(packed[rows]) if found[0] is None else found[0])
+            mine = start[rows] if start.dim() == 2 else start
+            d_start.append(torch.zeros_like(mine) if found[0] is None else found[0])
             d_weights = [add(a, b) for a, b in zip(d_weights, found[1:], strict=True)]
-        d_packed = d_packed[0] if len(d_packed) == 1 else torch.cat(d_packed)
-        return None, None, None, None, None, None, d_packed, *d_weights
+        together = torch.cat(d_start) if start.dim() == 2 else sum(d_start)
+        return None, None, None, None, None, None, together, *d_weights
 
 
-def _with_gradient(ctx, packed: Tensor, keep: bool) -> TaskResults:
+def _rows_of(start: Tensor, tasks: slice) -> Tensor:
+    """The initial fast weights ``[T, P]``."""
+    return start if start.dim() == 2 else start.expand(tasks.stop - tasks.start, -1)
+
+
+def _with_gradient(ctx, start: Tensor, keep: bool) -> TaskResults:
     """The results, with their graph kept or the gradient of their losses' sum taken."""
-    alias = packed.detach().requires_grad_()
+    alias = start.detach().requires_grad_()
     with torch.enable_grad():
-        results = ctx.run(ctx.tasks, alias, ctx.plan.mode)
+        results = ctx.run(ctx.tasks, _rows_of(alias, ctx.tasks), ctx.plan.mode)
     if keep:
         ctx.kept = (alias, results)
     else:
@@ -174,9 +190,9 @@ def _alike(gradients: tuple[Tensor | None, ...]) -> bool:
 
 
 def _pull_back(
-    ctx, tasks: slice, packed: Tensor, gradients: list[Tensor | None]
+    ctx, tasks: slice, start: Tensor, gradients: list[Tensor | None]
 ) -> list[Tensor | None]:
-    """Gradients of `packed` and the weights, by the graph of these tasks: kept, or built now."""
+    """Gradients of `start` and the weights, by the graph of these tasks: kept, or built now."""
     if ctx.kept is not None:
         alias, results = ctx.kept
         retain = torch._C._autograd._get_current_graph_task_keep_graph()
@@ -188,7 +204,9 @@ def _pull_back(
         except (RuntimeError, MemoryError):
             ctx.kept = None  # spent
             raise
-    alias = packed.detach().requires_grad_()
+    alias = start.detach().requires_grad_()
     with ctx.conditions.restored(ctx.loop.patched):
-        results = ctx.run(tasks, alias, ctx.plan.mode)
+        results = ctx.run(tasks, _rows_of(alias, tasks), ctx.plan.mode)
+        if isinstance(results.params, TaskParams) and gradients[1] is not None:
+            results = results._replace(params=results.params.packed)
         return backpropagate(results, gradients, [alias, *ctx.weights])

@@ -38,6 +38,7 @@ class InnerLoop:
         head: Starts the head from each task's prototypes (ProtoMAML), or None.
         capture: Runs gradients from captured graphs, or None.
         rounded: Whether numbers of tokens without padding are rounded up, so that few graphs serve.
+        own_rows: Whether tasks start from weights of their own, which have a gradient each.
         by_leaf: Whether weights may be kept by leaf instead of packed, where that is possible.
     """
 
@@ -53,6 +54,7 @@ class InnerLoop:
     head: PrototypeHead | None = None
     capture: Capture | None = None
     rounded: bool = False
+    own_rows: bool = False
     by_leaf: bool = True
 
     def added_parameters(self) -> list[Tensor]:

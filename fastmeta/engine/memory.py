@@ -237,7 +237,8 @@ class Need:
 
     def chunk(self, tasks: int, total: int) -> int:
         """Of a batch of `total` tasks, so many at a time: also what is there of all the others
-        (fast weights and their gradient) and the sum of earlier gradients of shared weights."""
+        (fast weights; their gradient where they start from rows of their own) and the sum of
+        earlier gradients of shared weights."""
         if tasks >= total:
             return self.bytes(total)
         return self.bytes(tasks) + self.others * (total - tasks) + self.shared
@@ -281,7 +282,8 @@ def predict(loop: InnerLoop, batch: TaskBatch, mode: str) -> Need:
     more = (all_steps - steps) * per_step
     others, shared = row.nbytes, 0
     if torch.is_grad_enabled():
-        others, shared = 2 * others, sum(p.nbytes for p in loop.patched.shared_parameters())
+        others *= 1 + loop.own_rows
+        shared = sum(p.nbytes for p in loop.patched.shared_parameters())
     return Need(base - few * per_task, per_task + more, few, per_step, row.nbytes, others, shared)
 
 
