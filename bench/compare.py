@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import random
 import subprocess
 import sys
 import time
@@ -99,8 +100,11 @@ def compare(name: str, rounds: int) -> dict:
         except ImportError:
             print(f"{label} is not installed: left out", file=sys.stderr)
             del steps[label], times[label]
+    order = random.Random(0)
     for _ in range(rounds):
-        for label, step in steps.items():
+        # Another order every time: some ways slow down whichever comes next for a second or more.
+        for label in order.sample(sorted(steps), len(steps)):
+            step = steps[label]
             step()  # once more, so that none pays for the heap and caches that another left
             start = time.perf_counter()
             step()

@@ -50,6 +50,11 @@ def batched_mm_onto(to, a, b, *_, **__) -> int:
     return batched_mm(a, b)
 
 
+@register_flop_formula(torch.ops.fastmeta.batched_mms_)
+def batched_mms(to, a, b, *_, **__) -> int:
+    return sum(batched_mm(left, right) for left, right in zip(a, b, strict=True))
+
+
 def _scores(q, k, v, places) -> tuple[int, int, int]:
     """Entries of all scores, as if texts were padded, and the head sizes that a product sums over
     or returns."""
@@ -75,5 +80,5 @@ def attention_double_backward(a, b, c, d_out, q, k, v, lse, mask, seed, places, 
     return 2 * scores * (7 * d + 5 * e)
 
 
-counted = (forward, backward, double_backward, batched_mm, batched_mm_onto)
+counted = (forward, backward, double_backward, batched_mm, batched_mm_onto, batched_mms)
 counted += (attention, attention_backward, attention_double_backward)
