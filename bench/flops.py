@@ -45,11 +45,6 @@ def batched_mm(a, b, *_, **__) -> int:
     return 2 * a[0] * a[1] * a[2] * b[2]
 
 
-@register_flop_formula(torch.ops.fastmeta.batched_mm_)
-def batched_mm_onto(to, a, b, *_, **__) -> int:
-    return batched_mm(a, b)
-
-
 @register_flop_formula(torch.ops.fastmeta.batched_mms_)
 def batched_mms(to, a, b, *_, **__) -> int:
     return sum(batched_mm(left, right) for left, right in zip(a, b, strict=True))
@@ -80,5 +75,5 @@ def attention_double_backward(a, b, c, d_out, q, k, v, lse, mask, seed, places, 
     return 2 * scores * (7 * d + 5 * e)
 
 
-counted = (forward, backward, double_backward, batched_mm, batched_mm_onto, batched_mms)
+counted = (forward, backward, double_backward, batched_mm, batched_mms)
 counted += (attention, attention_backward, attention_double_backward)

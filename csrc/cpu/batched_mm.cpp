@@ -8,8 +8,8 @@ namespace {
 
 // Columns of a product that one unit of work takes: one task alone keeps several threads busy.
 constexpr int64_t kColumns = 512;
-// In `which` of batched_mms_: what is written is added to.
-constexpr int64_t kItself = -1;
+// In `which` of batched_mms_: nothing is added to a product, or what lies where it is written.
+constexpr int64_t kNothing = -2, kItself = -1;
 
 // A product of all tasks, as the kernel reads it: [T, M, K] by [T, K, N] onto [T, M, N]; base has
 // the same axes, 1 where it is shared.
@@ -126,12 +126,12 @@ void multiply(const Batch<A>& batch) {
 // still in a cache. One product after the other where there are too few tasks for the threads.
 template <typename A>
 void multiply(std::vector<Batch<A>>& batches) {
+  const size_t count = batches.size();
   const int64_t tasks = batches[0].tasks, threads = torch::stable::get_num_threads();
-  if (tasks % threads != 0 && tasks < 4 * threads) {
+  if (count == 1 || (tasks % threads != 0 && tasks < 4 * threads)) {
     for (const auto& batch : batches) multiply(batch);
     return;
   }
-  const size_t count = batches.size();
   int64_t work = 0;
   for (size_t i = 0; i < count; ++i) {
     work += batches[i].work();
@@ -184,7 +184,7 @@ void check_dtype(const Tensor& t) {
 
 void check_written(const Tensor& to) {
   STD_TORCH_CHECK(to.size(2) <= 1 || to.stride(2) == 1,
-                  "fastmeta: batched_mm_ writes adjacent columns");
+                  "fastmeta: batched_mms_ writes adjacent columns");
 }
 
 std::optional<Tensor> checked_base(const Tensor& base, const Tensor& to) {
@@ -215,12 +215,6 @@ Tensor batched_mm(Tensor a, Tensor b, std::optional<Tensor> base) {
   return to;
 }
 
-void batched_mm_(Tensor to, Tensor a, Tensor b, bool accumulate) {
-  check(a, b, to);
-  check_written(to);
-  dispatch(a, b, accumulate ? std::optional<Tensor>(to) : std::nullopt, to);
-}
-
 template <typename A>
 void run_together(const std::vector<Tensor>& to, const std::vector<Tensor>& a,
                   const std::vector<Tensor>& b, const std::vector<std::optional<Tensor>>& base) {
@@ -241,7 +235,7 @@ void batched_mms_(std::vector<Tensor> to, std::vector<Tensor> a, std::vector<Ten
     check_written(to[i]);
     STD_TORCH_CHECK(to[i].size(0) == to[0].size(0) && to[i].scalar_type() == to[0].scalar_type(),
                     "fastmeta: batched_mms_ expects products of the same tasks and dtype");
-    STD_TORCH_CHECK(which[i] < static_cast<int64_t>(bases.size()),
+    STD_TORCH_CHECK(which[i] >= kNothing && which[i] < static_cast<int64_t>(bases.size()),
                     "fastmeta: batched_mms_ has no such base");
     // A product may read what one before it wrote: that has adjacent columns and is not copied.
     a[i] = readable(a[i], false);
@@ -260,7 +254,6 @@ void batched_mms_(std::vector<Tensor> to, std::vector<Tensor> a, std::vector<Ten
 
 STABLE_TORCH_LIBRARY_IMPL(fastmeta, CPU, m) {
   m.impl("batched_mm", TORCH_BOX(&batched_mm));
-  m.impl("batched_mm_", TORCH_BOX(&batched_mm_));
   m.impl("batched_mms_", TORCH_BOX(&batched_mms_));
 }
 

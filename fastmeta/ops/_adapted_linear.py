@@ -379,9 +379,8 @@ class _Step(Function):
                     to, owned = (d_weight, g_weight), True
             d_dy, d_x = second_gradients(g_x, g_weight, g_rows, d_y, x, mine, nt, needs, to)
             if owned and d_weight is not None and ctx.before is not None:
-                ctx.before.give(
-                    d_weight
-                )  # the same buffer gathers the gradient of the weight before
+                # The same buffer gathers the gradient of the weight before.
+                ctx.before.give(d_weight)
                 d_weight = None
         if need[1] and shared:
             d_weight = None if g_weight is None else g_weight.sum(0, keepdim=True)

@@ -19,13 +19,11 @@ from fastmeta._library import define, dispatched
 from fastmeta.reference import batched_linear as reference
 
 _MM = define("batched_mm(Tensor a, Tensor b, Tensor? base) -> Tensor", reference.batched_mm)
-_MM_ = define(
-    "batched_mm_(Tensor(a!) to, Tensor a, Tensor b, bool accumulate) -> ()", reference.batched_mm_
-)
 _MMS_ = define(
     "batched_mms_(Tensor(a!)[] to, Tensor[] a, Tensor[] b, Tensor[] bases, int[] which) -> ()",
     reference.batched_mms_,
 )
+_NOTHING, _ITSELF = -2, -1  # in `which` of batched_mms_
 _ROWS = torch.contiguous_format
 _KERNEL_DEVICE = "cpu" if dispatched(_MM.name, "cpu") else None
 
@@ -110,10 +108,13 @@ def together(products: Sequence[Product]) -> None:
     if not products:
         return
     to, a, b, bases = (list(each) for each in zip(*products, strict=True))
-    others, which = [], []
+    others: list[Tensor] = []
+    which = []
     for out, base in zip(to, bases, strict=True):
-        if base is None or base is out:
-            which.append(-2 if base is None else -1)
+        if base is None:
+            which.append(_NOTHING)
+        elif base is out:
+            which.append(_ITSELF)
         else:
             which.append(len(others))
             others.append(base)

@@ -11,21 +11,15 @@ def batched_mm(a: Tensor, b: Tensor, base: Tensor | None) -> Tensor:
     return torch.bmm(a, b) if base is None else torch.baddbmm(base, a, b)
 
 
-def batched_mm_(to: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
-    """The product written over `to` ``[T, M, N]``, or added to it."""
-    if accumulate:
-        to.baddbmm_(a, b)
-    else:
-        torch.bmm(a, b, out=to)
-
-
 def batched_mms_(
     to: list[Tensor], a: list[Tensor], b: list[Tensor], bases: list[Tensor], which: list[int]
 ) -> None:
-    """Products one after the other: ``to_i = a_i b_i``, plus ``bases[which_i]``, or plus what
-    `to_i` held where ``which_i`` is -1; nothing where it is less."""
+    """Products one after the other, written to ``to_i [T, M, N]``: ``a_i b_i``, plus
+    ``bases[which_i]``; plus what `to_i` held where ``which_i`` is -1, plus nothing where it is -2.
+    """
     for i, out in enumerate(to):
-        if which[i] >= 0:
-            torch.baddbmm(bases[which[i]], a[i], b[i], out=out)
+        if which[i] == -2:
+            torch.bmm(a[i], b[i], out=out)
         else:
-            batched_mm_(out, a[i], b[i], which[i] == -1)
+            base = out if which[i] == -1 else bases[which[i]]
+            torch.baddbmm(base, a[i], b[i], out=out)
