@@ -193,11 +193,14 @@ class Patched(nn.Module):
         """
         flat, _, _ = self._flatten(params, inputs)
         plan = self.plan(inputs)
+        reused = plan.prefix and not plan.prefix_is_random()
+        if not (reused or rounded):
+            return None
         call = self.call(params.views, inputs, padded=padded, rounded=rounded)
         cache = prefix.PrefixCache(call.unpadded and call.unpadded.tokens)
-        if not plan.prefix or plan.prefix_is_random():
+        if not reused:
             cache.recording = False
-            return cache if rounded and cache.tokens is not None else None
+            return None if cache.tokens is None else cache
         call.prefix = cache.replay()
         try:
             with running(call):
@@ -248,7 +251,7 @@ class Patched(nn.Module):
         if prefix_cache is not None:
             call.prefix = prefix_cache.replay()
             if prefix_cache.tokens is not None:
-                if is_traced(mask) and not prefix_cache.tokens.is_traced:
+                if is_traced(mask) and not prefix_cache.tokens.are_operands:
                     raise RuntimeError(
                         "a pass that is traced or transformed needs a prefix of padded texts: "
                         "record_prefix(..., padded=True)"

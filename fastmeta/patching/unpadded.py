@@ -50,7 +50,7 @@ class Tokens:
         place: int64 ``[B * L]``: where each real position's token is, -1 for padding.
     """
 
-    is_traced = False
+    are_operands = False  # of a trace, which then holds for others
 
     def __init__(self, mask: Tensor, tasks: int, multiple: int = 1) -> None:
         self.tasks, self.shape = tasks, tuple(mask.shape)
@@ -79,7 +79,7 @@ class Tokens:
         """These positions with :attr:`tensors` that are operands of a trace."""
         other = copy.copy(self)
         other.index, other.place, other.read = tensors
-        other.is_traced = True
+        other.are_operands = True
         return other
 
     @property
