@@ -370,6 +370,8 @@ WRONG = [
     (["train", "--spec=lora:r=two"], "expected r to be an integer, got 'two'"),
     (["train", "--spec=lora:r=0"], "rank r must be an integer of at least 1, got 0"),
     (["train", "--spec=lor"], "expected one of lora, prefix, params"),
+    (["train", "--spec=lora+head"], "expected terms joined by ' + ', as in 'lora:r=8 + head'"),
+    (["train", "--spec=lora head"], "expected terms joined by ' + '"),
     (["train", "--spec=head + "], "expected terms such as"),
     (["train", "--spec=params:clasifier.*"], "near matches: classifier.bias"),
     (
