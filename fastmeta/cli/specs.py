@@ -83,9 +83,9 @@ def _term(text: str) -> fm.Spec:
         if colon:
             raise UserError(f"{what}: {name!r} takes no options")
         return _PLAIN[name]()
-    if not set(re.split(r"[+,\s]+", name)).isdisjoint(set(NAMES) - {name}):
-        raise UserError(f"{what}: expected terms joined by ' + ', as in 'lora:r=8 + head'")
     if name not in _WITH_OPTIONS:
+        if not set(re.split(r"[+,\s]+", name)).isdisjoint(NAMES):
+            raise UserError(f"{what}: expected terms joined by ' + ', as in 'lora:r=8 + head'")
         raise UserError(f"{what}: expected one of {', '.join(NAMES)}{near(name, NAMES)}")
     make, known = _WITH_OPTIONS[name]
     given: dict[str, Any] = options(rest, known, what)

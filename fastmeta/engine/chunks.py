@@ -139,12 +139,10 @@ class _Chunk(torch.autograd.Function):
             tasks, mode = pending[0], plan.mode
             rows = slice(tasks.start - whole.start, tasks.stop - whole.start)
             size = tasks.stop - tasks.start
+            mine = start[rows] if start.dim() == 2 else start
             try:
                 found = _pull_back(
-                    ctx,
-                    tasks,
-                    start[rows] if start.dim() == 2 else start,
-                    [g if g is None else g[rows] for g in gradients],
+                    ctx, tasks, mine, [g if g is None else g[rows] for g in gradients]
                 )
             except (RuntimeError, MemoryError) as error:
                 if not (is_out_of_memory(error) and plan.shrink(size)):
@@ -156,7 +154,6 @@ class _Chunk(torch.autograd.Function):
                 pending[:1] = [tasks] if random else split(tasks, plan.task_chunk)
                 continue
             pending.pop(0)
-            mine = start[rows] if start.dim() == 2 else start
             d_start.append(torch.zeros_like(mine) if found[0] is None else found[0])
             d_weights = [add(a, b) for a, b in zip(d_weights, found[1:], strict=True)]
         together = torch.cat(d_start) if start.dim() == 2 else sum(d_start)

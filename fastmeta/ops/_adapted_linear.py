@@ -12,24 +12,13 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastmeta._autograd import Function, needs_autograd, transformed
-from fastmeta.ops.batched_linear import (
-    affine,
-    has_kernel,
-    landing_or_new,
-    product,
-    second_by_products,
-    second_gradients,
-    sum_of_rows,
-    together,
-    weight_gradient,
-)
+from fastmeta.ops.batched_linear import multiplier, product, second_gradients, weight_gradient
 
 
 @dataclass
@@ -179,27 +168,16 @@ def _descended(mm: Callable, weight: Tensor, x: Tensor, g: Tensor, nt: bool) -> 
     return mm(left.mT, right, weight)
 
 
-def _mm(differentiable: bool) -> Callable:
-    """``a b + base``, recorded by autograd where it must be."""
-    return partial(affine, nt=False) if differentiable else product
-
-
 class _Linear(Function):
     @staticmethod
     def forward(x, weight, a, b, base, nt, total, gate, landing, descent):
+        mm, sums = multiplier(False, x), None
         y = _times(product, x, weight.mT if nt else weight, base)
-        if not has_kernel(x):
-            if a is not None:
-                y = product(product(x, a.mT), b, y)
-            return y, x.sum(1, keepdim=True) if total else None
-        products, sums = [], None
         if a is not None:
-            low = x.new_empty(*x.shape[:2], a.shape[1])
-            products += [(low, x, a.mT, None), (y, low, b, y)]
+            y = mm(mm(x, a.mT), b, y, y)
         if total:
-            sums = x.new_empty(x.shape[0], 1, x.shape[2])
-            products.append(sum_of_rows(sums, x))
-        together(products)
+            sums = mm.sum_of_rows(x)
+        mm.run()
         return y, sums
 
     @staticmethod
@@ -235,72 +213,27 @@ class _Linear(Function):
                 d_total = d_y.sum(1, keepdim=True)
             return d_x, None, None, None, d_total if total else d_base, *rest
         differentiable = torch.is_grad_enabled() or transformed(d_y, d_total)
-        if has_kernel(d_y) and not differentiable:
-            return *_gradients(ctx, d_y, d_total, x, weight, a, b), *rest
-        mm = _mm(differentiable)
-        low = None if a is None else mm(d_y, b.mT)  # [B, M, r]
+        mm = multiplier(differentiable, d_y)
+        own = weight.shape[0] == x.shape[0]
         if need[0]:
-            d_x = _times(mm, d_y, weight if nt else weight.mT, d_total)
-            d_x = d_x if a is None else mm(low, a, d_x)
-        if need[1]:
-            if weight.shape[0] < x.shape[0]:
-                d_weight = _over_tasks(d_y, x, weight.shape[0], nt)
-            else:
-                left, right = (d_y, x) if nt else (x, d_y)
-                d_weight = mm(left.mT, right)
-        if need[2]:
-            d_a = mm(low.mT, x)
-        if need[3]:
-            d_b = mm(mm(x, a.mT).mT, d_y)
+            back = weight if nt else weight.mT
+            d_x = mm(d_y, back, d_total) if own else _times(mm.alone, d_y, back, d_total)
+        if a is not None:
+            low = mm(d_y, b.mT)  # [B, M, r]
+            if need[0]:
+                d_x = mm(low, a, d_x, d_x)
+            if need[2]:
+                d_a = mm(low.mT, x)
+            if need[3]:
+                d_b = mm(mm(x, a.mT).mT, d_y)
+        if need[1] and own:
+            d_weight = weight_gradient(mm, d_y, x, nt, ctx.landing, differentiable)
+        elif need[1]:
+            d_weight = _over_tasks(d_y, x, weight.shape[0], nt)
         if need[4] and ctx.base_rows == 1:
-            d_base = d_y.sum(1, keepdim=True)
+            d_base = mm.sum_of_rows(d_y)
+        mm.run()
         return d_x, d_weight, d_a, d_b, d_base, *rest
-
-
-def _gradients(
-    ctx: Any,
-    d_y: Tensor,
-    d_total: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    a: Tensor | None,
-    b: Tensor | None,
-) -> tuple[Tensor | None, ...]:
-    """Those of :class:`_Linear`, by products that run together."""
-    need, nt = ctx.needs_input_grad, ctx.nt
-    own = weight.shape[0] == x.shape[0]
-    d_x = d_weight = d_a = d_b = None
-    d_base = d_y if need[4] else None
-    products = []
-    if need[0]:
-        back = weight if nt else weight.mT
-        if own:
-            d_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-            products.append((d_x, d_y, back, d_total))
-        else:
-            d_x = _times(product, d_y, back, d_total)
-    if a is not None:
-        low = x.new_empty(*x.shape[:2], a.shape[1])  # [B, M, r]
-        products.append((low, d_y, b.mT, None))
-        if need[0]:
-            products.append((d_x, low, a, d_x))
-        if need[2]:
-            d_a = a.new_empty(a.shape)
-            products.append((d_a, low.mT, x, None))
-        if need[3]:
-            d_b, rows = b.new_empty(b.shape), torch.empty_like(low)
-            products += [(rows, x, a.mT, None), (d_b, rows.mT, d_y, None)]
-    if need[1] and own:
-        to, more, landed = landing_or_new(ctx.landing, weight, False)
-        products.append(weight_gradient(to, d_y, x, to if more else None, nt=nt))
-        d_weight = None if landed else to
-    if need[4] and ctx.base_rows == 1:
-        d_base = d_y.new_empty(d_y.shape[0], 1, d_y.shape[2])
-        products.append(sum_of_rows(d_base, d_y))
-    together(products)
-    if need[1] and not own:
-        d_weight = _over_tasks(d_y, x, weight.shape[0], nt)
-    return d_x, d_weight, d_a, d_b, d_base
 
 
 def _over_tasks(d_y: Tensor, x: Tensor, heads: int, nt: bool) -> Tensor:
@@ -326,23 +259,14 @@ class _Step(Function):
 
     @staticmethod
     def forward(x, weight, d_y, nt, total, before, after):
-        tasks, rows = x.shape[0], None
-        if not has_kernel(d_y):
-            mine = weight.expand(tasks, -1, -1)
-            d_x = product(d_y, mine if nt else mine.mT)
-            rows = d_y.sum(1, keepdim=True) if total else None
-            return d_x, _descended(product, weight, x, d_y, nt), rows
-        mine = weight.expand(tasks, -1, -1)
-        d_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-        stepped = mine.new_empty(mine.shape)
-        products = [
-            (d_x, d_y, mine if nt else mine.mT, None),
-            weight_gradient(stepped, d_y, x, mine, nt=nt),
-        ]
+        mm, rows = multiplier(False, d_y), None
+        mine = weight.expand(x.shape[0], -1, -1)
+        left, right = (d_y, x) if nt else (x, d_y)
+        d_x = mm(d_y, mine if nt else mine.mT)
+        stepped = mm(left.mT, right, mine)
         if total:
-            rows = d_y.new_empty(tasks, 1, d_y.shape[2])
-            products.append(sum_of_rows(rows, d_y))
-        together(products)
+            rows = mm.sum_of_rows(d_y)
+        mm.run()
         return d_x, stepped, rows
 
     @staticmethod
@@ -362,26 +286,23 @@ class _Step(Function):
         owned = g_weight is None
         g_weight = ctx.after.take(g_weight)
         owned = owned and g_weight is not None
-        tasks, shared = x.shape[0], weight.shape[0] < x.shape[0]
-        mine = weight.expand(tasks, -1, -1)
-        needs = need[2], need[0], need[1] and not shared
-        d_weight = None
-        if differentiable or not has_kernel(x):
-            d_dy, d_x, d_weight = second_by_products(g_x, g_weight, g_rows, d_y, x, mine, nt, needs)
-            if needs[2] and g_weight is not None:
-                d_weight = g_weight if d_weight is None else g_weight + d_weight
-        else:
-            to = None
-            if needs[2]:
-                d_weight = g_weight
-                if g_x is not None:
-                    d_weight = g_weight if owned else mine.new_empty(mine.shape)
-                    to, owned = (d_weight, g_weight), True
-            d_dy, d_x = second_gradients(g_x, g_weight, g_rows, d_y, x, mine, nt, needs, to)
-            if owned and d_weight is not None and ctx.before is not None:
-                # The same buffer gathers the gradient of the weight before.
-                ctx.before.give(d_weight)
-                d_weight = None
+        shared = weight.shape[0] < x.shape[0]
+        mine = weight.expand(x.shape[0], -1, -1)
+        mm = multiplier(differentiable, x)
+        d_dy, d_x = second_gradients(
+            mm, g_x, g_weight, g_rows, d_y, x, mine, nt, (need[2], need[0])
+        )
+        own = need[1] and not shared
+        d_weight = g_weight if own else None
+        if own and g_x is not None:
+            left, right = (d_y, g_x) if nt else (g_x, d_y)
+            d_weight = mm(left.mT, right, g_weight, g_weight if owned else None)
+            owned = True
+        mm.run()
+        if own and owned and not differentiable and ctx.before is not None:
+            # The same buffer gathers the gradient of the weight before.
+            ctx.before.give(d_weight)
+            d_weight = None
         if need[1] and shared:
             d_weight = None if g_weight is None else g_weight.sum(0, keepdim=True)
             if g_x is not None:
@@ -414,11 +335,12 @@ class _Descend(Function):
         d_weight = d_x = d_g = None
         if d is None:
             return d_weight, d_x, d_g, None, None, None
-        mm, need = _mm(differentiable), ctx.needs_input_grad
+        mm, need = multiplier(differentiable, x), ctx.needs_input_grad
         if need[1]:
             d_x = mm(g, d if nt else d.mT)
         if need[2]:
             d_g = mm(x, d.mT if nt else d)
+        mm.run()
         if need[0] and ctx.shared:
             d_weight = d.unflatten(0, (-1, ctx.shared)).sum(0)
         elif need[0] and owned and not differentiable and ctx.before is not None:

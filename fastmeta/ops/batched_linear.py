@@ -121,20 +121,6 @@ def together(products: Sequence[Product]) -> None:
     _backend.kernel(_MMS_, to[0].device.type)(to, a, b, others, which)
 
 
-def weight_gradient(
-    to: Tensor, d_y: Tensor, x: Tensor, base: Tensor | None, *, nt: bool
-) -> Product:
-    """The gradient ``[T, N, K]`` (``[T, K, N]`` without `nt`) of the weight of ``y = x W^T``."""
-    left, right = (d_y, x) if nt else (x, d_y)
-    return to, left.mT, right, base
-
-
-def sum_of_rows(to: Tensor, d_y: Tensor) -> Product:
-    """``[T, M, N] -> [T, 1, N]`` as a product, for rows that other products read too."""
-    tasks, rows, _ = d_y.shape
-    return to, d_y.new_ones(1, 1, 1).expand(tasks, 1, rows), d_y, None
-
-
 def has_kernel(x: Tensor) -> bool:
     """Whether a kernel of its own serves products with `x`."""
     return (
@@ -167,9 +153,82 @@ def _affine(x: Tensor, weight: Tensor, base: Tensor | None, nt: bool) -> Tensor:
     return product(x, weight.mT if nt else weight, base)
 
 
-def _reduce(d_y: Tensor, rows: int) -> Tensor:
-    """The gradient of a base of `rows` rows."""
-    return d_y.sum(1, keepdim=True) if rows == 1 else d_y
+class Now:
+    """How a derivative multiplies: ``mm(a, b, base, to)`` is ``a b + base``, where `to`, which may
+    be the base itself, is memory that may be written; :meth:`run` ends it. Here one at once."""
+
+    lands = False
+    """Whether results can be written to a :class:`Landing`."""
+
+    def __call__(
+        self, a: Tensor, b: Tensor, base: Tensor | None = None, to: Tensor | None = None
+    ) -> Tensor:
+        return product(a, b, base)
+
+    def alone(self, a: Tensor, b: Tensor, base: Tensor | None = None) -> Tensor:
+        """What runs by itself, such as a product with a matrix that all tasks share."""
+        return self(a, b, base)
+
+    def sum_of_rows(self, x: Tensor) -> Tensor:
+        """``[T, M, N] -> [T, 1, N]``."""
+        return x.sum(1, keepdim=True)
+
+    def run(self) -> None:
+        pass
+
+
+class Recorded(Now):
+    """Products that autograd records, whose own derivatives may be asked for."""
+
+    def __call__(
+        self, a: Tensor, b: Tensor, base: Tensor | None = None, to: Tensor | None = None
+    ) -> Tensor:
+        return affine(a, b, base, nt=False)
+
+
+class Together(Now):
+    """Products that run in one call at the end, see :func:`together`; results are there then."""
+
+    lands = True
+
+    def __init__(self) -> None:
+        self.products: list[Product] = []
+
+    def __call__(
+        self, a: Tensor, b: Tensor, base: Tensor | None = None, to: Tensor | None = None
+    ) -> Tensor:
+        to = a.new_empty(a.shape[0], a.shape[1], b.shape[2]) if to is None else to
+        self.products.append((to, a, b, base))
+        return to
+
+    def alone(self, a: Tensor, b: Tensor, base: Tensor | None = None) -> Tensor:
+        return product(a, b, base)
+
+    def sum_of_rows(self, x: Tensor) -> Tensor:
+        # as a product: others read these rows too
+        return self(x.new_ones(1, 1, 1).expand(x.shape[0], 1, x.shape[1]), x)
+
+    def run(self) -> None:
+        together(self.products)
+
+
+def multiplier(differentiable: bool, like: Tensor) -> Now:
+    """How a pass over tensors such as `like` multiplies."""
+    if differentiable:
+        return Recorded()
+    return Together() if has_kernel(like) else Now()
+
+
+def weight_gradient(
+    mm: Now, d_y: Tensor, x: Tensor, nt: bool, landing: Landing | None, differentiable: bool
+) -> Tensor | None:
+    """The gradient ``[T, N, K]`` (``[T, K, N]`` without `nt`) of the weight of ``y = x W^T``; None
+    where it reaches the weight by its landing."""
+    place = landing.place(differentiable) if landing is not None and mm.lands else None
+    to, more = (None, False) if place is None else place
+    left, right = (d_y, x) if nt else (x, d_y)
+    d_weight = mm(left.mT, right, to if more else None, to)
+    return d_weight if to is None or differentiable else None
 
 
 class _Affine(Function):
@@ -210,39 +269,18 @@ def _affine_grad(
     landing: Landing | None,
     differentiable: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    if not has_kernel(d_y) or transformed(d_y, x):
-        d_x = product(d_y, weight if nt else weight.mT) if needs[0] else None
-        d_weight = product(*weight_gradient(d_y, d_y, x, None, nt=nt)[1:]) if needs[1] else None
-        return d_x, d_weight, _reduce(d_y, needs[2]) if needs[2] else None
-    d_x = d_weight = None
+    mm = Now() if transformed(d_y, x) else multiplier(False, d_y)
+    d_x = mm(d_y, weight if nt else weight.mT) if needs[0] else None
+    d_weight = weight_gradient(mm, d_y, x, nt, landing, differentiable) if needs[1] else None
     d_base = d_y if needs[2] else None
-    products = []
-    if needs[0]:
-        d_x = torch.empty_like(x, memory_format=_ROWS)
-        products.append((d_x, d_y, weight if nt else weight.mT, None))
-    if needs[1]:
-        to, more, landed = landing_or_new(landing, weight, differentiable)
-        products.append(weight_gradient(to, d_y, x, to if more else None, nt=nt))
-        d_weight = None if landed else to
     if needs[2] == 1:
-        d_base = d_y.new_empty(d_y.shape[0], 1, d_y.shape[2])
-        products.append(sum_of_rows(d_base, d_y))
-    together(products)
+        d_base = mm.sum_of_rows(d_y)
+    mm.run()
     return d_x, d_weight, d_base
 
 
-def landing_or_new(
-    landing: Landing | None, weight: Tensor, differentiable: bool
-) -> tuple[Tensor, bool, bool]:
-    """Where the gradient of a weight is written; whether to add to what is there; and whether it
-    reaches the weight from there, without autograd."""
-    place = None if landing is None else landing.place(differentiable)
-    if place is None:
-        return torch.empty_like(weight, memory_format=_ROWS), False, False
-    return *place, not differentiable
-
-
 def second_gradients(
+    mm: Now,
     g_x: Tensor | None,
     g_weight: Tensor | None,
     g_base: Tensor | None,
@@ -251,54 +289,21 @@ def second_gradients(
     weight: Tensor,
     nt: bool,
     needs: Sequence[bool],
-    to: tuple[Tensor, Tensor | None] | None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients to d_y and x of ``(dy, x, W) -> (dx, dW, dbase)``, by products that run together;
-    that to the weight is added to a base and written, ``to = (where, base)``.
+    """Gradients to d_y and x of ``(dy, x, W) -> (dx, dW, dbase)``; that to the weight is
+    ``weight_gradient(mm, d_y, g_x, ...)``.
 
     `g_x`, `g_weight` and `g_base` are those of the results, None where nothing came.
     """
-    d_dy = d_x = None
-    products = []
+    d_dy = d_x = mine = None
     if needs[0]:
         d_dy = g_base if g_base is None else g_base.expand_as(d_y)
         for left, right in ((g_x, weight), (x, g_weight)):
             if left is not None and right is not None:
-                out = d_dy if products else torch.empty_like(d_y, memory_format=_ROWS)
-                products.append((out, left, right.mT if nt else right, d_dy))
-                d_dy = out
+                d_dy = mine = mm(left, right.mT if nt else right, d_dy, mine)
     if needs[1] and g_weight is not None:
-        d_x = torch.empty_like(x, memory_format=_ROWS)
-        products.append((d_x, d_y, g_weight if nt else g_weight.mT, None))
-    if to is not None and g_x is not None:
-        products.append(weight_gradient(to[0], d_y, g_x, to[1], nt=nt))
-    together(products)
+        d_x = mm(d_y, g_weight if nt else g_weight.mT)
     return d_dy, d_x
-
-
-def second_by_products(
-    g_x: Tensor | None,
-    g_weight: Tensor | None,
-    g_base: Tensor | None,
-    d_y: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    nt: bool,
-    needs: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients to d_y, x and the weight by `affine`, whose own derivatives may be asked for."""
-    d_dy = d_x = d_weight = None
-    if needs[0]:
-        d_dy = g_base if g_base is None else g_base.expand_as(d_y)
-        for left, right in ((g_x, weight), (x, g_weight)):
-            if left is not None and right is not None:
-                d_dy = affine(left, right, d_dy, nt=nt)
-    if needs[1] and g_weight is not None:
-        d_x = affine(d_y, g_weight, nt=not nt)
-    if needs[2] and g_x is not None:
-        left, right = (d_y, g_x) if nt else (g_x, d_y)
-        d_weight = affine(left.mT, right, nt=False)
-    return d_dy, d_x, d_weight
 
 
 class _AffineGrad(Function):
@@ -322,16 +327,12 @@ class _AffineGrad(Function):
         ctx: Any, g_x: Tensor | None, g_weight: Tensor | None, g_base: Tensor | None
     ) -> tuple:
         d_y, x, weight = ctx.saved_tensors
-        nt, needs = ctx.nt, ctx.needs_input_grad
-        if torch.is_grad_enabled() or transformed(g_x, g_weight, g_base) or not has_kernel(x):
-            found = second_by_products(g_x, g_weight, g_base, d_y, x, weight, nt, needs)
-            return *found, None, None, None
-        to = d_weight = None
+        nt, needs, d_weight = ctx.nt, ctx.needs_input_grad, None
+        mm = multiplier(torch.is_grad_enabled() or transformed(g_x, g_weight, g_base), x)
+        d_dy, d_x = second_gradients(mm, g_x, g_weight, g_base, d_y, x, weight, nt, needs)
         if needs[2] and g_x is not None:
-            d_weight, more, landed = landing_or_new(ctx.landing, weight, False)
-            to = d_weight, d_weight if more else None
-            d_weight = None if landed else d_weight
-        d_dy, d_x = second_gradients(g_x, g_weight, g_base, d_y, x, weight, nt, needs, to)
+            d_weight = weight_gradient(mm, d_y, g_x, nt, ctx.landing, False)
+        mm.run()
         return d_dy, d_x, d_weight, None, None, None
 
     @staticmethod
