@@ -26,7 +26,7 @@
 #if defined(__clang__)
 #define FM_UNROLL _Pragma("clang loop unroll(full)")
 #elif defined(__GNUC__)
-#define FM_UNROLL _Pragma("GCC unroll 8")
+#define FM_UNROLL _Pragma("GCC unroll 16")
 #else
 #define FM_UNROLL
 #endif

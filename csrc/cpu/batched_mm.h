@@ -55,90 +55,123 @@ struct Ahead {
   }
 };
 
-// Where a tile begins.
-struct Place {
-  int64_t i, j;
+// `count` lines to fetch, one in each step of a tile, `step` bytes apart.
+struct Fetch {
+  const char* at;
+  int64_t step, count;
 };
 
-// R rows, V lanes of columns; `count` columns of the last lane are there. b has adjacent columns.
-// What the tile `after` this one writes and adds to is fetched meanwhile, a row at a time and not
-// nearer than the second cache: rows lie a power of two apart, and would evict B from the first.
+// A part of a product that registers hold: where it reads and writes, all of k.
+template <typename A>
+struct Tile {
+  const A* a;
+  int64_t a_row, a_column;
+  const A* b;  // adjacent columns
+  int64_t b_row;
+  const A* base;
+  int64_t base_row;
+  A* to;
+  int64_t to_row;
+  int64_t columns;  // of the last lane
+
+  static constexpr int kMost = 6;
+  Fetch fetches[kMost];
+  int phases = 0;
+  int64_t steps;  // of k that no fetch has
+
+  void fetch(const void* at, int64_t step, int64_t count) {
+    count = least(count, steps);
+    fetches[phases++] = {static_cast<const char*>(at), step, count};
+    steps -= count;
+  }
+};
+
+// R rows, V lanes of columns. One loop has every step, whatever it fetches: between two loops the
+// compiler moves all sums through memory, and steps would wait for them.
 template <typename L, int R, int V, bool kWhole, typename A>
-FM_HD void tile(const Product<A>& p, int64_t i, int64_t j, const A* b, int64_t b_row, int64_t count,
-                const Place& after, Ahead& ahead) {
+FM_HD void compute(const Tile<A>& tile) {
   L sums[R][V];
-  for (int r = 0; r < R; ++r) {
-    for (int v = 0; v < V; ++v) {
-      sums[r][v] = L::all(0);
+  FM_UNROLL for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < V; ++v) sums[r][v] = L::all(0);
+  }
+  constexpr int kTriples = ceil_div(R, 3);  // an address in each: few registers for many rows
+  const A* a[kTriples];
+  const int64_t a_row = tile.a_row, a_column = tile.a_column, b_row = tile.b_row;
+  for (int i = 0; i < kTriples; ++i) a[i] = tile.a + 3 * i * a_row;
+  const A* b = tile.b;
+  const Fetch* const end = tile.fetches + tile.phases;
+  for (const Fetch* fetch = tile.fetches; fetch != end; ++fetch) {
+    const char* ahead = fetch->at;
+    const int64_t ahead_step = fetch->step;
+    for (int64_t left = fetch->count; left > 0; --left) {
+      __builtin_prefetch(ahead, 0, 2);
+      ahead += ahead_step;
+      L row[V];
+      for (int v = 0; v < V; ++v) row[v] = L::template load<true>(b + v * L::kCount, L::kCount);
+      FM_UNROLL for (int r = 0; r < R; ++r) {
+        const A x = a[r / 3][r % 3 * a_row];
+        for (int v = 0; v < V; ++v) {
+          for (int w = 0; w < L::kParts; ++w) sums[r][v].v[w] += x * row[v].v[w];
+        }
+      }
+      for (int i = 0; i < kTriples; ++i) a[i] += a_column;
+      b += b_row;
     }
   }
-  const A* a = p.a + i * p.a_row;
-  const int64_t a_row = p.a_row, a_column = p.a_column;
-  const auto add = [&]() FM_INLINE_LAMBDA {
-    L row[V];
-    for (int v = 0; v < V; ++v) row[v] = L::template load<true>(b + v * L::kCount, L::kCount);
-    for (int r = 0; r < R; ++r) {
-      const A x = a[r * a_row];
+  if (tile.base != nullptr) {
+    FM_UNROLL for (int r = 0; r < R; ++r) {
+      const A* from = tile.base + r * tile.base_row;
       for (int v = 0; v < V; ++v) {
-        for (int w = 0; w < L::kParts; ++w) sums[r][v].v[w] += x * row[v].v[w];
+        sums[r][v] = sums[r][v] + L::template load<kWhole>(from + v * L::kCount, tile.columns);
       }
     }
-    a += a_column;
-    b += b_row;
-  };
-  const char* next;
-  int64_t q = 0;
-  const A* to_next = p.to + after.i * p.to_row + after.j;
-  const A* base_next = p.base + after.i * p.base_row + after.j;
-  const int64_t lines = ahead.take(p.k, &next);
-  for (const int64_t n = least(p.k, R); q < n; ++q) {
-    for (int v = 0; v < V; ++v) {
-      __builtin_prefetch(to_next + v * L::kCount, 0, 2);
-      if (p.base != nullptr) __builtin_prefetch(base_next + v * L::kCount, 0, 2);
-    }
-    to_next += p.to_row;
-    base_next += p.base_row;
-    if (q < lines) __builtin_prefetch(next + q * 64, 0, 2);
-    add();
   }
-  for (; q < lines; ++q) {
-    __builtin_prefetch(next + q * 64, 0, 2);
-    add();
-  }
-  for (; q < p.k; ++q) add();
-  for (int r = 0; r < R; ++r) {
-    A* at = p.to + (i + r) * p.to_row + j;
-    const A* from = p.base + (i + r) * p.base_row + j;
+  FM_UNROLL for (int r = 0; r < R; ++r) {
+    A* to = tile.to + r * tile.to_row;
     for (int v = 0; v < V; ++v) {
-      if (p.base != nullptr) {
-        sums[r][v] = sums[r][v] + L::template load<kWhole>(from + v * L::kCount, count);
-      }
-      sums[r][v].template store<kWhole>(at + v * L::kCount, count);
+      sums[r][v].template store<kWhole>(to + v * L::kCount, tile.columns);
     }
   }
 }
 
-template <typename L, int R, int V, bool kWhole, typename A>
-FM_HD void lower(const Product<A>& p, int64_t i, int64_t j, const A* b, int64_t b_row,
-                 int64_t count, int64_t height, const Place& after, Ahead& ahead) {
+// The tile with R rows at most; its own function, for its registers.
+template <typename L, int R, int V, bool kWhole, int kBytes, typename A>
+FM_HD void compute(const Tile<A>& tile, int64_t rows) {
   if constexpr (R > 1) {
-    if (height < R) {
-      return lower<L, R - 1, V, kWhole>(p, i, j, b, b_row, count, height, after, ahead);
-    }
+    if (rows < R) return compute<L, R - 1, V, kWhole, kBytes>(tile, rows);
   }
-  tile<L, R, V, kWhole>(p, i, j, b, b_row, count, after, ahead);
+  apart<kBytes>([&](auto) FM_INLINE_LAMBDA { compute<L, R, V, kWhole>(tile); });
 }
 
-// All rows of V lanes of columns, in blocks of nearly equal height.
-template <typename L, int R, int V, bool kWhole, typename A>
+// All rows of V lanes of columns, in blocks of nearly equal height. What the next block writes and
+// adds to is fetched meanwhile, not nearer than the second cache: rows lie a power of two apart,
+// and would evict B from the first.
+template <typename L, int R, int V, bool kWhole, int kBytes, typename A>
 FM_HD void columns(const Product<A>& p, int64_t j, const A* b, int64_t b_row, int64_t count,
                    Ahead& ahead) {
   const int64_t blocks = ceil_div(p.m, R);
   for (int64_t block = 0, i = 0; block < blocks; ++block) {
     const int64_t height = (p.m - i) / (blocks - block);
+    Tile<A> tile{p.a + i * p.a_row,       p.a_row,  p.a_column, b, b_row, nullptr, p.base_row,
+                 p.to + i * p.to_row + j, p.to_row, count};
+    tile.steps = p.k;
     const bool below = block + 1 < blocks;
-    const Place after{below ? i + height : 0, below ? j : least(j + V * L::kCount, p.n - 1)};
-    lower<L, R, V, kWhole>(p, i, j, b, b_row, count, height, after, ahead);
+    const int64_t next_i = below ? i + height : 0;
+    const int64_t next_j = below ? j : least(j + V * L::kCount, p.n - 1);
+    const A* next = p.to + next_i * p.to_row + next_j;
+    for (int v = 0; v < V; ++v) tile.fetch(next + v * L::kCount, p.to_row * sizeof(A), R);
+    if (p.base != nullptr) {
+      tile.base = p.base + i * p.base_row + j;
+      next = p.base + next_i * p.base_row + next_j;
+      for (int v = 0; v < V && p.base != p.to; ++v) {
+        tile.fetch(next + v * L::kCount, p.base_row * sizeof(A), R);
+      }
+    }
+    const char* line;
+    const int64_t lines = ahead.take(tile.steps, &line);
+    tile.fetch(line, 64, lines);
+    tile.fetch(tile.a, 0, tile.steps);  // is there already
+    compute<L, R, V, kWhole, kBytes>(tile, height);
     i += height;
   }
 }
@@ -241,15 +274,15 @@ void run(const Product<A>* products, int64_t count, int64_t first, int64_t last,
         b = panel.data();
       }
       for (int64_t t = 0; t < count; ++t) {
-        columns<L, kRows, kWide, true>(products[t], j, b, in_place ? p.b_row : kLanes, L::kCount,
-                                       ahead);
+        columns<L, kRows, kWide, true, kBytes>(products[t], j, b, in_place ? p.b_row : kLanes,
+                                               L::kCount, ahead);
       }
     }
     for (; j < last; j += L::kCount) {
       const int64_t width = least(L::kCount, last - j);
       pack<kBytes>(p, j, width, L::kCount, panel.data());
       for (int64_t t = 0; t < count; ++t) {
-        columns<L, kRows, 1, false>(products[t], j, panel.data(), L::kCount, width, ahead);
+        columns<L, kRows, 1, false, kBytes>(products[t], j, panel.data(), L::kCount, width, ahead);
       }
     }
   });

@@ -158,14 +158,18 @@ FM_LANES(where_equal, (const Lanes<A, B>& a, const Lanes<A, B>& b, const Lanes<A
 // this CPU has. Everything f calls must be FM_HD, to be compiled with it.
 #if defined(__x86_64__) && defined(__GNUC__)
 template <typename F>
-__attribute__((target("avx512f"))) void in_64_bytes(const F& f) {
+__attribute__((noinline, target("avx512f"))) void in_64_bytes(const F& f) {
   f(std::integral_constant<int, 64>{});
 }
 template <typename F>
-__attribute__((target("avx2,fma"))) void in_32_bytes(const F& f) {
+__attribute__((noinline, target("avx2,fma"))) void in_32_bytes(const F& f) {
   f(std::integral_constant<int, 32>{});
 }
 #endif
+template <typename F>
+__attribute__((noinline)) void in_16_bytes(const F& f) {
+  f(std::integral_constant<int, 16>{});
+}
 template <typename F>
 void with_registers(const F& f) {
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -175,7 +179,16 @@ void with_registers(const F& f) {
   if (width == 64) return in_64_bytes(f);
   if (width == 32) return in_32_bytes(f);
 #endif
-  f(std::integral_constant<int, 16>{});
+  in_16_bytes(f);
+}
+// The same where the width is known: a function of its own, whose loops get all registers.
+template <int kBytes, typename F>
+FM_HD void apart(const F& f) {
+#if defined(__x86_64__) && defined(__GNUC__)
+  if constexpr (kBytes == 64) return in_64_bytes(f);
+  if constexpr (kBytes == 32) return in_32_bytes(f);
+#endif
+  if constexpr (kBytes == 16) in_16_bytes(f);
 }
 #define FM_INLINE_LAMBDA __attribute__((always_inline))
 
