@@ -45,16 +45,21 @@ MODES = {
     "fastmeta": "unroll",
     "fastmeta, recompute": "recompute",
     "fastmeta, chunks of 2": "unroll:2",
+    "fastmeta, bfloat16": "unroll:bf16",
 }
 
 
 def fastmeta_step(name: str, memory: str, steps: int | None = None, order: int = 2):
-    """`memory` may name a chunk of tasks, as ``"unroll:2"``."""
+    """`memory` may name a chunk of tasks, as ``"unroll:2"``, or a dtype, as ``"unroll:bf16"``."""
     case = CASES[name]
     model, batch = case.model(), case.batch()
     patched = fm.patch(model, case.spec())
-    mode, _, chunk = memory.partition(":")
-    settings = {"memory": mode, "task_chunk": int(chunk) if chunk else None}
+    mode, _, more = memory.partition(":")
+    settings: dict = {"memory": mode}
+    if more:
+        settings |= (
+            {"compute_dtype": torch.bfloat16} if more == "bf16" else {"task_chunk": int(more)}
+        )
     learner = fm.MAML(patched, lr=LR, steps=steps or case.steps, order=order, **settings)
 
     def step() -> float:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fastmeta import ops
-from fastmeta.ops.batched_linear import affine, together
+from fastmeta.ops.batched_linear import affine, over_tasks, together
+from fastmeta.ops.batched_linear import product as batched_mm
 
 CASES = list(itertools.product((True, False), (0, 1, 3)))
 
@@ -144,9 +145,96 @@ def test_threads_do_not_show() -> None:
     found = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        found.append(ops.batched_linear(x, w))
+        products = [batched_mm(x, w.mT, None, bf16) for bf16 in (False, True)]
+        found.append([*products, over_tasks(x.mT, w), over_tasks(x.mT, w, bf16=True)])
     torch.set_num_threads(before)
-    assert torch.equal(*found)
+    assert all(map(torch.equal, *found))
+
+
+ODD = (
+    (1, 1, 1, 1),
+    (3, 5, 7, 9),
+    (2, 13, 33, 17),
+    (2, 3, 0, 4),
+    (4, 25, 64, 64),
+    (1, 70, 131, 600),
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("nt", [False, True])
+@pytest.mark.parametrize("shape", ODD)
+def test_factors_rounded_to_bfloat16(
+    shape: tuple[int, ...], nt: bool, dtype: torch.dtype, cpu_impl
+) -> None:
+    """As exact as sums are, whatever the layout of the factors."""
+    tasks, rows, inner, outer = shape
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=dtype)
+
+    a, b = random(tasks, rows, inner), random(tasks, inner, outer)
+    left, right = (t.bfloat16().double() for t in (a, b))
+    if nt:  # neither lies as the kernel reads it
+        a, b = a.mT.contiguous().mT, b.mT.contiguous().mT
+    base = random(tasks, rows, outer)
+    bound = (left.abs() @ right.abs() + base.abs()) * inner * torch.finfo(dtype).eps
+    for onto in (None, base, base[:, :1]):
+        expected = left @ right + (0 if onto is None else onto)
+        assert ((batched_mm(a, b, onto, True) - expected).abs() <= bound + 1e-30).all()
+    to = base.clone()
+    together([(to, a, b, to)], bf16=True)
+    assert ((to - (left @ right + base)).abs() <= bound + 1e-30).all()
+    for bf16, x, y in ((True, left, right), (False, a.double(), b.double())):
+        difference = over_tasks(a, b, bf16=bf16) - (x @ y).sum(0, keepdim=True)
+        assert (difference.abs() <= tasks * bound.sum(0) + 1e-30).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3.4e38])
+def test_what_is_not_finite_stays_so_in_bfloat16(value: float, cpu_impl) -> None:
+    a = torch.zeros(1, 20, 33)
+    a[0, 3, 32] = value
+    y = batched_mm(a, torch.ones(1, 33, 40), None, True)
+    assert not torch.isfinite(y[0, 3]).any() and (y[0, :3] == 0).all() and (y[0, 4:] == 0).all()
+
+
+def test_autocast_in_bfloat16() -> None:
+    """Every product of value, gradient and second derivative has rounded factors; all else, and
+    all results, are float32."""
+    x, weight, base = (a.detach().float() for a in operands(True, 1))
+    cotangent = torch.randn(2, 3, 4)
+
+    def second(run) -> list[Tensor]:
+        args = [t.clone().requires_grad_() for t in (x, weight, base)]
+        y = run(*args)
+        first = torch.autograd.grad((y * cotangent).sum(), args, create_graph=True)
+        return [y, *first, *torch.autograd.grad(sum(g.square().sum() for g in first), args[:2])]
+
+    def plain(x: Tensor, weight: Tensor, base: Tensor) -> Tensor:
+        return Rounded.apply(x, weight.mT) + base
+
+    with torch.autocast("cpu", torch.bfloat16):
+        found = second(ops.batched_linear)
+    for got, want in zip(found, second(plain), strict=True):
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    exact = second(lambda x, w, b: x @ w.mT + b)
+    assert any((got - want).abs().max() > 1e-4 for got, want in zip(found, exact, strict=True))
+
+
+class Rounded(torch.autograd.Function):
+    """``a b`` of factors rounded to bfloat16, as are those of its derivatives."""
+
+    @staticmethod
+    def forward(ctx, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        return a.bfloat16().float() @ b.bfloat16().float()
+
+    @staticmethod
+    def backward(ctx, d: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = ctx.saved_tensors
+        return Rounded.apply(d, b.mT), Rounded.apply(a.mT, d)
 
 
 @pytest.mark.parametrize(

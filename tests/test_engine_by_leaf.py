@@ -188,7 +188,7 @@ def test_operators_differentiate_to_any_order(low_rank: bool, shared: bool) -> N
     def step(x: Tensor, weight: Tensor, base: Tensor, g: Tensor, *factors: Tensor) -> Tensor:
         a, b = factors or (None, None)
         y = adapted_linear(x, weight, a, b, base, nt=True, gate=Gate())
-        after, landing = descend(weight, x, g, nt=True, landing=None)
+        after, landing = descend(weight, x, g, nt=True, gate=Gate(), landing=None)
         return adapted_linear(
             y.tanh() @ weight.new_ones(3, 4),
             after,
@@ -247,7 +247,7 @@ def test_steps_that_inner_passes_take(shared: bool, nt: bool, impl: str) -> None
                 assert descent.taken is not None
                 weight, landing = descent.taken
             else:
-                weight, landing = descend(weight, here, g[2], nt=nt, landing=landing)
+                weight, landing = descend(weight, here, g[2], nt=nt, gate=gate, landing=landing)
             x, base = x + g[0], base + g[1]
             after.append(weight.flatten(1).sum(1) ** 2)
         y = adapted_linear(x, weight, None, None, base, nt=nt, gate=gate, landing=landing)

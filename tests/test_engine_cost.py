@@ -6,6 +6,7 @@ import episode_oracle as oracle
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastmeta as fm
@@ -81,6 +82,35 @@ def test_meta_gradients_in_bfloat16(memory: str) -> None:
     assert 10 * error(single) < error(half) < rounding(steps=3)
 
 
+def test_layers_round_the_factors_of_their_products_alone() -> None:
+    """Nothing of a model whose weights are all adapted is left to torch's autocast."""
+    patched = fm.patch(oracle.tiny_bert().float(), fm.Params("*"))
+    settings = {"memory": "unroll", "compute_dtype": torch.bfloat16}
+    learner = fm.MAML(patched, lr=0.1, steps=2, **settings)
+    learner(BATCH)  # plans
+    with Results() as results:
+        learner(BATCH).loss.backward()
+    assert results.rounded and results.dtypes == {torch.float32}
+
+
+class Results(TorchDispatchMode):
+    """The dtypes of all floating-point results, and whether a product rounded its factors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+        self.rounded = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.rounded |= func is torch.ops.fastmeta.batched_mms_.default and args[-1] is True
+        found = tree_leaves(out)
+        self.dtypes |= {
+            t.dtype for t in found if isinstance(t, torch.Tensor) and t.is_floating_point()
+        }
+        return out
+
+
 def test_compute_dtypes() -> None:
     patched = fm.patch(oracle.tiny_bert(), fm.Head())
     with pytest.raises(ValueError, match=r"needs a model in float32, got torch.float64"):
@@ -104,7 +134,7 @@ def test_hypernetworks_in_bfloat16(steps: int) -> None:
         made.append(out.params.packed)
         again = learner.adapt(batch.support)
         torch.testing.assert_close(again.packed, out.params.packed.detach())
-        assert learner.predict(again, **BATCH.query).dtype == dtype or dtype is None
+        assert learner.predict(again, **BATCH.query).dtype == torch.float32
     assert torch.equal(*made) == (steps == 0)
     error = (gradients[1] - gradients[0]).norm() / gradients[0].norm()
     assert 1e-5 < error < rounding(steps)

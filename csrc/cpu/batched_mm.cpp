@@ -1,5 +1,5 @@
 // Products of batches of matrices, for the layers that every task has weights of its own of.
-#include "cpu/batched_mm.h"
+#include "cpu/batched_mm_bf16.h"
 
 #include "common/tensor.h"
 
@@ -11,11 +11,12 @@ constexpr int64_t kColumns = 512;
 // In `which` of batched_mms_: nothing is added to a product, or what lies where it is written.
 constexpr int64_t kNothing = -2, kItself = -1;
 
-// A product of all tasks, as the kernel reads it: [T, M, K] by [T, K, N] onto [T, M, N]; base has
-// the same axes, 1 where it is shared.
+// A product of all tasks, as the kernel reads it: [T, M, K] by [T, K, N] onto [T, M, N], or onto
+// [1, M, N], the sum over tasks; base has the axes of the result, 1 where it is shared.
 template <typename A>
 struct Batch {
-  Batch(const Tensor& a, const Tensor& b, const std::optional<Tensor>& base, const Tensor& to)
+  Batch(const Tensor& a, const Tensor& b, const std::optional<Tensor>& base, const Tensor& to,
+        bool bf16)
       : tasks(a.size(0)),
         m(a.size(1)),
         k(a.size(2)),
@@ -23,8 +24,11 @@ struct Batch {
         a_task(a.stride(0)),
         b_task(b.stride(0)),
         base_task(base ? stride(*base, 0) : 0),
-        to_task(to.stride(0)),
-        parts(ceil_div(n, kColumns)),
+        to_task(stride(to, 0)),
+        sums(to.size(0) < tasks),
+        width(sums ? share(n) : kColumns),
+        parts(ceil_div(n, width)),
+        bf16(bf16),
         a_dense(a_task == m * k),
         b_dense(parts == 1 ? b_task == k * n : b.stride(1) == 1),
         first{m,
@@ -45,6 +49,12 @@ struct Batch {
     return t.size(axis) == 1 ? 0 : t.stride(axis);
   }
 
+  // Columns for each thread, where one unit of work has all tasks.
+  static int64_t share(int64_t n) {
+    const int64_t each = ceil_div(n, torch::stable::get_num_threads());
+    return least(kColumns, ceil_div(each, 32) * 32);
+  }
+
   bool empty() const { return tasks == 0 || m == 0 || n == 0; }
 
   // Sixteen multiplications count as one element.
@@ -62,7 +72,7 @@ struct Batch {
   // What the part of a task's product reads, where its numbers lie together.
   batched::Ahead operands(int64_t t, int64_t part) const {
     batched::Ahead ahead;
-    const int64_t from = part * kColumns;
+    const int64_t from = part * width;
     if (part == 0 && a_dense) {
       ahead.at = reinterpret_cast<const char*>(first.a + t * a_task);
       ahead.lines = ceil_div(m * k * sizeof(A), 64);
@@ -70,15 +80,20 @@ struct Batch {
     if (b_dense) {
       const int64_t offset = parts == 1 ? 0 : from * first.b_column;
       ahead.then = reinterpret_cast<const char*>(first.b + t * b_task + offset);
-      ahead.then_lines = ceil_div(k * least(n - from, kColumns) * sizeof(A), 64);
+      ahead.then_lines = ceil_div(k * least(n - from, width) * sizeof(A), 64);
     }
     return ahead;
   }
 
-  void run_part(int64_t t, int64_t part, std::vector<A>& panel, batched::Ahead ahead) const {
-    const auto own = of_task(t);
-    const int64_t from = part * kColumns;
-    batched::run(&own, 1, from, least(n, from + kColumns), panel, ahead);
+  void run_part(int64_t t, int64_t part, batched::Memory<A>& memory, batched::Ahead ahead) const {
+    auto own = of_task(t);
+    if (sums && t > 0) {
+      own.base = own.to;
+      own.base_row = own.to_row;
+    }
+    const int64_t from = part * width, to = least(n, from + width);
+    if (bf16) return batched::run_bf16(own, from, to, memory, ahead);
+    batched::run(&own, 1, from, to, memory.panel, ahead);
   }
 
   // Notes which operands another product of the task has in a cache already.
@@ -91,7 +106,10 @@ struct Batch {
 
   bool reads_more() const { return a_dense || b_dense; }
 
-  int64_t tasks, m, k, n, a_task, b_task, base_task, to_task, parts;
+  int64_t tasks, m, k, n, a_task, b_task, base_task, to_task;
+  bool sums;             // over tasks
+  int64_t width, parts;  // of the columns that one unit of work takes, in as many units
+  bool bf16;             // factors are rounded to it
   // what can be fetched, all of a task's numbers lying together: A, and the part of B whose columns
   // a unit takes
   bool a_dense, b_dense;
@@ -102,7 +120,18 @@ template <typename A>
 void multiply(const Batch<A>& batch) {
   if (batch.empty()) return;
   const int64_t tasks = batch.tasks, parts = batch.parts;
-  if (tasks > 1 && batch.b_task == 0) {
+  if (batch.sums) {
+    return parallel_ranges(parts, batch.work() * tasks / parts, [&](int64_t begin, int64_t end) {
+      batched::Memory<A> memory;
+      for (int64_t part = begin; part < end; ++part) {
+        for (int64_t t = 0; t < tasks; ++t) {
+          const bool more = t + 1 < tasks;
+          batch.run_part(t, part, memory, more ? batch.operands(t + 1, part) : batched::Ahead{});
+        }
+      }
+    });
+  }
+  if (tasks > 1 && batch.b_task == 0 && !batch.bf16) {
     const auto tasks_range = [&](int64_t begin, int64_t end) {
       std::vector<A> panel;
       std::vector<batched::Product<A>> products;
@@ -112,11 +141,11 @@ void multiply(const Batch<A>& batch) {
     return parallel_ranges(tasks, batch.work(), tasks_range);
   }
   const auto range = [&](int64_t begin, int64_t end) {
-    std::vector<A> panel;
+    batched::Memory<A> memory;
     for (int64_t unit = begin; unit < end; ++unit) {
       batched::Ahead ahead;
       if (unit + 1 < end) ahead = batch.operands((unit + 1) / parts, (unit + 1) % parts);
-      batch.run_part(unit / parts, unit % parts, panel, ahead);
+      batch.run_part(unit / parts, unit % parts, memory, ahead);
     }
   };
   parallel_ranges(tasks * parts, batch.work() / parts, range);
@@ -128,7 +157,9 @@ template <typename A>
 void multiply(std::vector<Batch<A>>& batches) {
   const size_t count = batches.size();
   const int64_t tasks = batches[0].tasks, threads = torch::stable::get_num_threads();
-  if (count == 1 || (tasks % threads != 0 && tasks < 4 * threads)) {
+  bool alone = count == 1;
+  for (const auto& batch : batches) alone = alone || batch.sums || batch.tasks != tasks;
+  if (alone || (tasks % threads != 0 && tasks < 4 * threads)) {
     for (const auto& batch : batches) multiply(batch);
     return;
   }
@@ -138,7 +169,7 @@ void multiply(std::vector<Batch<A>>& batches) {
     for (size_t j = 0; j < i; ++j) batches[i].knows(batches[j]);
   }
   const auto range = [&](int64_t begin, int64_t end) {
-    std::vector<A> panel;
+    batched::Memory<A> memory;
     for (int64_t t = begin; t < end; ++t) {
       for (size_t i = 0; i < count; ++i) {
         const Batch<A>& batch = batches[i];
@@ -153,7 +184,7 @@ void multiply(std::vector<Batch<A>>& batches) {
         }
         for (int64_t part = 0; part < batch.parts; ++part) {
           const bool more = part + 1 < batch.parts;
-          batch.run_part(t, part, panel, more ? batch.operands(t, part + 1) : ahead);
+          batch.run_part(t, part, memory, more ? batch.operands(t, part + 1) : ahead);
         }
       }
     }
@@ -170,9 +201,10 @@ Tensor readable(const Tensor& t, bool columns) {
 
 void check(const Tensor& a, const Tensor& b, const Tensor& to) {
   const bool fits = a.dim() == 3 && b.dim() == 3 && to.dim() == 3 && a.size(0) == b.size(0) &&
-                    a.size(2) == b.size(1) && to.size(0) == a.size(0) && to.size(1) == a.size(1) &&
-                    to.size(2) == b.size(2) && a.scalar_type() == b.scalar_type() &&
-                    a.scalar_type() == to.scalar_type();
+                    a.size(2) == b.size(1) &&
+                    (to.size(0) == a.size(0) || (to.size(0) == 1 && a.size(0) > 1)) &&
+                    to.size(1) == a.size(1) && to.size(2) == b.size(2) &&
+                    a.scalar_type() == b.scalar_type() && a.scalar_type() == to.scalar_type();
   STD_TORCH_CHECK(fits, "fastmeta: batched_mm expects [T, M, K] by [T, K, N] of one dtype");
 }
 
@@ -196,35 +228,36 @@ std::optional<Tensor> checked_base(const Tensor& base, const Tensor& to) {
   return readable(base, true);
 }
 
-void dispatch(const Tensor& a, const Tensor& b, const std::optional<Tensor>& base,
-              const Tensor& to) {
+void dispatch(const Tensor& a, const Tensor& b, const std::optional<Tensor>& base, const Tensor& to,
+              bool bf16) {
   const Tensor left = readable(a, false), right = readable(b, false);
   if (type_of(a.scalar_type()) == Type::kDouble) {
-    multiply(Batch<double>(left, right, base, to));
+    multiply(Batch<double>(left, right, base, to, bf16));
   } else {
     check_dtype(a);
-    multiply(Batch<float>(left, right, base, to));
+    multiply(Batch<float>(left, right, base, to, bf16));
   }
 }
 
-Tensor batched_mm(Tensor a, Tensor b, std::optional<Tensor> base) {
+Tensor batched_mm(Tensor a, Tensor b, std::optional<Tensor> base, bool bf16) {
   const Tensor to = empty_rows({a.size(0), a.size(1), b.size(2)}, a.scalar_type(), a);
   check(a, b, to);
   if (base) base = checked_base(*base, to);
-  dispatch(a, b, base, to);
+  dispatch(a, b, base, to, bf16);
   return to;
 }
 
 template <typename A>
 void run_together(const std::vector<Tensor>& to, const std::vector<Tensor>& a,
-                  const std::vector<Tensor>& b, const std::vector<std::optional<Tensor>>& base) {
+                  const std::vector<Tensor>& b, const std::vector<std::optional<Tensor>>& base,
+                  bool bf16) {
   std::vector<Batch<A>> batches;
-  for (size_t i = 0; i < to.size(); ++i) batches.emplace_back(a[i], b[i], base[i], to[i]);
+  for (size_t i = 0; i < to.size(); ++i) batches.emplace_back(a[i], b[i], base[i], to[i], bf16);
   multiply(batches);
 }
 
 void batched_mms_(std::vector<Tensor> to, std::vector<Tensor> a, std::vector<Tensor> b,
-                  std::vector<Tensor> bases, std::vector<int64_t> which) {
+                  std::vector<Tensor> bases, std::vector<int64_t> which, bool bf16) {
   const size_t count = to.size();
   STD_TORCH_CHECK(count > 0 && a.size() == count && b.size() == count && which.size() == count,
                   "fastmeta: batched_mms_ expects as many results as factors");
@@ -233,8 +266,8 @@ void batched_mms_(std::vector<Tensor> to, std::vector<Tensor> a, std::vector<Ten
   for (size_t i = 0; i < count; ++i) {
     check(a[i], b[i], to[i]);
     check_written(to[i]);
-    STD_TORCH_CHECK(to[i].size(0) == to[0].size(0) && to[i].scalar_type() == to[0].scalar_type(),
-                    "fastmeta: batched_mms_ expects products of the same tasks and dtype");
+    STD_TORCH_CHECK(to[i].scalar_type() == to[0].scalar_type(),
+                    "fastmeta: batched_mms_ expects products of one dtype");
     STD_TORCH_CHECK(which[i] >= kNothing && which[i] < static_cast<int64_t>(bases.size()),
                     "fastmeta: batched_mms_ has no such base");
     // A product may read what one before it wrote: that has adjacent columns and is not copied.
@@ -244,9 +277,9 @@ void batched_mms_(std::vector<Tensor> to, std::vector<Tensor> a, std::vector<Ten
     if (which[i] >= 0) base[i] = checked_base(bases[which[i]], to[i]);
   }
   if (type_of(to[0].scalar_type()) == Type::kDouble) {
-    run_together<double>(to, a, b, base);
+    run_together<double>(to, a, b, base, bf16);
   } else {
-    run_together<float>(to, a, b, base);
+    run_together<float>(to, a, b, base, bf16);
   }
 }
 

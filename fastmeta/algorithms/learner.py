@@ -64,8 +64,10 @@ class GradientLearner(nn.Module):
             None: most of what is free on the device.
         compute_dtype: ``torch.bfloat16`` or ``torch.float16``: matrix products of the model in it,
             with fast weights, their updates, sums within a product and the meta-gradient in
-            float32, as under ``torch.autocast``; needs float32 weights. The meta-gradient then
-            differs from the exact one by about 1 % of its norm. None: the weights' dtype.
+            float32, as under ``torch.autocast``; needs float32 weights. On a CPU in bfloat16,
+            layers with weights of each task round the factors of their products alone, and what
+            lies between products stays float32. The meta-gradient then differs from the exact one
+            by about 1 % of its norm. None: the weights' dtype.
         compile: Capture one inner step's gradient and its derivative as graphs, used for every
             step and every batch of the same shapes; where padding is left out, the number of tokens
             counts as one, rounded up by at most a sixteenth of all positions. True takes what is

@@ -16,6 +16,7 @@ from torch import Tensor
 from fastmeta.engine.inner import InnerLoop, Support, Trajectory, model_inputs, task_losses
 from fastmeta.engine.optimizers import SGD
 from fastmeta.ops._adapted_linear import Gate
+from fastmeta.ops.batched_linear import rounds
 from fastmeta.patching import ParamLayout, TaskParams
 from fastmeta.patching.fast_weights import FastMatrix, FastTable, Leaf
 from fastmeta.patching.leaf_params import LeafParams, leaf_slots
@@ -35,7 +36,7 @@ def may_serve(loop: InnerLoop, packed: Tensor) -> bool:
         and packed.dtype in (torch.float32, torch.float64)
         and torch.is_grad_enabled()
         and not torch._C._are_functorch_transforms_active()
-        and not torch.is_autocast_enabled(packed.device.type)
+        and (rounds(packed) or not torch.is_autocast_enabled(packed.device.type))
     )
 
 
@@ -48,7 +49,7 @@ def unroll_by_leaf(loop: InnerLoop, row: Tensor, tasks: int, support: Support) -
         row: The initial fast weights ``[P]`` of all tasks.
         tasks: T.
     """
-    layout, gate = loop.patched.layout, Gate()
+    layout, gate = loop.patched.layout, Gate(bf16=rounds(row))
     leaves = _leaves(loop, row, tasks, support, gate)
     if 2 * sum(layout.numels[slot] for slot in leaves) < layout.num_elements:
         return None  # what is packed would be most of it

@@ -18,18 +18,28 @@ import torch
 from torch import Tensor
 
 from fastmeta._autograd import Function, needs_autograd, transformed
-from fastmeta.ops.batched_linear import multiplier, product, second_gradients, weight_gradient
+from fastmeta.ops.batched_linear import (
+    Now,
+    multiplier,
+    over_tasks,
+    second_gradients,
+    weight_gradient,
+)
 
 
 @dataclass
 class Gate:
-    """Whether the backward pass under way is that of an inner loss.
+    """What the layers of one inner loop have in common.
 
-    It asks for gradients of layers' inputs and outputs only; a Function cannot see which of its
-    inputs a pass asks for.
+    Attributes:
+        inner: Whether the backward pass under way is that of an inner loss. It asks for gradients
+            of layers' inputs and outputs only; a Function cannot see which of its inputs a pass
+            asks for.
+        bf16: Whether products round their factors to bfloat16.
     """
 
     inner: bool = False
+    bf16: bool = False
 
 
 class Gathering:
@@ -113,7 +123,7 @@ def adapted_linear(
 
 
 def descend(
-    weight: Tensor, x: Tensor, g: Tensor, *, nt: bool, landing: Gathering | None
+    weight: Tensor, x: Tensor, g: Tensor, *, nt: bool, gate: Gate, landing: Gathering | None
 ) -> tuple[Tensor, Gathering]:
     """``W + g^T x`` written out, ``[B, N, K]`` (``W + x^T g``, ``[B, K, N]``, without `nt`).
 
@@ -127,8 +137,8 @@ def descend(
     """
     after = Gathering()
     if not needs_autograd(weight, x, g):
-        return _descended(product, weight, x, g, nt), after
-    return _Descend.call(weight, x, g, nt, landing, after), after
+        return _Descend.forward(weight, x, g, nt, gate, landing, after), after
+    return _Descend.call(weight, x, g, nt, gate, landing, after), after
 
 
 def _linear(
@@ -171,8 +181,8 @@ def _descended(mm: Callable, weight: Tensor, x: Tensor, g: Tensor, nt: bool) -> 
 class _Linear(Function):
     @staticmethod
     def forward(x, weight, a, b, base, nt, total, gate, landing, descent):
-        mm, sums = multiplier(False, x), None
-        y = _times(product, x, weight.mT if nt else weight, base)
+        mm, sums = multiplier(False, x, gate.bf16), None
+        y = _times(mm.alone, x, weight.mT if nt else weight, base)
         if a is not None:
             y = mm(mm(x, a.mT), b, y, y)
         if total:
@@ -204,7 +214,7 @@ class _Linear(Function):
             total = need[4] and ctx.base_rows == 1
             descent = ctx.descent()
             if need[0] and descent is not None and torch.is_grad_enabled():
-                d_x, d_total = _take_step(descent, x, weight, d_y, nt, total)
+                d_x, d_total = _take_step(descent, x, weight, d_y, nt, total, ctx.gate)
             elif need[0]:
                 d_x, d_total = _linear(
                     d_y, weight, b, a, None, not nt, total, ctx.gate, ctx.landing
@@ -213,7 +223,7 @@ class _Linear(Function):
                 d_total = d_y.sum(1, keepdim=True)
             return d_x, None, None, None, d_total if total else d_base, *rest
         differentiable = torch.is_grad_enabled() or transformed(d_y, d_total)
-        mm = multiplier(differentiable, d_y)
+        mm = multiplier(differentiable, d_y, ctx.gate.bf16)
         own = weight.shape[0] == x.shape[0]
         if need[0]:
             back = weight if nt else weight.mT
@@ -229,26 +239,28 @@ class _Linear(Function):
         if need[1] and own:
             d_weight = weight_gradient(mm, d_y, x, nt, ctx.landing, differentiable)
         elif need[1]:
-            d_weight = _over_tasks(d_y, x, weight.shape[0], nt)
+            d_weight = _over_tasks(mm, d_y, x, weight.shape[0], nt)
         if need[4] and ctx.base_rows == 1:
             d_base = mm.sum_of_rows(d_y)
         mm.run()
         return d_x, d_weight, d_a, d_b, d_base, *rest
 
 
-def _over_tasks(d_y: Tensor, x: Tensor, heads: int, nt: bool) -> Tensor:
+def _over_tasks(mm: Now, d_y: Tensor, x: Tensor, heads: int, nt: bool) -> Tensor:
     """The gradient ``[H, ., .]`` of a weight that all tasks share: one sum over the rows of all, by
-    a library's product."""
+    a library's product where it need not be rounded."""
     left, right = (d_y, x) if nt else (x, d_y)
+    if mm.bf16 and mm.lands and heads == 1:
+        return over_tasks(left.mT, right, bf16=True)
     return torch.bmm(_by_heads(left, heads).mT, _by_heads(right, heads))
 
 
 def _take_step(
-    descent: Descent, x: Tensor, weight: Tensor, d_y: Tensor, nt: bool, total: bool
+    descent: Descent, x: Tensor, weight: Tensor, d_y: Tensor, nt: bool, total: bool, gate: Gate
 ) -> tuple[Tensor, Tensor | None]:
     """The gradient of x and the sum of d_y's rows; the weight after goes to the descent."""
     after = Gathering()
-    d_x, weight, rows = _Step.call(x, weight, d_y, nt, total, descent.landing, after)
+    d_x, weight, rows = _Step.call(x, weight, d_y, nt, total, gate, descent.landing, after)
     descent.taken = weight, after
     return d_x, rows
 
@@ -258,8 +270,8 @@ class _Step(Function):
     share."""
 
     @staticmethod
-    def forward(x, weight, d_y, nt, total, before, after):
-        mm, rows = multiplier(False, d_y), None
+    def forward(x, weight, d_y, nt, total, gate, before, after):
+        mm, rows = multiplier(False, d_y, gate.bf16), None
         mine = weight.expand(x.shape[0], -1, -1)
         left, right = (d_y, x) if nt else (x, d_y)
         d_x = mm(d_y, mine if nt else mine.mT)
@@ -271,7 +283,7 @@ class _Step(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        x, weight, d_y, ctx.nt, _, ctx.before, ctx.after = inputs
+        x, weight, d_y, ctx.nt, _, ctx.gate, ctx.before, ctx.after = inputs
         stepped = output[1]
         ctx.after.like = (stepped.shape, stepped.dtype, stepped.device)
         ctx.save_for_backward(x, weight, d_y)
@@ -288,7 +300,7 @@ class _Step(Function):
         owned = owned and g_weight is not None
         shared = weight.shape[0] < x.shape[0]
         mine = weight.expand(x.shape[0], -1, -1)
-        mm = multiplier(differentiable, x)
+        mm = multiplier(differentiable, x, ctx.gate.bf16)
         d_dy, d_x = second_gradients(
             mm, g_x, g_weight, g_rows, d_y, x, mine, nt, (need[2], need[0])
         )
@@ -306,21 +318,21 @@ class _Step(Function):
         if need[1] and shared:
             d_weight = None if g_weight is None else g_weight.sum(0, keepdim=True)
             if g_x is not None:
-                rows = _over_tasks(d_y, g_x, 1, nt)
+                rows = _over_tasks(mm, d_y, g_x, 1, nt)
                 d_weight = rows if d_weight is None else d_weight + rows
-        return d_x, d_weight, d_dy, None, None, None, None
+        return d_x, d_weight, d_dy, None, None, None, None, None
 
 
 class _Descend(Function):
     """``(W, x, g)`` -> the weight after a step; see :func:`descend`."""
 
     @staticmethod
-    def forward(weight, x, g, nt, before, after):
-        return _descended(product, weight, x, g, nt)
+    def forward(weight, x, g, nt, gate, before, after):
+        return _descended(multiplier(False, x, gate.bf16).alone, weight, x, g, nt)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        weight, x, g, ctx.nt, ctx.before, ctx.after = inputs
+        weight, x, g, ctx.nt, ctx.gate, ctx.before, ctx.after = inputs
         ctx.after.like = (output.shape, output.dtype, output.device)
         ctx.save_for_backward(x, g)
         ctx.shared = weight.shape[0] if weight.shape[0] < x.shape[0] else 0
@@ -334,8 +346,8 @@ class _Descend(Function):
         d = ctx.after.take(d)
         d_weight = d_x = d_g = None
         if d is None:
-            return d_weight, d_x, d_g, None, None, None
-        mm, need = multiplier(differentiable, x), ctx.needs_input_grad
+            return d_weight, d_x, d_g, None, None, None, None
+        mm, need = multiplier(differentiable, x, ctx.gate.bf16), ctx.needs_input_grad
         if need[1]:
             d_x = mm(g, d if nt else d.mT)
         if need[2]:
@@ -347,4 +359,4 @@ class _Descend(Function):
             ctx.before.give(d)  # the same buffer gathers the gradient of the weight before
         elif need[0]:
             d_weight = d
-        return d_weight, d_x, d_g, None, None, None
+        return d_weight, d_x, d_g, None, None, None, None

@@ -18,9 +18,12 @@ from fastmeta._autograd import Function, autocast, fold, needs_autograd, transfo
 from fastmeta._library import define, dispatched
 from fastmeta.reference import batched_linear as reference
 
-_MM = define("batched_mm(Tensor a, Tensor b, Tensor? base) -> Tensor", reference.batched_mm)
+_MM = define(
+    "batched_mm(Tensor a, Tensor b, Tensor? base, bool bf16=False) -> Tensor", reference.batched_mm
+)
 _MMS_ = define(
-    "batched_mms_(Tensor(a!)[] to, Tensor[] a, Tensor[] b, Tensor[] bases, int[] which) -> ()",
+    "batched_mms_(Tensor(a!)[] to, Tensor[] a, Tensor[] b, Tensor[] bases, int[] which, "
+    "bool bf16=False) -> ()",
     reference.batched_mms_,
 )
 _NOTHING, _ITSELF = -2, -1  # in `which` of batched_mms_
@@ -40,7 +43,8 @@ def batched_linear(
         nt: Whether the weight is stored ``[out, in]``, as in `nn.Linear`. Default True.
 
     Returns:
-        ``[T, M, N]``. Under autocast the products are in its dtype.
+        ``[T, M, N]``. Under autocast the products are in its dtype; on a CPU in bfloat16 that is:
+        x and weight are rounded to it, sums and results are float32.
 
     Raises:
         ValueError: Shapes, dtypes or devices that do not fit.
@@ -91,18 +95,31 @@ class Landing(Protocol):
         ...
 
 
-def product(a: Tensor, b: Tensor, base: Tensor | None = None) -> Tensor:
-    """``a b + base`` for ``[T, M, K]`` and ``[T, K, N]``; no derivative."""
+def rounds(x: Tensor) -> bool:
+    """Whether layers round their factors to bfloat16 and sum in float32, as the kernels do in an
+    autocast region of it: with results in float32 everything between the products is exact."""
+    device = x.device.type
+    return (
+        device == _KERNEL_DEVICE
+        and torch.is_autocast_enabled(device)
+        and torch.get_autocast_dtype(device) == torch.bfloat16
+        and x.dtype != torch.float64
+    )
+
+
+def product(a: Tensor, b: Tensor, base: Tensor | None = None, bf16: bool = False) -> Tensor:
+    """``a b + base`` for ``[T, M, K]`` and ``[T, K, N]``, factors rounded where `bf16`; no
+    derivative."""
     if has_kernel(a):
-        return _backend.kernel(_MM, _KERNEL_DEVICE)(a, b, base)
-    return reference.batched_mm(a, b, base)
+        return _backend.kernel(_MM, _KERNEL_DEVICE)(a, b, base, bf16)
+    return reference.batched_mm(a, b, base, bf16)
 
 
 Product = tuple[Tensor, Tensor, Tensor, Tensor | None]
 """``(to, a, b, base)``: ``a b + base`` is written to `to`, which may be the base itself."""
 
 
-def together(products: Sequence[Product]) -> None:
+def together(products: Sequence[Product], bf16: bool = False) -> None:
     """Products of the same tasks, all of one task before the next one's: what several read comes
     from memory once. One may read what another before it wrote. No derivative."""
     if not products:
@@ -118,7 +135,14 @@ def together(products: Sequence[Product]) -> None:
         else:
             which.append(len(others))
             others.append(base)
-    _backend.kernel(_MMS_, to[0].device.type)(to, a, b, others, which)
+    _backend.kernel(_MMS_, to[0].device.type)(to, a, b, others, which, bf16)
+
+
+def over_tasks(a: Tensor, b: Tensor, bf16: bool = False) -> Tensor:
+    """The sum of ``a_t b_t`` over tasks, ``[1, M, N]``; no derivative."""
+    to = a.new_empty(1, a.shape[1], b.shape[2])
+    together([(to, a, b, None)], bf16)
+    return to
 
 
 def has_kernel(x: Tensor) -> bool:
@@ -137,33 +161,49 @@ def affine(
     *,
     nt: bool = True,
     landing: Landing | None = None,
+    exact: bool = False,
 ) -> Tensor:
     """:func:`batched_linear` without its checks.
 
     `landing` is where gradients of the weight may be written; those that are reach it without
-    passing through autograd, unless they are differentiated themselves.
+    passing through autograd, unless they are differentiated themselves. What is `exact` is not
+    rounded under autocast.
     """
-    x, weight, base = autocast(x, weight, base)
-    if needs_autograd(x, weight, base):
-        return _Affine.call(x, weight, base, nt, landing)
-    return _affine(x, weight, base, nt)
+    bf16 = not exact and rounds(x)
+    if bf16:
+        x, weight, base = (None if t is None else t.float() for t in (x, weight, base))
+    elif not exact:
+        x, weight, base = autocast(x, weight, base)
+    return _affine(x, weight, base, nt, landing, bf16)
 
 
-def _affine(x: Tensor, weight: Tensor, base: Tensor | None, nt: bool) -> Tensor:
-    return product(x, weight.mT if nt else weight, base)
+def _affine(
+    x: Tensor,
+    weight: Tensor,
+    base: Tensor | None,
+    nt: bool,
+    landing: Landing | None,
+    bf16: bool,
+) -> Tensor:
+    args = (x, weight, base, nt, landing, bf16)
+    return _Affine.call(*args) if needs_autograd(x, weight, base) else _Affine.forward(*args)
 
 
 class Now:
     """How a derivative multiplies: ``mm(a, b, base, to)`` is ``a b + base``, where `to`, which may
-    be the base itself, is memory that may be written; :meth:`run` ends it. Here one at once."""
+    be the base itself, is memory that may be written; :meth:`run` ends it. Here one at once. Where
+    `bf16`, factors are rounded to it."""
 
     lands = False
     """Whether results can be written to a :class:`Landing`."""
 
+    def __init__(self, bf16: bool = False) -> None:
+        self.bf16 = bf16
+
     def __call__(
         self, a: Tensor, b: Tensor, base: Tensor | None = None, to: Tensor | None = None
     ) -> Tensor:
-        return product(a, b, base)
+        return product(a, b, base, self.bf16)
 
     def alone(self, a: Tensor, b: Tensor, base: Tensor | None = None) -> Tensor:
         """What runs by itself, such as a product with a matrix that all tasks share."""
@@ -183,7 +223,7 @@ class Recorded(Now):
     def __call__(
         self, a: Tensor, b: Tensor, base: Tensor | None = None, to: Tensor | None = None
     ) -> Tensor:
-        return affine(a, b, base, nt=False)
+        return _affine(a, b, base, False, None, self.bf16)
 
 
 class Together(Now):
@@ -191,7 +231,8 @@ class Together(Now):
 
     lands = True
 
-    def __init__(self) -> None:
+    def __init__(self, bf16: bool = False) -> None:
+        super().__init__(bf16)
         self.products: list[Product] = []
 
     def __call__(
@@ -202,21 +243,23 @@ class Together(Now):
         return to
 
     def alone(self, a: Tensor, b: Tensor, base: Tensor | None = None) -> Tensor:
-        return product(a, b, base)
+        return product(a, b, base, self.bf16)
 
     def sum_of_rows(self, x: Tensor) -> Tensor:
+        if self.bf16:
+            return super().sum_of_rows(x)
         # as a product: others read these rows too
         return self(x.new_ones(1, 1, 1).expand(x.shape[0], 1, x.shape[1]), x)
 
     def run(self) -> None:
-        together(self.products)
+        together(self.products, self.bf16)
 
 
-def multiplier(differentiable: bool, like: Tensor) -> Now:
+def multiplier(differentiable: bool, like: Tensor, bf16: bool = False) -> Now:
     """How a pass over tensors such as `like` multiplies."""
     if differentiable:
-        return Recorded()
-    return Together() if has_kernel(like) else Now()
+        return Recorded(bf16)
+    return Together(bf16) if has_kernel(like) else Now(bf16)
 
 
 def weight_gradient(
@@ -233,14 +276,15 @@ def weight_gradient(
 
 class _Affine(Function):
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, base: Tensor | None, nt: bool, landing) -> Tensor:
-        return _affine(x, weight, base, nt)
+    def forward(
+        x: Tensor, weight: Tensor, base: Tensor | None, nt: bool, landing, bf16: bool
+    ) -> Tensor:
+        return product(x, weight.mT if nt else weight, base, bf16)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        x, weight, base, nt, landing = inputs
+        x, weight, base, ctx.nt, ctx.landing, ctx.bf16 = inputs
         ctx.save_for_backward(x, weight)
-        ctx.nt, ctx.landing = nt, landing
         ctx.base_rows = 0 if base is None else base.shape[1]
 
     @staticmethod
@@ -248,15 +292,15 @@ class _Affine(Function):
         x, weight = ctx.saved_tensors
         needs = (*ctx.needs_input_grad[:2], ctx.base_rows if ctx.needs_input_grad[2] else 0)
         if torch.is_grad_enabled() or transformed():
-            found = _AffineGrad.call(d_y, x, weight, ctx.nt, needs, ctx.landing)
+            found = _AffineGrad.call(d_y, x, weight, ctx.nt, needs, ctx.landing, ctx.bf16)
         else:
-            found = _affine_grad(d_y, x, weight, ctx.nt, needs, ctx.landing, False)
-        return (*found, None, None)
+            found = _affine_grad(d_y, x, weight, ctx.nt, needs, ctx.landing, ctx.bf16, False)
+        return (*found, None, None, None)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *args: Any) -> tuple[Tensor, int]:
         x, weight, base = fold(info.batch_size, args[:3], in_dims[:3])
-        y = affine(x, weight, base, nt=args[3])
+        y = _affine(x, weight, base, args[3], None, args[5])
         return unfold(y, info.batch_size), 0
 
 
@@ -267,9 +311,10 @@ def _affine_grad(
     nt: bool,
     needs: tuple[bool, bool, int],
     landing: Landing | None,
+    bf16: bool,
     differentiable: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    mm = Now() if transformed(d_y, x) else multiplier(False, d_y)
+    mm = Now(bf16) if transformed(d_y, x) else multiplier(False, d_y, bf16)
     d_x = mm(d_y, weight if nt else weight.mT) if needs[0] else None
     d_weight = weight_gradient(mm, d_y, x, nt, landing, differentiable) if needs[1] else None
     d_base = d_y if needs[2] else None
@@ -310,16 +355,17 @@ class _AffineGrad(Function):
     """``(dy, x, W) -> (dx, dW, dbase)``; its own derivative is made of differentiable products."""
 
     @staticmethod
-    def forward(d_y: Tensor, x: Tensor, weight: Tensor, nt: bool, needs: tuple, landing) -> tuple:
-        d_x, d_weight, d_base = _affine_grad(d_y, x, weight, nt, needs, landing, True)
+    def forward(
+        d_y: Tensor, x: Tensor, weight: Tensor, nt: bool, needs: tuple, landing, bf16: bool
+    ) -> tuple:
+        d_x, d_weight, d_base = _affine_grad(d_y, x, weight, nt, needs, landing, bf16, True)
         # An output may not be an input as it is.
         return d_x, d_weight, d_base.view_as(d_base) if d_base is d_y else d_base
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        d_y, x, weight, nt, _, landing = inputs
+        d_y, x, weight, ctx.nt, _, ctx.landing, ctx.bf16 = inputs
         ctx.save_for_backward(d_y, x, weight)
-        ctx.nt, ctx.landing = nt, landing
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -328,16 +374,17 @@ class _AffineGrad(Function):
     ) -> tuple:
         d_y, x, weight = ctx.saved_tensors
         nt, needs, d_weight = ctx.nt, ctx.needs_input_grad, None
-        mm = multiplier(torch.is_grad_enabled() or transformed(g_x, g_weight, g_base), x)
+        differentiable = torch.is_grad_enabled() or transformed(g_x, g_weight, g_base)
+        mm = multiplier(differentiable, x, ctx.bf16)
         d_dy, d_x = second_gradients(mm, g_x, g_weight, g_base, d_y, x, weight, nt, needs)
         if needs[2] and g_x is not None:
             d_weight = weight_gradient(mm, d_y, g_x, nt, ctx.landing, False)
         mm.run()
-        return d_dy, d_x, d_weight, None, None, None
+        return d_dy, d_x, d_weight, None, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *args: Any) -> tuple[tuple, tuple]:
-        batch, (nt, needs, _) = info.batch_size, args[3:]
-        found = _AffineGrad.call(*fold(batch, args[:3], in_dims[:3]), nt, needs, None)
+        batch, (nt, needs, _, bf16) = info.batch_size, args[3:]
+        found = _AffineGrad.call(*fold(batch, args[:3], in_dims[:3]), nt, needs, None, bf16)
         found = tuple(g if g is None else unfold(g, batch) for g in found)
         return found, tuple(None if g is None else 0 for g in found)

@@ -70,9 +70,8 @@ def normalised(
         weight: ``[1 or T, D]``.
         bias: ``[D]``, ``[1 or T, D]`` or None.
     """
-    if not has_kernel(x) or torch.is_autocast_enabled(x.device.type):
-        return None
-    if x.dtype != weight.dtype:
+    lowered = x.dtype != torch.float32 and torch.is_autocast_enabled(x.device.type)
+    if not has_kernel(x) or lowered or x.dtype != weight.dtype:
         return None
     if bias is not None:
         if bias.dim() == 1:

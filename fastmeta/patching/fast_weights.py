@@ -54,6 +54,8 @@ class FastMatrix:
             nt: Whether the weight is applied transposed: ``x W^T``, or ``x W``.
         """
         weight, a, b = self.weight, self.a, self.b
+        if self.gate.bf16:
+            x, base = x.float(), None if base is None else base.float()
         if self.own is None and a is None:
             weight = weight.reshape(heads, -1, weight.shape[2])
         elif x.shape[0] != (weight if a is None else a).shape[0]:
@@ -83,7 +85,9 @@ class FastMatrix:
             self.a = a if self.a is None else torch.cat([self.a, a], 1)
             self.b = b if self.b is None else torch.cat([self.b, b], 1)
         else:
-            self.weight, self.own = descend(self.weight, x, g, nt=nt, landing=self.own)
+            self.weight, self.own = descend(
+                self.weight, x, g, nt=nt, gate=self.gate, landing=self.own
+            )
 
     def _keeps_rows(self, x: Tensor) -> bool:
         """Whether the steps' rows stay factors, for an input ``[T * H, M, .]``."""
@@ -96,7 +100,7 @@ class FastMatrix:
         if self.own is None:
             weight = weight.expand(self.tasks, *weight.shape).flatten(0, 1)
             if self.a is not None:
-                weight = affine(self.b.mT, self.a, weight, nt=False)
+                weight = affine(self.b.mT, self.a, weight, nt=False, exact=True)
         return weight.reshape(self.tasks, *self.shape)
 
 
@@ -127,7 +131,7 @@ class FastTable:
             y = self._shared_rows(mine)
             if self.sum is not None:
                 same = mine.unsqueeze(2) == self.ids.unsqueeze(1)
-                y = affine(same.to(y.dtype), self.sum, y, nt=False)
+                y = affine(same.to(y.dtype), self.sum, y, nt=False, exact=True)
         if self.recording:
             self.calls.append((mine, y))
         return y.view(*ids.shape, -1)

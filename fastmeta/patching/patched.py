@@ -171,7 +171,9 @@ class Patched(nn.Module):
                         self._model_inputs(_few(inputs, probe.TASKS, rows))
                         for rows in (probe.ROWS, probe.ROWS + 1)
                     )
-                    plan = make_plan(self.model, self.slots, small, large, self.boundaries)
+                    # Exact: what passes show then does not depend on who comes first.
+                    with torch.autocast(self.device.type, enabled=False):
+                        plan = make_plan(self.model, self.slots, small, large, self.boundaries)
                     plan.train(self.training)
                     self._plans[key] = plan
         return plan
