@@ -97,7 +97,7 @@ def test_product_in_place(shape: tuple[int, ...], accumulate: bool, cpu_impl) ->
     to = wide[:, 1 : 1 + rows * outer].unflatten(1, (rows, outer))
     expected = (to if accumulate else 0) + a @ b
     edges = wide[:, [0, -2, -1]].clone()
-    together([(to, a, b, to if accumulate else None)])
+    together([(to, a, b, to if accumulate else None, False)])
     torch.testing.assert_close(to, expected, rtol=1e-13, atol=1e-13)
     assert torch.equal(wide[:, [0, -2, -1]], edges)
 
@@ -117,11 +117,11 @@ def test_products_together(tasks: int, cpu_impl) -> None:
     first = z.clone()
     together(
         [
-            (y, x, w.mT, bias),
-            (z, x, v, z),
-            (far, y.mT, x, far),
-            (first, random(tasks, 13, 0), random(tasks, 0, 17), None),
-            (first, z[:, :, :5], random(5, 17).expand(tasks, -1, -1), first),
+            (y, x, w.mT, bias, False),
+            (z, x, v, z, False),
+            (far, y.mT, x, far, False),
+            (first, random(tasks, 13, 0), random(tasks, 0, 17), None, False),
+            (first, z[:, :, :5], random(5, 17).expand(tasks, -1, -1), first, False),
         ]
     )
     generator.manual_seed(0)
@@ -184,7 +184,7 @@ def test_factors_rounded_to_bfloat16(
         expected = left @ right + (0 if onto is None else onto)
         assert ((batched_mm(a, b, onto, True) - expected).abs() <= bound + 1e-30).all()
     to = base.clone()
-    together([(to, a, b, to)], bf16=True)
+    together([(to, a, b, to, True)])
     assert ((to - (left @ right + base)).abs() <= bound + 1e-30).all()
     for bf16, x, y in ((True, left, right), (False, a.double(), b.double())):
         difference = over_tasks(a, b, bf16=bf16) - (x @ y).sum(0, keepdim=True)

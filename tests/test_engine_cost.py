@@ -103,7 +103,7 @@ class Results(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        self.rounded |= func is torch.ops.fastmeta.batched_mms_.default and args[-1] is True
+        self.rounded |= func is torch.ops.fastmeta.batched_mms_.default and any(args[-1])
         found = tree_leaves(out)
         self.dtypes |= {
             t.dtype for t in found if isinstance(t, torch.Tensor) and t.is_floating_point()

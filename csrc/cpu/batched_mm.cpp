@@ -250,16 +250,18 @@ Tensor batched_mm(Tensor a, Tensor b, std::optional<Tensor> base, bool bf16) {
 template <typename A>
 void run_together(const std::vector<Tensor>& to, const std::vector<Tensor>& a,
                   const std::vector<Tensor>& b, const std::vector<std::optional<Tensor>>& base,
-                  bool bf16) {
+                  const std::vector<int64_t>& bf16) {
   std::vector<Batch<A>> batches;
-  for (size_t i = 0; i < to.size(); ++i) batches.emplace_back(a[i], b[i], base[i], to[i], bf16);
+  for (size_t i = 0; i < to.size(); ++i) batches.emplace_back(a[i], b[i], base[i], to[i], bf16[i]);
   multiply(batches);
 }
 
 void batched_mms_(std::vector<Tensor> to, std::vector<Tensor> a, std::vector<Tensor> b,
-                  std::vector<Tensor> bases, std::vector<int64_t> which, bool bf16) {
+                  std::vector<Tensor> bases, std::vector<int64_t> which,
+                  std::vector<int64_t> bf16) {
   const size_t count = to.size();
-  STD_TORCH_CHECK(count > 0 && a.size() == count && b.size() == count && which.size() == count,
+  STD_TORCH_CHECK(count > 0 && a.size() == count && b.size() == count && which.size() == count &&
+                      bf16.size() == count,
                   "fastmeta: batched_mms_ expects as many results as factors");
   check_dtype(to[0]);
   std::vector<std::optional<Tensor>> base(count);

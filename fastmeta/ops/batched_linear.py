@@ -23,7 +23,7 @@ _MM = define(
 )
 _MMS_ = define(
     "batched_mms_(Tensor(a!)[] to, Tensor[] a, Tensor[] b, Tensor[] bases, int[] which, "
-    "bool bf16=False) -> ()",
+    "int[] bf16) -> ()",
     reference.batched_mms_,
 )
 _NOTHING, _ITSELF = -2, -1  # in `which` of batched_mms_
@@ -115,16 +115,16 @@ def product(a: Tensor, b: Tensor, base: Tensor | None = None, bf16: bool = False
     return reference.batched_mm(a, b, base, bf16)
 
 
-Product = tuple[Tensor, Tensor, Tensor, Tensor | None]
-"""``(to, a, b, base)``: ``a b + base`` is written to `to`, which may be the base itself."""
+Product = tuple[Tensor, Tensor, Tensor, Tensor | None, bool]
+"""``(to, a, b, base, bf16)``: ``a b + base`` is written to `to`, which may be the base itself."""
 
 
-def together(products: Sequence[Product], bf16: bool = False) -> None:
+def together(products: Sequence[Product]) -> None:
     """Products of the same tasks, all of one task before the next one's: what several read comes
     from memory once. One may read what another before it wrote. No derivative."""
     if not products:
         return
-    to, a, b, bases = (list(each) for each in zip(*products, strict=True))
+    to, a, b, bases, bf16 = (list(each) for each in zip(*products, strict=True))
     others: list[Tensor] = []
     which = []
     for out, base in zip(to, bases, strict=True):
@@ -141,7 +141,7 @@ def together(products: Sequence[Product], bf16: bool = False) -> None:
 def over_tasks(a: Tensor, b: Tensor, bf16: bool = False) -> Tensor:
     """The sum of ``a_t b_t`` over tasks, ``[1, M, N]``; no derivative."""
     to = a.new_empty(1, a.shape[1], b.shape[2])
-    together([(to, a, b, None)], bf16)
+    together([(to, a, b, None, bf16)])
     return to
 
 
@@ -239,20 +239,21 @@ class Together(Now):
         self, a: Tensor, b: Tensor, base: Tensor | None = None, to: Tensor | None = None
     ) -> Tensor:
         to = a.new_empty(a.shape[0], a.shape[1], b.shape[2]) if to is None else to
-        self.products.append((to, a, b, base))
+        self.products.append((to, a, b, base, self.bf16))
         return to
 
     def alone(self, a: Tensor, b: Tensor, base: Tensor | None = None) -> Tensor:
         return product(a, b, base, self.bf16)
 
     def sum_of_rows(self, x: Tensor) -> Tensor:
-        if self.bf16:
-            return super().sum_of_rows(x)
         # as a product: others read these rows too
-        return self(x.new_ones(1, 1, 1).expand(x.shape[0], 1, x.shape[1]), x)
+        ones = x.new_ones(1, 1, 1).expand(x.shape[0], 1, x.shape[1])
+        to = x.new_empty(x.shape[0], 1, x.shape[2])
+        self.products.append((to, ones, x, None, False))
+        return to
 
     def run(self) -> None:
-        together(self.products, self.bf16)
+        together(self.products)
 
 
 def multiplier(differentiable: bool, like: Tensor, bf16: bool = False) -> Now:

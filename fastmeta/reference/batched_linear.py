@@ -20,15 +20,15 @@ def batched_mms_(
     b: list[Tensor],
     bases: list[Tensor],
     which: list[int],
-    bf16: bool = False,
+    bf16: list[int],
 ) -> None:
     """Products one after the other, written to ``to_i [T, M, N]``: ``a_i b_i``, plus
     ``bases[which_i]``; plus what `to_i` held where ``which_i`` is -1, plus nothing where it is -2.
-    A result ``[1, M, N]`` is the sum over tasks. Where `bf16`, the factors are rounded to bfloat16
-    first.
+    A result ``[1, M, N]`` is the sum over tasks. Where ``bf16_i`` is not 0, factors are rounded to
+    bfloat16 first.
     """
     for i, out in enumerate(to):
-        left, right = (_rounded(a[i]), _rounded(b[i])) if bf16 else (a[i], b[i])
+        left, right = (_rounded(a[i]), _rounded(b[i])) if bf16[i] else (a[i], b[i])
         if len(out) < len(left):
             left, right = left.transpose(0, 1).flatten(1).unsqueeze(0), right.flatten(0, 1)[None]
         if which[i] == -2:
