@@ -2,6 +2,7 @@
 
     python -m bench.compare [--rounds 5] [--out results.json]
                             [--cases full,lora,last2,deep,minilm-lora,texts-lora,memory]
+                            [--ways "torch.func.vmap;fastmeta, bfloat16"]
 
 Cases that are measured replace those of the file; others stay.
 
@@ -88,13 +89,18 @@ def peer_step(name: str, peer: str):
     return step
 
 
-def compare(name: str, rounds: int) -> dict:
+def compare(name: str, rounds: int, ways: list[str]) -> dict:
+    """`ways`: labels of those that take part beside ours; all where there are none."""
     chunked = name == "deep"
-    modes = {k: m for k, m in MODES.items() if chunked or ":" not in m}
+
+    def wanted(label: str) -> bool:
+        return not ways or label in ("fastmeta", *ways)
+
+    modes = {k: m for k, m in MODES.items() if wanted(k) and (chunked or ":" not in m)}
     steps = {label: fastmeta_step(name, mode) for label, mode in modes.items()}
-    if name == "minilm-lora":
+    if name == "minilm-lora" and wanted("fastmeta, first order"):
         steps["fastmeta, first order"] = fastmeta_step(name, "unroll", order=1)
-    for peer in PEERS[name]:
+    for peer in filter(wanted, PEERS[name]):
         try:
             steps[peer] = peer_step(name, peer)
         except ImportError:
@@ -189,6 +195,7 @@ def memory_table() -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", default="full,lora,last2,deep,minilm-lora,texts-lora,memory")
+    parser.add_argument("--ways", help="only these beside ours, separated by semicolons")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path)
@@ -204,8 +211,10 @@ def main() -> None:
         "threads": args.threads,
         "torch": torch.__version__,
     }
+    ways = args.ways.split(";") if args.ways else []
     for name in args.cases.split(","):
-        result[name] = memory_table() if name == "memory" else compare(name, args.rounds)
+        found = memory_table() if name == "memory" else compare(name, args.rounds, ways)
+        result[name if not ways else f"{name}: {args.ways}"] = found
         if args.out:
             args.out.parent.mkdir(parents=True, exist_ok=True)
             args.out.write_text(json.dumps(result, indent=1))
