@@ -15,6 +15,7 @@ import torch.nn.functional as F
 import fastmeta as fm
 from fastmeta import rules
 from fastmeta.engine.capture import Capture
+from fastmeta.patching.leaf_params import LeafParams
 from fastmeta.testing.float64 import keep_float64
 
 EVERYTHING = fm.Params("*")
@@ -204,11 +205,22 @@ def test_autocast() -> None:
 def test_graphs_do_not_depend_on_k_and_are_shared() -> None:
     patched = fm.patch(oracle.tiny_bert(), EVERYTHING)
     for steps in (2, 5, 9):
-        learner = fm.MAML(patched, lr=0.1, steps=steps, memory="unroll", compile=True)
+        learner = fm.MAML(patched, lr=0.1, steps=steps, memory="recompute", compile=True)
         learner(BATCH)
         captured(learner, 2)  # the first step's rows are one row in memory, later ones are not
     learner(oracle.as_batch(TASKS))
     captured(learner, 4)
+
+
+def test_steps_by_leaf_share_one_graph() -> None:
+    """All but the first, which reads weights that all tasks share; where rows are kept, with room
+    for those of K steps, each K has its own."""
+    patched = fm.patch(oracle.tiny_bert(), EVERYTHING)
+    for graphs, steps in enumerate((2, 5, 9), 1):
+        learner = fm.MAML(patched, lr=0.1, steps=steps, memory="unroll", compile=True)
+        assert isinstance(learner(BATCH).params, LeafParams)
+        captured(learner)
+        assert len(learner.capture.steps) <= graphs
 
 
 def test_operators_stay_whole() -> None:
@@ -265,7 +277,7 @@ def test_what_cannot_be_captured_runs_eagerly_with_one_warning() -> None:
 def test_too_many_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastmeta.engine.capture._MOST", 1)
     patched = fm.patch(oracle.tiny_bert(), EVERYTHING)
-    learner = fm.MAML(patched, steps=1, memory="unroll", compile=True)
+    learner = fm.MAML(patched, steps=2, memory="unroll", compile=True)
     learner(BATCH)
     with pytest.warns(RuntimeWarning, match="1 shapes are captured already; pad texts"):
         learner(oracle.as_batch(TASKS))

@@ -74,9 +74,14 @@ class Capture:
 
     def __init__(self, how: str, folder: str | None) -> None:
         self.how, self.folder = how, folder
-        self.steps: dict[Hashable, _Step | None] = {}  # None: runs eagerly
+        self.steps: dict[Hashable, Any] = {}  # None: runs eagerly
         self.lock = threading.Lock()
         self.warned = False
+
+    @property
+    def by_leaf(self) -> bool:
+        """Whether it serves weights kept by leaf: compilers copy what operators write to."""
+        return self.how == "trace"
 
     def __reduce__(self):
         return Capture, (self.how, self.folder)  # graphs hold the tensors of one model
@@ -88,25 +93,22 @@ class Capture:
         if self.how == "inductor":
             packed = packed.contiguous()  # the first step's rows are one: no graph of its own
         shared = loop.patched.shared_parameters() if create_graph else []
-        operands = [packed, *support.stored(), *support.inputs.values(), *_tokens(support)]
+        operands = [packed, *support.stored(), *support.inputs.values(), *token_tensors(support)]
         if loop.proximal:
             operands.append(support.start)
-        key = _signature(loop, support, operands, shared, create_graph)
+        key = (create_graph, *signature(loop, support, operands, shared))
+        step = self.find(key, partial(_Step.make, loop, support, operands, shared, create_graph))
+        return None if step is None else step.run(packed.device, operands)
+
+    def find(self, key: Hashable, make: Callable[[graphs.Compiler], Any]) -> Any:
+        """What was captured for a signature, by `make` if it is new; None where that fails."""
         if key not in self.steps:
             with self.lock:
                 if key not in self.steps:
-                    self.steps[key] = self._captured(loop, support, operands, shared, create_graph)
-        step = self.steps[key]
-        return None if step is None else step.run(packed.device, operands)
+                    self.steps[key] = self._captured(make)
+        return self.steps[key]
 
-    def _captured(
-        self,
-        loop: InnerLoop,
-        support: Support,
-        operands: list[Tensor],
-        shared: list[Tensor],
-        create_graph: bool,
-    ) -> _Step | None:
+    def _captured(self, make: Callable[[graphs.Compiler], Any]) -> Any:
         if len(self.steps) >= _MOST:
             self._warn(f"{_MOST} shapes are captured already; pad texts to a few lengths")
             return None
@@ -115,8 +117,7 @@ class Capture:
                 tqdm(desc="capturing", total=2, leave=False, disable=None) as bar,
                 by_copies() if self.how == "inductor" else nullcontext(),
             ):
-                compiler = partial(self._compile, bar)
-                return _Step.make(loop, support, operands, shared, create_graph, compiler)
+                return make(partial(self._compile, bar))
         except Exception as error:  # whatever a model, a loss or a compiler may raise
             self._warn(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
             return None
@@ -150,18 +151,19 @@ def _cache_in(folder: str | None) -> Iterator[None]:
 _INDUCTOR = "TORCHINDUCTOR_CACHE_DIR"
 
 
-def _tokens(support: Support) -> tuple[Tensor, ...]:
+def token_tensors(support: Support) -> tuple[Tensor, ...]:
     """Which positions of the texts are computed, where padding is left out."""
     prefix = support.prefix
     return () if prefix is None or prefix.tokens is None else prefix.tokens.tensors
 
 
-def _signature(loop, support, operands, shared, create_graph) -> Hashable:
+def signature(
+    loop: InnerLoop, support: Support, operands: list[Tensor], shared: list[Tensor]
+) -> tuple[Hashable, ...]:
     """Everything that a trace fixes."""
     device = operands[0].device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     return (
-        create_graph,
         loop.patched.training,
         loop.loss_fn,
         loop.proximal,
@@ -171,6 +173,22 @@ def _signature(loop, support, operands, shared, create_graph) -> Hashable:
         tuple((t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in operands),
         tuple(id(t) for t in shared),
     )
+
+
+def traced_support(support: Support, stored: list[Tensor], given: Iterator[Tensor]) -> Support:
+    """The support set with operands of a trace in place of its tensors.
+
+    Args:
+        stored: In place of its stored prefix's.
+        given: The others; as many as there are are taken, in the order of `support.inputs` and
+            :func:`token_tensors`.
+    """
+    own = support.with_stored(stored)
+    own = replace(own, inputs={name: next(given) for name in support.inputs})
+    tokens = len(token_tensors(support))
+    if tokens:
+        own.prefix.tokens = own.prefix.tokens.traced([next(given) for _ in range(tokens)])
+    return own
 
 
 class _Step:
@@ -198,19 +216,13 @@ class _Step:
     ) -> _Step:
         loop = replace(loop, capture=None)
         stored = len(support.stored())
-        names, tokens = list(support.inputs), len(_tokens(support))
         carrying = [i for i in range(1, 1 + stored) if operands[i].requires_grad]
 
         def function(*args: Tensor) -> list[Tensor | None]:
             leaves = [t.detach().requires_grad_(t.requires_grad) for t in args[: 1 + stored]]
             packed = leaves[0].requires_grad_()
             given = iter(args[1 + stored :])
-            own = replace(
-                support.with_stored(leaves[1:]),
-                inputs={name: next(given) for name in names},
-            )
-            if tokens:
-                own.prefix.tokens = own.prefix.tokens.traced([next(given) for _ in range(tokens)])
+            own = traced_support(support, leaves[1:], given)
             if loop.proximal:
                 own = replace(own, start=next(given))
             losses, grad = gradient(loop, packed, own, create_graph)
@@ -224,7 +236,7 @@ class _Step:
             return [*results, *found]
 
         cotangent = torch.ones_like(operands[0], memory_format=torch.contiguous_format)
-        pair = graphs.capture(function, operands, cotangent if create_graph else None, 2, compiler)
+        pair = graphs.capture(function, operands, [cotangent] * create_graph, 2, compiler)
         places = {id(t): len(operands) + i for i, t in enumerate(pair.constants)}
         pulled = [0, *carrying, *(places.get(id(t), -1) for t in shared)]
         return cls(pair, pulled if create_graph else [])

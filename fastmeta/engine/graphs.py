@@ -1,6 +1,6 @@
 """A function of tensors and its vector-Jacobian product as two flat graphs.
 
-Both come from one trace, cut where the cotangent is first read: what autograd would save between
+Both come from one trace, cut where a cotangent is first read: what autograd would save between
 a forward and a backward pass is what the second graph reads of the first.
 """
 
@@ -29,7 +29,8 @@ class Pair:
             ones, so that later changes in place are seen.
         forward: ``(*operands, *constants) -> (*outputs, *computed)``.
         kept: Which of the operands and constants the backward graph reads.
-        backward: ``(*kept, *computed, cotangent) -> gradients``, or None where none was asked for.
+        backward: ``(*kept, *computed, *cotangents) -> gradients``, or None where none were asked
+            for.
         random: Whether random numbers are drawn.
     """
 
@@ -43,38 +44,37 @@ class Pair:
 def capture(
     function: Callable[..., Sequence[Tensor | None]],
     operands: Sequence[Tensor],
-    cotangent: Tensor | None,
+    cotangents: Sequence[Tensor],
     outputs: int,
     compiler: Compiler,
 ) -> Pair:
     """Trace `function` once on real tensors and compile what it did.
 
     Args:
-        function: ``(*operands)`` or ``(*operands, cotangent)`` -> `outputs` tensors, then
-            gradients, None where there is none. Its control flow may not depend on values.
+        function: ``(*operands, *cotangents)`` -> `outputs` tensors, then gradients, None where
+            there is none. Its control flow may not depend on values.
         operands: Example inputs. Shapes and strides are fixed by them.
-        cotangent: An example, or None where there are no gradients.
+        cotangents: Examples, none where there are no gradients.
         outputs: Number of results that do not depend on the cotangent.
         compiler: What turns a graph into a callable; not used on graphs that draw random numbers,
             which have to draw what eager code draws.
     """
-    examples = [*operands] if cotangent is None else [*operands, cotangent]
     with tracing():
-        joint = make_fx(function)(*examples)
+        joint = make_fx(function)(*operands, *cotangents)
     constants = _lift(joint)
     joint.graph.eliminate_dead_code()
     inputs = [*operands, *constants]
     random = any(torch.Tag.nondeterministic_seeded in _tags(n) for n in joint.graph.nodes)
     if random:
         compiler = _as_it_is
-    if cotangent is None:
+    if not cotangents:
         return Pair(constants, compiler(_finished(joint), lambda: inputs), [], None, random)
-    first, second, kept = _cut(joint, len(operands), outputs)
+    first, second, kept = _cut(joint, len(operands), len(cotangents), outputs)
 
     def read_by_second() -> list[Tensor]:
         with torch.no_grad():
             computed = first(*inputs)[outputs:]
-        return [*(inputs[i] for i in kept), *computed, cotangent]
+        return [*(inputs[i] for i in kept), *computed, *cotangents]
 
     forward, backward = compiler(first, lambda: inputs), compiler(second, read_by_second)
     return Pair(constants, forward, kept, backward, random)
@@ -127,28 +127,29 @@ def _lift(traced: fx.GraphModule) -> list[Tensor]:
 
 
 def _cut(
-    joint: fx.GraphModule, operands: int, outputs: int
+    joint: fx.GraphModule, operands: int, cotangents: int, outputs: int
 ) -> tuple[fx.GraphModule, fx.GraphModule, list[int]]:
-    """The graph before the cotangent is read, the graph from there on, and which inputs of the
+    """The graph before a cotangent is read, the graph from there on, and which inputs of the
     first the second reads.
 
     In the order of the trace, so that operators which write in place stay where they were.
     """
     nodes = [n for n in joint.graph.nodes if n.op not in ("placeholder", "output")]
     places = [n for n in joint.graph.nodes if n.op == "placeholder"]
-    cotangent, inputs = places[operands], places[:operands] + places[operands + 1 :]
-    start = next((i for i, n in enumerate(nodes) if cotangent in n.all_input_nodes), len(nodes))
+    late_inputs = set(places[operands : operands + cotangents])
+    inputs = [n for n in places if n not in late_inputs]
+    start = next((i for i, n in enumerate(nodes) if late_inputs & {*n.all_input_nodes}), len(nodes))
     (results,) = joint.graph.output_node().args
     results, gradients = list(results[:outputs]), list(results[outputs:])
-    late = set(nodes[start:])
+    late = {*nodes[start:], *late_inputs}
     wanted = [n for node in nodes[start:] for n in node.all_input_nodes] + [
         g for g in gradients if g is not None
     ]
-    read = dict.fromkeys(n for n in wanted if n not in late and n is not cotangent)
+    read = dict.fromkeys(n for n in wanted if n not in late)
     kept = [i for i, n in enumerate(inputs) if n in read]
     computed = [n for n in read if n.op != "placeholder"]
     first = _subgraph(joint, inputs, nodes[:start], [*results, *computed])
-    before = [*(inputs[i] for i in kept), *computed, cotangent]
+    before = [*(inputs[i] for i in kept), *computed, *places[operands : operands + cotangents]]
     return first, _subgraph(joint, before, nodes[start:], gradients), kept
 
 

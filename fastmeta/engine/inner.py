@@ -66,6 +66,13 @@ class InnerLoop:
         """Whether this step's gradient is differentiated."""
         return step >= self.steps - self.second_order
 
+    @property
+    def captures_packed(self) -> bool:
+        """Whether what is captured reads packed weights, which are then not kept by leaf."""
+        if self.capture is None:
+            return False
+        return not self.capture.by_leaf or self.second_order < self.steps
+
 
 _HOLE = object()
 """Stands for a tensor that is kept elsewhere."""

@@ -44,12 +44,25 @@ class Gate:
 
 class Gathering:
     """The gradient of one written-out weight while a backward pass gathers it: the products that
-    contribute accumulate in one buffer. A :class:`fastmeta.ops.batched_linear.Landing`."""
+    contribute accumulate in one buffer. A :class:`fastmeta.ops.batched_linear.Landing`.
 
-    def __init__(self) -> None:
-        self.like: Tensor | None = None
+    Args:
+        weight: It; None as long as it is not computed, see :meth:`gather_for`.
+
+    Attributes:
+        given_away: Whether nobody else holds the gradient that autograd brings.
+    """
+
+    def __init__(self, weight: Tensor | None = None) -> None:
+        self.like: tuple | None = None
+        self.given_away = False
         self.buffer: Tensor | None = None
         self.key: int | None = None
+        if weight is not None:
+            self.gather_for(weight)
+
+    def gather_for(self, weight: Tensor) -> None:
+        self.like = weight.shape, weight.dtype, weight.device
 
     def found(self) -> Tensor | None:
         """What came so far in this backward pass."""
@@ -74,9 +87,16 @@ class Gathering:
         else:
             self.buffer.add_(gradient)
 
-    def take(self, gradient: Tensor | None) -> Tensor | None:
-        """Everything that came, with what autograd brought."""
+    def take(self, gradient: Tensor | None) -> tuple[Tensor | None, bool]:
+        """Everything that came, with what autograd brought; whether nobody else holds it."""
         found, self.buffer = self.found(), None
+        if found is None:
+            return gradient, self.given_away and gradient is not None
+        return found if gradient is None else found + gradient, True
+
+    def finish(self, gradient: Tensor | None) -> Tensor | None:
+        """Everything that came in a backward pass that is over, with what it brought."""
+        found, self.buffer = self.buffer, None
         if found is None or gradient is None:
             return gradient if found is None else found
         return found + gradient
@@ -285,7 +305,7 @@ class _Step(Function):
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         x, weight, d_y, ctx.nt, _, ctx.gate, ctx.before, ctx.after = inputs
         stepped = output[1]
-        ctx.after.like = (stepped.shape, stepped.dtype, stepped.device)
+        ctx.after.gather_for(stepped)
         ctx.save_for_backward(x, weight, d_y)
         ctx.set_materialize_grads(False)
 
@@ -295,9 +315,7 @@ class _Step(Function):
     ) -> tuple:
         (x, weight, d_y), nt, need = ctx.saved_tensors, ctx.nt, ctx.needs_input_grad
         differentiable = torch.is_grad_enabled() or transformed(g_x, g_weight, g_rows)
-        owned = g_weight is None
-        g_weight = ctx.after.take(g_weight)
-        owned = owned and g_weight is not None
+        g_weight, owned = ctx.after.take(g_weight)
         shared = weight.shape[0] < x.shape[0]
         mine = weight.expand(x.shape[0], -1, -1)
         mm = multiplier(differentiable, x, ctx.gate.bf16)
@@ -333,7 +351,7 @@ class _Descend(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         weight, x, g, ctx.nt, ctx.gate, ctx.before, ctx.after = inputs
-        ctx.after.like = (output.shape, output.dtype, output.device)
+        ctx.after.gather_for(output)
         ctx.save_for_backward(x, g)
         ctx.shared = weight.shape[0] if weight.shape[0] < x.shape[0] else 0
         ctx.set_materialize_grads(False)
@@ -342,8 +360,7 @@ class _Descend(Function):
     def backward(ctx: Any, d: Tensor | None) -> tuple:
         (x, g), nt = ctx.saved_tensors, ctx.nt
         differentiable = torch.is_grad_enabled() or transformed(d)
-        owned = d is None
-        d = ctx.after.take(d)
+        d, owned = ctx.after.take(d)
         d_weight = d_x = d_g = None
         if d is None:
             return d_weight, d_x, d_g, None, None, None, None

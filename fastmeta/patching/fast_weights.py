@@ -9,6 +9,9 @@ where they are many.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,13 +32,18 @@ class FastMatrix:
         tasks: T.
         steps: How many steps there will be.
         gate: Tells the inner loss's backward pass from others.
+        alike: Whether all steps after the first are to be alike: rows that are kept have room for
+            those of all steps from the first on, zeros before them.
 
     Attributes:
         last: Input and output of the last call, where `recording`.
     """
 
-    def __init__(self, weight: Tensor, tasks: int, steps: int, gate: Gate) -> None:
+    def __init__(
+        self, weight: Tensor, tasks: int, steps: int, gate: Gate, alike: bool = False
+    ) -> None:
         self.shape, self.tasks, self.steps, self.gate = weight.shape, tasks, steps, gate
+        self.alike = alike
         self.weight = weight.unsqueeze(0)  # [H, ., .], or written out [T * H, ., .]
         self.own: Gathering | None = None
         # [T * H, r, .]: b^T a is added to the weight
@@ -82,17 +90,47 @@ class FastMatrix:
         x = x if second_order else x.detach()
         if self._keeps_rows(x):
             a, b = (x, g) if nt else (g, x)
-            self.a = a if self.a is None else torch.cat([self.a, a], 1)
-            self.b = b if self.b is None else torch.cat([self.b, b], 1)
+            self.a, self.b = self._with_rows(self.a, a), self._with_rows(self.b, b)
         else:
             self.weight, self.own = descend(
                 self.weight, x, g, nt=nt, gate=self.gate, landing=self.own
             )
 
+    def _with_rows(self, before: Tensor | None, rows: Tensor) -> Tensor:
+        count = rows.shape[1]
+        if self.alike:
+            room = rows.new_zeros(1, 1, 1).expand(
+                rows.shape[0], count * (self.steps - 1), rows.shape[2]
+            )
+            before = room if before is None else before[:, count:]
+        return rows if before is None else torch.cat([before, rows], 1)
+
     def _keeps_rows(self, x: Tensor) -> bool:
         """Whether the steps' rows stay factors, for an input ``[T * H, M, .]``."""
         _, n, k = self.weight.shape
         return self.own is None and x.shape[1] * self.steps * (n + k) <= n * k
+
+    def state(self) -> tuple[list[Tensor], list[Tensor]]:
+        """What a step writes anew, and what it reads besides, where all are alike."""
+        if self.own is not None:
+            return [self.weight], []
+        return [t for t in (self.a, self.b) if t is not None], [self.weight]
+
+    def landings(self) -> list[Gathering | None]:
+        """Where the gradients of what a step writes anew gather; None: autograd brings them."""
+        return [self.own for _ in self.state()[0]]
+
+    def at(self, written: Sequence[Tensor], read: Sequence[Tensor]) -> FastMatrix:
+        """This matrix with other tensors in place of those of :meth:`state`."""
+        other = copy.copy(self)
+        other.calls, other.descent = [], None
+        if self.own is not None:
+            (other.weight,) = written
+            other.own = Gathering(other.weight)
+        else:
+            (other.weight,) = read
+            other.a, other.b = written or (None, None)
+        return other
 
     def written_out(self) -> Tensor:
         """``[T, *shape]``."""
@@ -159,6 +197,27 @@ class FastTable:
         if self.padding_idx is not None:
             g = g.masked_fill(padding.unsqueeze(-1), 0.0)
         self.own = self._plus(g, ids)
+
+    def state(self) -> tuple[list[Tensor], list[Tensor]]:
+        """As that of :class:`FastMatrix`."""
+        written = [t for t in (self.sum, self.own) if t is not None]
+        ids = [] if self.ids is None else [self.ids]
+        return written, [self.weight, *ids, *(self.looked_up or ())]
+
+    def landings(self) -> list[Gathering | None]:
+        """As those of :class:`FastMatrix`."""
+        return [None for _ in self.state()[0]]
+
+    def at(self, written: Sequence[Tensor], read: Sequence[Tensor]) -> FastTable:
+        """This table with other tensors in place of those of :meth:`state`."""
+        other, written, read = copy.copy(self), iter(written), iter(read)
+        other.weight = next(read)
+        other.sum, other.own = (t if t is None else next(written) for t in (self.sum, self.own))
+        other.ids = None if self.ids is None else next(read)
+        if self.looked_up is not None:
+            other.looked_up = next(read), next(read)
+        other.calls = []
+        return other
 
     def written_out(self) -> Tensor:
         """``[T, V, D]``."""
