@@ -95,6 +95,17 @@ def define(schema: str, reference: Callable | None = None, *, fake: Callable | N
     return op
 
 
+def declare(schema: str) -> Callable:
+    """The overload of an operator that the compiled extension alone has, and no table."""
+    _DEF.define(schema)
+    return getattr(getattr(torch.ops, NAMESPACE), schema.split("(", 1)[0]).default
+
+
+def has_extension(device: str) -> bool:
+    """Whether the compiled library for a device is loaded."""
+    return any(e.device == device and e.state == "loaded" for e in EXTENSIONS)
+
+
 def register_kernel(name: str, impl: str, device: str, kernel: Callable, *, winner: bool) -> None:
     """Add a Python kernel (a Triton launcher); the winner serves the device by default.
 

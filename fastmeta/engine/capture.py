@@ -100,7 +100,7 @@ class Capture:
         step = self.find(key, partial(_Step.make, loop, support, operands, shared, create_graph))
         return None if step is None else step.run(packed.device, operands)
 
-    def find(self, key: Hashable, make: Callable[[graphs.Compiler], Any]) -> Any:
+    def find(self, key: Hashable, make: Callable[[graphs.Compiler | None], Any]) -> Any:
         """What was captured for a signature, by `make` if it is new; None where that fails."""
         if key not in self.steps:
             with self.lock:
@@ -108,7 +108,7 @@ class Capture:
                     self.steps[key] = self._captured(make)
         return self.steps[key]
 
-    def _captured(self, make: Callable[[graphs.Compiler], Any]) -> Any:
+    def _captured(self, make: Callable[[graphs.Compiler | None], Any]) -> Any:
         if len(self.steps) >= _MOST:
             self._warn(f"{_MOST} shapes are captured already; pad texts to a few lengths")
             return None
@@ -117,7 +117,7 @@ class Capture:
                 tqdm(desc="capturing", total=2, leave=False, disable=None) as bar,
                 by_copies() if self.how == "inductor" else nullcontext(),
             ):
-                return make(partial(self._compile, bar))
+                return make(None if self.how == "trace" else partial(self._compile, bar))
         except Exception as error:  # whatever a model, a loss or a compiler may raise
             self._warn(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
             return None
@@ -133,8 +133,6 @@ class Capture:
 
     def _compile(self, bar: tqdm, graph: fx.GraphModule, examples: Callable) -> Callable:
         bar.update()
-        if self.how == "trace":
-            return graph
         # Inductor keeps no graph that comes without one of these.
         context = TracingContext(FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True))
         with torch.no_grad(), _cache_in(self.folder), tracing(context):
@@ -212,7 +210,7 @@ class _Step:
         operands: list[Tensor],
         shared: list[Tensor],
         create_graph: bool,
-        compiler: graphs.Compiler,
+        compiler: graphs.Compiler | None,
     ) -> _Step:
         loop = replace(loop, capture=None)
         stored = len(support.stored())
@@ -246,7 +244,7 @@ class _Step:
         with torch.autocast(device.type, enabled=False):
             if self.pair.backward is None:
                 with torch.no_grad():
-                    losses, grad = self.pair.forward(*tensors)
+                    (losses, grad), _ = self.pair.run(tensors)
                 return losses, grad
             return _Gradient.apply(self, *tensors)
 
@@ -256,8 +254,8 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, step: _Step, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        losses, grad, *computed = step.pair.forward(*tensors)
-        ctx.save_for_backward(*(tensors[i] for i in step.pair.kept), *computed)
+        (losses, grad), ctx.saved = step.pair.run(tensors)
+        ctx.save_for_backward(*(tensors[i] for i in step.pair.kept))
         ctx.step, ctx.count = step, len(tensors)
         ctx.mark_non_differentiable(losses)
         ctx.set_materialize_grads(False)
@@ -268,9 +266,10 @@ class _Gradient(torch.autograd.Function):
     def backward(ctx: Any, _: Tensor | None, d_grad: Tensor | None) -> tuple:
         found: list[Tensor | None] = [None] * (1 + ctx.count)
         if d_grad is not None:
-            step = ctx.step
+            step, keep = ctx.step, torch._C._autograd._get_current_graph_task_keep_graph()
             with torch.autocast(d_grad.device.type, enabled=False):
-                pulled = step.pair.backward(*ctx.saved_tensors, d_grad.contiguous())
+                cotangents = [d_grad.contiguous()]
+                pulled = step.pair.pull(ctx.saved_tensors, ctx.saved, cotangents, keep)
             for place, value in zip(step.pulled, pulled, strict=True):
                 if place >= 0 and ctx.needs_input_grad[1 + place]:
                     found[1 + place] = value

@@ -113,12 +113,11 @@ class _LeafStep:
     Attributes:
         pair: The graphs: ``(losses, finite number, rest, *written)``, and the gradients that
             cotangents of the rest and of what is written give.
-        results: How many they are: the rest and what is written.
         pulled: For each gradient: the operand or constant it belongs to.
     """
 
-    def __init__(self, pair: graphs.Pair, results: int, pulled: list[int]) -> None:
-        self.pair, self.results, self.pulled = pair, results, pulled
+    def __init__(self, pair: graphs.Pair, pulled: list[int]) -> None:
+        self.pair, self.pulled = pair, pulled
 
     @classmethod
     def make(
@@ -129,7 +128,7 @@ class _LeafStep:
         support: Support,
         gate: Gate,
         shared: list[Tensor],
-        compiler: graphs.Compiler,
+        compiler: graphs.Compiler | None,
     ) -> _LeafStep:
         loop = replace(loop, capture=None)
         operands, results = parts.joined(), [*parts.rest, *parts.written]
@@ -164,7 +163,7 @@ class _LeafStep:
         pair = graphs.capture(function, operands, cotangents, 2 + len(results), compiler)
         places = {id(t): len(operands) + i for i, t in enumerate(pair.constants)}
         pulled = [*range(len(operands)), *(places.get(id(t), -1) for t in shared)]
-        return cls(pair, len(results), pulled)
+        return cls(pair, pulled)
 
     def run(self, params: LeafParams, parts: _Parts) -> tuple[Tensor, Tensor, LeafParams]:
         tensors = [*parts.joined(), *self.pair.constants]
@@ -183,9 +182,8 @@ class _Captured(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, step: _LeafStep, before: dict, after: list, *tensors: Tensor) -> tuple:
-        losses, finite, *others = step.pair.forward(*tensors)
-        results, computed = others[: step.results], others[step.results :]
-        ctx.save_for_backward(*(tensors[i] for i in step.pair.kept), *computed)
+        (losses, finite, *results), ctx.saved = step.pair.run(tensors)
+        ctx.save_for_backward(*(tensors[i] for i in step.pair.kept))
         ctx.step, ctx.before, ctx.after, ctx.count = step, before, after, len(tensors)
         ctx.likes = [(t.shape, t.dtype, t.device) for t in results]
         ctx.mark_non_differentiable(losses, finite)
@@ -197,8 +195,9 @@ class _Captured(torch.autograd.Function):
     def backward(ctx: Any, _: None, __: None, *gradients: Tensor | None) -> tuple:
         found: list[Tensor | None] = [None] * (3 + ctx.count)
         cotangents = map(_cotangent, gradients, [None, *ctx.after], ctx.likes)
+        keep = torch._C._autograd._get_current_graph_task_keep_graph()
         with torch.autocast(ctx.likes[0][2].type, enabled=False):
-            pulled = ctx.step.pair.backward(*ctx.saved_tensors, *cotangents)
+            pulled = ctx.step.pair.pull(ctx.saved_tensors, ctx.saved, cotangents, keep)
         for place, gradient in zip(ctx.step.pulled, pulled, strict=True):
             if gradient is None or place < 0 or not ctx.needs_input_grad[3 + place]:
                 continue

@@ -7,14 +7,17 @@ a forward and a backward pass is what the second graph reads of the first.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers.utils import import_utils
+
+from fastmeta.engine.tape import Tape, written
 
 Compiler = Callable[[fx.GraphModule, Callable[[], list[Tensor]]], Callable]
 """``(graph, what makes example inputs) -> callable`` that does the same."""
@@ -27,18 +30,49 @@ class Pair:
     Attributes:
         constants: Tensors that the function read beside its operands (weights, buffers): the live
             ones, so that later changes in place are seen.
+        kept: Which of the operands and constants the vector-Jacobian product reads.
+        outputs: Number of results.
         forward: ``(*operands, *constants) -> (*outputs, *computed)``.
-        kept: Which of the operands and constants the backward graph reads.
         backward: ``(*kept, *computed, *cotangents) -> gradients``, or None where none were asked
             for.
-        random: Whether random numbers are drawn.
     """
 
     constants: list[Tensor]
-    forward: Callable
     kept: list[int]
+    outputs: int
+    forward: Callable
     backward: Callable | None
-    random: bool
+
+    def run(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Any]:
+        """Results for operands and constants, and what :meth:`pull` reads of the way there."""
+        results = list(self.forward(*tensors))
+        return results[: self.outputs], results[self.outputs :]
+
+    def pull(
+        self, kept: Sequence[Tensor], saved: Any, cotangents: Iterable[Tensor], keep: bool
+    ) -> Sequence[Tensor | None]:
+        """Gradients; `saved` can be used again only where it is to be kept."""
+        computed = [*saved]
+        if not keep:
+            saved.clear()
+        return self.backward(*kept, *computed, *cotangents)
+
+
+@dataclass(frozen=True)
+class TapePair(Pair):
+    """One whose graphs are tapes."""
+
+    forward: Tape
+    backward: Tape | None
+
+    def run(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Any]:
+        return self.forward.run(tensors)
+
+    def pull(
+        self, kept: Sequence[Tensor], saved: Any, cotangents: Iterable[Tensor], keep: bool
+    ) -> Sequence[Tensor | None]:
+        gradients, _ = self.backward.run([*kept, *cotangents], saved, keep)
+        return gradients
 
 
 def capture(
@@ -46,7 +80,7 @@ def capture(
     operands: Sequence[Tensor],
     cotangents: Sequence[Tensor],
     outputs: int,
-    compiler: Compiler,
+    compiler: Compiler | None,
 ) -> Pair:
     """Trace `function` once on real tensors and compile what it did.
 
@@ -57,27 +91,53 @@ def capture(
         cotangents: Examples, none where there are no gradients.
         outputs: Number of results that do not depend on the cotangent.
         compiler: What turns a graph into a callable; not used on graphs that draw random numbers,
-            which have to draw what eager code draws.
+            which have to draw what eager code draws. None: they become tapes, if tapes can hold
+            them.
     """
     with tracing():
         joint = make_fx(function)(*operands, *cotangents)
     constants = _lift(joint)
     joint.graph.eliminate_dead_code()
     inputs = [*operands, *constants]
-    random = any(torch.Tag.nondeterministic_seeded in _tags(n) for n in joint.graph.nodes)
-    if random:
+    if compiler is not None and any(_is_random(n) for n in joint.graph.nodes):
         compiler = _as_it_is
     if not cotangents:
-        return Pair(constants, compiler(_finished(joint), lambda: inputs), [], None, random)
-    first, second, kept = _cut(joint, len(operands), len(cotangents), outputs)
+        first, second, kept = _finished(joint), None, []
+    else:
+        first, second, kept = _cut(joint, len(operands), len(cotangents), outputs)
+    if compiler is None:
+        count = len(first.graph.output_node().args[0]) - outputs
+        return _taped(constants, kept, outputs, count, len(cotangents), first, second)
+    forward = compiler(first, lambda: inputs)
+    if second is None:
+        return Pair(constants, kept, outputs, forward, None)
 
     def read_by_second() -> list[Tensor]:
         with torch.no_grad():
             computed = first(*inputs)[outputs:]
         return [*(inputs[i] for i in kept), *computed, *cotangents]
 
-    forward, backward = compiler(first, lambda: inputs), compiler(second, read_by_second)
-    return Pair(constants, forward, kept, backward, random)
+    return Pair(constants, kept, outputs, forward, compiler(second, read_by_second))
+
+
+def _taped(
+    constants: list[Tensor],
+    kept: list[int],
+    outputs: int,
+    computed: int,
+    cotangents: int,
+    first: fx.GraphModule,
+    second: fx.GraphModule | None,
+) -> Pair:
+    """The graphs as tapes, or as they are where tapes cannot hold them."""
+    forward = written(first, saved=[False] * outputs + [True] * computed)
+    backward = None
+    if forward is not None and second is not None:
+        come = [False] * len(kept) + [True] * computed + [False] * cotangents
+        backward = written(second, frame=come)
+    if forward is None or (backward is None and second is not None):
+        return Pair(constants, kept, outputs, first, second)
+    return TapePair(constants, kept, outputs, forward, backward)
 
 
 @contextmanager
@@ -94,8 +154,9 @@ def tracing() -> Iterator[None]:
         import_utils.is_jit_tracing = original
 
 
-def _tags(node: fx.Node) -> Sequence[torch.Tag]:
-    return getattr(node.target, "tags", ()) if node.op == "call_function" else ()
+def _is_random(node: fx.Node) -> bool:
+    tags = getattr(node.target, "tags", ()) if node.op == "call_function" else ()
+    return torch.Tag.nondeterministic_seeded in tags
 
 
 def _as_it_is(graph: fx.GraphModule, examples: Callable) -> Callable:
