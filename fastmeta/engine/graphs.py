@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers.utils import import_utils
 
+from fastmeta.engine.fused_additions import fuse_additions
 from fastmeta.engine.tape import Tape, written
 
 Compiler = Callable[[fx.GraphModule, Callable[[], list[Tensor]]], Callable]
@@ -130,6 +131,9 @@ def _taped(
     second: fx.GraphModule | None,
 ) -> Pair:
     """The graphs as tapes, or as they are where tapes cannot hold them."""
+    for graph in (first, second):
+        if graph is not None:
+            fuse_additions(graph)
     forward = written(first, saved=[False] * outputs + [True] * computed)
     backward = None
     if forward is not None and second is not None:

@@ -26,7 +26,7 @@ _MMS_ = define(
     "int[] bf16) -> ()",
     reference.batched_mms_,
 )
-_NOTHING, _ITSELF = -2, -1  # in `which` of batched_mms_
+NOTHING, ITSELF = -2, -1  # in `which` of batched_mms_
 _ROWS = torch.contiguous_format
 _KERNEL_DEVICE = "cpu" if dispatched(_MM.name, "cpu") else None
 
@@ -129,9 +129,9 @@ def together(products: Sequence[Product]) -> None:
     which = []
     for out, base in zip(to, bases, strict=True):
         if base is None:
-            which.append(_NOTHING)
+            which.append(NOTHING)
         elif base is out:
-            which.append(_ITSELF)
+            which.append(ITSELF)
         else:
             which.append(len(others))
             others.append(base)

@@ -31,7 +31,7 @@ _WORTH = 15 / 16
 """Share of the positions above which leaving out the others costs more than it saves."""
 
 
-_WIDTHS = 16
+_WIDTHS = 20
 """Numbers of tokens per task that rounding leaves, up to that of all positions."""
 
 
