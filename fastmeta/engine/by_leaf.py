@@ -7,7 +7,7 @@ step is one product that updates the weight as it computes, or none where its ro
 products read one weight, and the meta-gradient's are one product over the rows of all tasks.
 Biases, norms and whatever is no linear layer or embedding stay packed, in a small buffer.
 
-Steps after the first are all alike, and can be captured (`fastmeta.engine.captured_leaves`).
+Steps can be captured (`fastmeta.engine.captured_leaves`).
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def unroll_by_leaf(loop: InnerLoop, row: Tensor, tasks: int, support: Support) -
         if isinstance(rate, Tensor):
             rate = rate[:, 0].to(row.dtype)  # [1 or T]
         found = None
-        if step and loop.capture is not None:
+        if loop.capture is not None:
             found = captured_step(loop, rate, params, support, gate)
         if found is None:
             found = one_step(loop, rate, params, support, gate, create_graph)

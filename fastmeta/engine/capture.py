@@ -31,8 +31,8 @@ from fastmeta.patching import Patched
 from fastmeta.patching.packing import by_copies
 
 HOW = ("trace", "inductor")
-_MOST = 32
-"""Signatures captured of one model; more shapes than this run eagerly."""
+_MOST = 96
+"""Graphs captured of one model; more than this run eagerly."""
 
 
 def capture_of(
@@ -110,7 +110,7 @@ class Capture:
 
     def _captured(self, make: Callable[[graphs.Compiler | None], Any]) -> Any:
         if len(self.steps) >= _MOST:
-            self._warn(f"{_MOST} shapes are captured already; pad texts to a few lengths")
+            self._warn(f"{_MOST} graphs are captured already; pad texts to a few lengths")
             return None
         try:
             with (

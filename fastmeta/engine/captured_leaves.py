@@ -1,13 +1,14 @@
-"""Captured steps of a loop that keeps weights by leaf: one step and its vector-Jacobian product.
+"""Captured passes of a loop that keeps weights by leaf: a step, or the losses at the end.
 
-What a step writes anew, the rest in its packed buffer and the weights of leaves, are operands of a
-graph and among its results; all steps after the first are alike and share one.
+A pass reads the rest in its packed buffer and what each leaf is made of; those are operands of a
+graph, and what a step makes of them is among its results. Steps after the first are alike and share
+a graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from fastmeta.engine import graphs
 from fastmeta.engine.capture import signature, token_tensors, traced_support
-from fastmeta.engine.inner import InnerLoop, Support
+from fastmeta.engine.inner import InnerLoop, Support, task_losses
 from fastmeta.engine.leaf_step import one_step
 from fastmeta.engine.recompute import backpropagate
 from fastmeta.ops._adapted_linear import Gate, Gathering
@@ -30,35 +31,54 @@ def captured_step(
 ) -> tuple[Tensor, Tensor, LeafParams] | None:
     """What :func:`~fastmeta.engine.leaf_step.one_step` returns, differentiable once; None where
     eager code serves."""
-    states = [leaf.state() for leaf in params.leaves.values()]
-    rest = params.rest.packed
-    parts = _Parts(
-        [rate if isinstance(rate, Tensor) else rest.new_full((1,), rate)],
-        [rest],
-        [t for written, _ in states for t in written],
-        [t for _, read in states for t in read],
-        support.stored(),
-        [*support.inputs.values(), *token_tensors(support)],
-    )
-    shared = loop.patched.shared_parameters()
-    counts = tuple((len(written), len(read)) for written, read in states)
-    key = (*params.leaves, counts, *signature(loop, support, parts.joined(), shared))
-    make = partial(_LeafStep.make, loop, parts, params, support, gate, shared)
-    step = loop.capture.find(key, make)
-    return None if step is None else step.run(params, parts)
+    if not isinstance(rate, Tensor):
+        rate = params.rest.packed.new_full((1,), rate)
+
+    def step(own: _Operands, before: LeafParams, texts: Support) -> _Computed:
+        found = one_step(loop, *own.rate, before, texts, gate, True)
+        if found is None:
+            raise RuntimeError("an adapted layer does not run once a step")
+        losses, finite, after = found
+        return _Computed([losses, finite], [], after)
+
+    found = _captured("step", loop, [rate], params, support, step)
+    if found is None:
+        return None
+    (losses, finite), _, after = found
+    for leaf in after.leaves.values():
+        leaf.gate = gate
+    return losses, finite, after
+
+
+def captured_losses(
+    loop: InnerLoop, params: LeafParams, support: Support
+) -> tuple[Tensor, Tensor | None] | None:
+    """Losses ``[T]`` and logits of a set of texts, differentiable once; None where eager code
+    serves."""
+
+    def losses_of(own: _Operands, before: LeafParams, texts: Support) -> _Computed:
+        losses, outputs = task_losses(loop, before, texts.inputs, texts.prefix)
+        logits = getattr(outputs, "logits", None)
+        return _Computed([], [losses] if logits is None else [losses, logits], None)
+
+    found = _captured("losses", loop, [], params, support, losses_of)
+    if found is None:
+        return None
+    _, (losses, *logits), _ = found
+    return losses, logits[0] if logits else None
 
 
 @dataclass(frozen=True)
-class _Parts:
-    """Operands of a step.
+class _Operands:
+    """What a pass reads.
 
     Attributes:
-        rate: The learning rate, ``[1 or T]``.
-        rest: The packed buffer, ``[T, P']``.
-        written: What the step writes anew of leaves.
-        read: What it reads of them besides.
+        rate: The learning rate ``[1 or T]`` of a step.
+        rest: The packed buffer ``[T, P']``.
+        written: What steps write anew of leaves.
+        read: What else of them passes read.
         stored: The stored prefix.
-        given: The support set.
+        given: The texts.
     """
 
     rate: list[Tensor]
@@ -79,27 +99,111 @@ class _Parts:
     def joined(self) -> list[Tensor]:
         return [t for part in self._all() for t in part]
 
-    def like(self, tensors: Sequence[Tensor]) -> _Parts:
+    def like(self, tensors: Sequence[Tensor]) -> _Operands:
         """Others in their place."""
         others = iter(tensors)
-        return _Parts(*([*islice(others, len(part))] for part in self._all()))
+        return _Operands(*([*islice(others, len(part))] for part in self._all()))
 
 
-def _at(
-    params: LeafParams, rest: Tensor, written: Sequence[Tensor], read: Sequence[Tensor]
-) -> LeafParams:
-    """The fast weights with other tensors in place of the rest and of what leaves write and
-    read."""
-    each, beside = iter(written), iter(read)
+@dataclass(frozen=True)
+class _Computed:
+    """What a pass computes.
+
+    Attributes:
+        shown: Without a gradient.
+        results: With one.
+        after: The fast weights after a step, whose tensors are results too.
+    """
+
+    shown: list[Tensor]
+    results: list[Tensor]
+    after: LeafParams | None
+
+    def results_of(self, operands: Sequence[Tensor]) -> list[Tensor]:
+        """All results: also the rest after a step, what it wrote of leaves, and what else it made
+        for them, of these operands."""
+        if self.after is None:
+            return self.results
+        states = [leaf.state() for leaf in self.after.leaves.values()]
+        known = {id(t) for t in operands}
+        made = [t for _, read in states for t in read if id(t) not in known]
+        return [self.after.rest.packed, *(t for written, _ in states for t in written), *made]
+
+
+_Pass = Callable[[_Operands, LeafParams, Support], _Computed]
+
+
+def _captured(
+    kind: str,
+    loop: InnerLoop,
+    rate: list[Tensor],
+    params: LeafParams,
+    support: Support,
+    compute: _Pass,
+) -> tuple[Sequence[Tensor], Sequence[Tensor], LeafParams | None] | None:
+    """What is shown, the results and the fast weights after, by a graph."""
+    states = [leaf.state() for leaf in params.leaves.values()]
+    operands = _Operands(
+        rate,
+        [params.rest.packed],
+        [t for written, _ in states for t in written],
+        [t for _, read in states for t in read],
+        support.stored(),
+        [*support.inputs.values(), *token_tensors(support)],
+    )
+    shared = loop.patched.shared_parameters()
+    counts = tuple((len(written), len(read)) for written, read in states)
+    key = (kind, *params.leaves, counts, *signature(loop, support, operands.joined(), shared))
+    make = partial(_Graph.make, operands, params, support, shared, compute)
+    graph = loop.capture.find(key, make)
+    return None if graph is None else graph.run(params, operands)
+
+
+def _at(params: LeafParams, operands: _Operands) -> LeafParams:
+    """The fast weights made of these operands."""
+    written, read = iter(operands.written), iter(operands.read)
     leaves = {}
     for slot, leaf in params.leaves.items():
         mine, more = leaf.state()
-        leaves[slot] = leaf.at([*islice(each, len(mine))], [*islice(beside, len(more))])
-    return LeafParams(params.layout, TaskParams(params.rest.layout, rest), leaves)
+        leaves[slot] = leaf.at([*islice(written, len(mine))], [*islice(read, len(more))])
+    return LeafParams(params.layout, TaskParams(params.rest.layout, *operands.rest), leaves)
 
 
-def _written(params: LeafParams) -> list[Tensor]:
-    return [t for leaf in params.leaves.values() for t in leaf.state()[0]]
+class _After:
+    """How fast weights after a step are made of operands and results.
+
+    Args:
+        params: Some after such a step.
+        operands: Of that step.
+        results: Of that step.
+
+    Attributes:
+        leaves: Slot -> the leaf, without what it is made of; how many tensors steps write of it;
+            and the sources of what it reads: the place of an operand, or of a result from -1 down.
+    """
+
+    def __init__(
+        self, params: LeafParams, operands: Sequence[Tensor], results: Sequence[Tensor]
+    ) -> None:
+        places = {id(t): -i - 1 for i, t in enumerate(results)}
+        places |= {id(t): i for i, t in enumerate(operands)}
+        self.layout, self.rest = params.layout, params.rest.layout
+        self.leaves = {}
+        for slot, leaf in params.leaves.items():
+            written, read = leaf.state()
+            bare = leaf.at([_NOTHING] * len(written), [_NOTHING] * len(read))
+            self.leaves[slot] = bare, len(written), [places[id(t)] for t in read]
+
+    def params(self, operands: Sequence[Tensor], results: Sequence[Tensor]) -> LeafParams:
+        rest, *written = results
+        written, leaves = iter(written), {}
+        for slot, (bare, count, sources) in self.leaves.items():
+            read = [operands[i] if i >= 0 else results[-i - 1] for i in sources]
+            leaves[slot] = bare.at([*islice(written, count)], read)
+        return LeafParams(self.layout, TaskParams(self.rest, rest), leaves)
+
+
+_NOTHING = torch.empty(0)
 
 
 def _landings(params: LeafParams) -> list[Gathering | None]:
@@ -107,98 +211,128 @@ def _landings(params: LeafParams) -> list[Gathering | None]:
     return [landing for leaf in params.leaves.values() for landing in leaf.landings()]
 
 
-class _LeafStep:
-    """A captured step, for operands of one signature.
+class _Graph:
+    """A captured pass, for operands of one signature.
 
     Attributes:
-        pair: The graphs: ``(losses, finite number, rest, *written)``, and the gradients that
-            cotangents of the rest and of what is written give.
+        pair: The graphs: what is shown and the results; gradients that cotangents of the
+            differentiable results give.
+        shown: How many are shown.
+        differentiable: Which results are.
+        after: Of a step.
         pulled: For each gradient: the operand or constant it belongs to.
     """
 
-    def __init__(self, pair: graphs.Pair, pulled: list[int]) -> None:
-        self.pair, self.pulled = pair, pulled
+    def __init__(
+        self,
+        pair: graphs.Pair,
+        shown: int,
+        differentiable: list[int],
+        after: _After | None,
+        pulled: list[int],
+    ) -> None:
+        self.pair, self.shown, self.differentiable = pair, shown, differentiable
+        self.after, self.pulled = after, pulled
 
     @classmethod
     def make(
         cls,
-        loop: InnerLoop,
-        parts: _Parts,
+        operands: _Operands,
         params: LeafParams,
         support: Support,
-        gate: Gate,
         shared: list[Tensor],
+        compute: _Pass,
         compiler: graphs.Compiler | None,
-    ) -> _LeafStep:
-        loop = replace(loop, capture=None)
-        operands, results = parts.joined(), [*parts.rest, *parts.written]
+    ) -> _Graph:
+        tensors = operands.joined()
 
-        def function(*args: Tensor) -> list[Tensor | None]:
+        def run(args: Sequence[Tensor]):
+            """The pass on leaves of a graph of its own."""
             leaves = [
                 t.detach().requires_grad_() if like.requires_grad else t
-                for t, like in zip(args, operands, strict=False)
+                for t, like in zip(args, tensors, strict=False)
             ]
-            own = parts.like(leaves)
-            before = _at(params, *own.rest, own.written, own.read)
+            own = operands.like(leaves)
+            before = _at(params, own)
             landings = _landings(before)  # a step changes its leaves
-            texts = traced_support(support, own.stored, iter(own.given))
-            found = one_step(loop, *own.rate, before, texts, gate, True)
-            if found is None:
-                raise RuntimeError("an adapted layer does not run once a step")
-            losses, finite, after = found
-            stepped = [after.rest.packed, *_written(after)]
-            if [t.shape for t in stepped] != [t.shape for t in results]:
-                raise RuntimeError("steps after the first are not alike")
-            given = [losses, finite, *(t.detach() for t in stepped)]  # before cotangents are read
-            for landing in _landings(after):
+            computed = compute(own, before, traced_support(support, own.stored, iter(own.given)))
+            return leaves, landings, computed
+
+        with graphs.tracing():
+            leaves, _, example = run(tensors)
+        results = example.results_of(leaves)
+        after = None if example.after is None else _After(example.after, leaves, results)
+        places = [i for i, t in enumerate(results) if t.requires_grad]
+        cotangents = [
+            torch.ones_like(results[i], memory_format=torch.contiguous_format) for i in places
+        ]
+        shown, count = len(example.shown), len(example.shown) + len(results)
+        del leaves, example, results
+
+        def function(*args: Tensor) -> list[Tensor | None]:
+            leaves, landings, computed = run(args)
+            results = computed.results_of(leaves)
+            # before cotangents are read; no operand itself
+            given = [t.detach() if t.is_floating_point() else t.clone() for t in results]
+            for landing in _landings(computed.after) if computed.after is not None else ():
                 if landing is not None:
                     landing.given_away = True
-            pulled = backpropagate(stepped, args[len(operands) :], [*leaves, *shared])
-            for i, landing in enumerate(landings, parts.first_written):
+            pulled = backpropagate(
+                [results[i] for i in places], args[len(tensors) :], [*leaves, *shared]
+            )
+            for i, landing in enumerate(landings, operands.first_written):
                 if landing is not None:
                     pulled[i] = landing.finish(pulled[i])
-            return [*given, *pulled]
+            return [*computed.shown, *given, *pulled]
 
-        cotangents = [torch.ones_like(t, memory_format=torch.contiguous_format) for t in results]
-        pair = graphs.capture(function, operands, cotangents, 2 + len(results), compiler)
-        places = {id(t): len(operands) + i for i, t in enumerate(pair.constants)}
-        pulled = [*range(len(operands)), *(places.get(id(t), -1) for t in shared)]
-        return cls(pair, pulled)
+        pair = graphs.capture(function, tensors, cotangents, count, compiler)
+        constants = {id(t): len(tensors) + i for i, t in enumerate(pair.constants)}
+        pulled = [*range(len(tensors)), *(constants.get(id(t), -1) for t in shared)]
+        return cls(pair, shown, places, after, pulled)
 
-    def run(self, params: LeafParams, parts: _Parts) -> tuple[Tensor, Tensor, LeafParams]:
-        tensors = [*parts.joined(), *self.pair.constants]
-        before = dict(enumerate(_landings(params), parts.first_written))
-        after: list[Gathering | None] = []
+    def run(
+        self, params: LeafParams, operands: _Operands
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor], LeafParams | None]:
+        tensors = operands.joined()
+        before = dict(enumerate(_landings(params), operands.first_written))
+        landings: dict[int, Gathering | None] = {}
         with torch.autocast(tensors[0].device.type, enabled=False):
-            losses, finite, rest, *written = _Captured.apply(self, before, after, *tensors)
-        params = _at(params, rest, written, parts.read)
-        after += _landings(params)
-        return losses, finite, params
+            found = _Run.apply(self, before, landings, *tensors, *self.pair.constants)
+        shown, results = found[: self.shown], found[self.shown :]
+        after = None if self.after is None else self.after.params(tensors, results)
+        if after is not None:
+            landings |= enumerate(_landings(after), 1)  # the rest comes first
+        return shown, results, after
 
 
-class _Captured(torch.autograd.Function):
-    """``(step, landings of what is written by place, those after, *operands, *constants)`` to
-    ``(losses, finite number, rest, *written)``."""
+class _Run(torch.autograd.Function):
+    """``(graph, landings of operands by place, those of results, *operands, *constants)`` to what
+    is shown and the results."""
 
     @staticmethod
-    def forward(ctx: Any, step: _LeafStep, before: dict, after: list, *tensors: Tensor) -> tuple:
-        (losses, finite, *results), ctx.saved = step.pair.run(tensors)
-        ctx.save_for_backward(*(tensors[i] for i in step.pair.kept))
-        ctx.step, ctx.before, ctx.after, ctx.count = step, before, after, len(tensors)
+    def forward(ctx: Any, graph: _Graph, before: dict, after: dict, *tensors: Tensor) -> tuple:
+        found, ctx.saved = graph.pair.run(tensors)
+        ctx.save_for_backward(*(tensors[i] for i in graph.pair.kept))
+        ctx.graph, ctx.before, ctx.after, ctx.count = graph, before, after, len(tensors)
+        results = found[graph.shown :]
         ctx.likes = [(t.shape, t.dtype, t.device) for t in results]
-        ctx.mark_non_differentiable(losses, finite)
+        others = [t for i, t in enumerate(results) if i not in graph.differentiable]
+        ctx.mark_non_differentiable(*found[: graph.shown], *others)
         ctx.set_materialize_grads(False)
-        return losses, finite, *results
+        return tuple(found)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, _: None, __: None, *gradients: Tensor | None) -> tuple:
-        found: list[Tensor | None] = [None] * (3 + ctx.count)
-        cotangents = map(_cotangent, gradients, [None, *ctx.after], ctx.likes)
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple:
+        graph, found = ctx.graph, [None] * (3 + ctx.count)
+        cotangents = [
+            _cotangent(gradients[graph.shown + i], ctx.after.get(i), ctx.likes[i])
+            for i in graph.differentiable
+        ]
         keep = torch._C._autograd._get_current_graph_task_keep_graph()
-        with torch.autocast(ctx.likes[0][2].type, enabled=False):
-            pulled = ctx.step.pair.pull(ctx.saved_tensors, ctx.saved, cotangents, keep)
-        for place, gradient in zip(ctx.step.pulled, pulled, strict=True):
+        with torch.autocast(cotangents[0].device.type, enabled=False):
+            pulled = graph.pair.pull(ctx.saved_tensors, ctx.saved, cotangents, keep)
+        for place, gradient in zip(graph.pulled, pulled, strict=True):
             if gradient is None or place < 0 or not ctx.needs_input_grad[3 + place]:
                 continue
             landing = ctx.before.get(place)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastmeta.batch import TaskBatch
 from fastmeta.engine.by_leaf import may_serve, unroll_by_leaf
+from fastmeta.engine.captured_leaves import captured_losses
 from fastmeta.engine.chunks import TaskResults, run_chunks
 from fastmeta.engine.head import adapt_head, head_may_serve, with_prototypes
 from fastmeta.engine.implicit import implicit
@@ -25,6 +26,7 @@ from fastmeta.engine.losses import WAYS, accuracy, classification
 from fastmeta.engine.memory import MemoryPlan
 from fastmeta.engine.recompute import joined, recompute, slices
 from fastmeta.patching import TaskParams
+from fastmeta.patching.leaf_params import LeafParams
 from fastmeta.patching.task_params import shared_row
 
 
@@ -150,8 +152,7 @@ def _run(
     def run(tasks: slice, packed: Tensor, mode: str) -> TaskResults:
         support_inputs, query_inputs = with_ways(batch[tasks])
         trajectory = adapt_tasks(loop, packed, support_inputs, mode, index[tasks], keep=plan.keep)
-        losses, outputs = task_losses(loop, trajectory.params, query_inputs)
-        logits = getattr(outputs, "logits", None)
+        losses, logits = _judge(loop, trajectory.params, query_inputs)
         if logits is None:
             logits = losses.new_zeros(losses.shape[0], 0)
         none = losses.new_zeros(losses.shape[0], 0)
@@ -214,6 +215,19 @@ def adapt_tasks(
         if trajectory is not None:
             return trajectory
     return unroll(loop, with_prototypes(loop, packed, support), support)
+
+
+def _judge(
+    loop: InnerLoop, params: Tensor | TaskParams, inputs: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor | None]:
+    """Losses ``[T]`` and logits of a query set."""
+    if loop.capture is not None and isinstance(params, LeafParams):
+        prefix = loop.patched.record_prefix(params, model_inputs(inputs), rounded=loop.rounded)
+        found = captured_losses(loop, params, Support(inputs, prefix))
+        if found is not None:
+            return found
+    losses, outputs = task_losses(loop, params, inputs)
+    return losses, getattr(outputs, "logits", None)
 
 
 def _support(

@@ -156,7 +156,7 @@ class FastTable:
         self.sum: Tensor | None = None
         self.recording = self.with_bias = False
         self.calls: list[tuple[Tensor, Tensor]] = []
-        self.looked_up: tuple[Tensor, Tensor] | None = None  # ids, and their rows of the weight
+        self.rows: Tensor | None = None  # of the weight, where recording
 
     def __call__(self, ids: Tensor) -> Tensor:
         """Rows of each task's table for task-major ids ``[T * N, ...]``."""
@@ -175,15 +175,13 @@ class FastTable:
         return y.view(*ids.shape, -1)
 
     def _shared_rows(self, ids: Tensor) -> Tensor:
-        """Those of all tasks' weight, once for all steps on the same ids: their gradient is as
-        large as the table."""
-        if self.looked_up is not None:
-            before, y = self.looked_up
-            if before.data_ptr() == ids.data_ptr() and before.shape == ids.shape:
-                return y
-        y = F.embedding(ids, self.weight, self.padding_idx)
-        self.looked_up = ids, y
-        return y
+        """Those of all tasks' weight, once for all steps, whose ids are the same: their gradient is
+        as large as the table."""
+        if not self.recording or self.calls:  # called again in one pass, with any ids
+            return F.embedding(ids, self.weight, self.padding_idx)
+        if self.rows is None:
+            self.rows = F.embedding(ids, self.weight, self.padding_idx)
+        return self.rows
 
     def descend(self, g: Tensor, second_order: bool) -> None:
         """Take a step: g is the output's gradient times the negative rate, ``[T, Q, D]``."""
@@ -201,8 +199,7 @@ class FastTable:
     def state(self) -> tuple[list[Tensor], list[Tensor]]:
         """As that of :class:`FastMatrix`."""
         written = [t for t in (self.sum, self.own) if t is not None]
-        ids = [] if self.ids is None else [self.ids]
-        return written, [self.weight, *ids, *(self.looked_up or ())]
+        return written, [self.weight, *(t for t in (self.ids, self.rows) if t is not None)]
 
     def landings(self) -> list[Gathering | None]:
         """As those of :class:`FastMatrix`."""
@@ -213,9 +210,7 @@ class FastTable:
         other, written, read = copy.copy(self), iter(written), iter(read)
         other.weight = next(read)
         other.sum, other.own = (t if t is None else next(written) for t in (self.sum, self.own))
-        other.ids = None if self.ids is None else next(read)
-        if self.looked_up is not None:
-            other.looked_up = next(read), next(read)
+        other.ids, other.rows = (t if t is None else next(read) for t in (self.ids, self.rows))
         other.calls = []
         return other
 

@@ -198,7 +198,7 @@ class Patched(nn.Module):
         reused = plan.prefix and not plan.prefix_is_random()
         if not (reused or rounded):
             return None
-        call = self.call(params.views, inputs, padded=padded, rounded=rounded)
+        call = self.call(params.bound(plan), inputs, padded=padded, rounded=rounded)
         cache = prefix.PrefixCache(call.unpadded and call.unpadded.tokens)
         if not reused:
             cache.recording = False

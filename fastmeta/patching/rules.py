@@ -151,10 +151,8 @@ scattering rows takes longer."""
 def _gather(table: Tensor, ids: Tensor, padding_idx: int | None) -> Tensor:
     """Rows of ``[T, V, D]`` tables for task-major ids ``[T * N, ...]``."""
     few = padding_idx is None and table.shape[1] <= FEW_WORDS
-    # Words out of range are refused either way, which a graph being traced cannot ask for.
-    plain = get_proxy_mode() is None and not torch.is_autocast_enabled(ids.device.type)
-    if few and plain:
-        chosen = F.one_hot(ids.reshape(len(table), -1), table.shape[1]).to(table.dtype)
+    if few and not torch.is_autocast_enabled(ids.device.type):
+        chosen = _one_hot(ids.reshape(len(table), -1), table.shape[1]).to(table.dtype)
         y = affine(chosen, table, nt=False, landing=landing_of(table))
         return y.view(*ids.shape, -1)
     task = torch.arange(len(table), device=ids.device)
@@ -164,6 +162,15 @@ def _gather(table: Tensor, ids: Tensor, padding_idx: int | None) -> Tensor:
         # torch gives the padding row no gradient; the stacked tables have one such row per task.
         y = torch.where((ids == padding_idx).unsqueeze(-1), y.detach(), y)
     return y
+
+
+def _one_hot(ids: Tensor, words: int) -> Tensor:
+    """Refuses words out of range."""
+    if get_proxy_mode() is None:
+        return F.one_hot(ids, words)
+    # a graph being traced cannot ask for values, but its lookups can refuse them
+    known = torch.arange(words, device=ids.device)
+    return known[ids].unsqueeze(-1) == known
 
 
 class gathering(TorchFunctionMode):
