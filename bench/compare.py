@@ -44,23 +44,29 @@ PEERS = {
 
 MODES = {
     "fastmeta": "unroll",
+    "fastmeta, captured": "unroll:captured",
     "fastmeta, recompute": "recompute",
     "fastmeta, chunks of 2": "unroll:2",
+    "fastmeta, captured chunks of 2": "unroll:captured:2",
     "fastmeta, bfloat16": "unroll:bf16",
 }
 
 
 def fastmeta_step(name: str, memory: str, steps: int | None = None, order: int = 2):
-    """`memory` may name a chunk of tasks, as ``"unroll:2"``, or a dtype, as ``"unroll:bf16"``."""
+    """`memory` may name more: a chunk of tasks as in ``"unroll:2"``, captured steps as in
+    ``"unroll:captured"``, products in bfloat16 as in ``"unroll:bf16"``."""
     case = CASES[name]
     model, batch = case.model(), case.batch()
     patched = fm.patch(model, case.spec())
-    mode, _, more = memory.partition(":")
+    mode, *more = memory.split(":")
     settings: dict = {"memory": mode}
-    if more:
-        settings |= (
-            {"compute_dtype": torch.bfloat16} if more == "bf16" else {"task_chunk": int(more)}
-        )
+    for word in more:
+        if word == "captured":
+            settings["compile"] = True
+        elif word == "bf16":
+            settings["compute_dtype"] = torch.bfloat16
+        else:
+            settings["task_chunk"] = int(word)
     learner = fm.MAML(patched, lr=LR, steps=steps or case.steps, order=order, **settings)
 
     def step() -> float:
@@ -96,7 +102,8 @@ def compare(name: str, rounds: int, ways: list[str]) -> dict:
     def wanted(label: str) -> bool:
         return not ways or label in ("fastmeta", *ways)
 
-    modes = {k: m for k, m in MODES.items() if wanted(k) and (chunked or ":" not in m)}
+    everywhere = ("unroll", "recompute", "unroll:captured")
+    modes = {k: m for k, m in MODES.items() if wanted(k) and (chunked or m in everywhere)}
     steps = {label: fastmeta_step(name, mode) for label, mode in modes.items()}
     if name == "minilm-lora" and wanted("fastmeta, first order"):
         steps["fastmeta, first order"] = fastmeta_step(name, "unroll", order=1)
@@ -141,7 +148,7 @@ def compare(name: str, rounds: int, ways: list[str]) -> dict:
     print(f"\n{CASES[name].title}")
     for label, row in rows.items():
         peak = f"   {row['peak_mib']:.0f} MiB" if "peak_mib" in row else ""
-        print(f"  {label:22s} {row['seconds']:8.3f} s   {row['ratio']:5.2f} x fastmeta{peak}")
+        print(f"  {label:30s} {row['seconds']:8.3f} s   {row['ratio']:5.2f} x fastmeta{peak}")
     print(f"  GEMM floor {floor:.3f} s ({flops / 1e9:.0f} GFLOP at {rate / 1e9:.0f} GFLOP/s)")
     return {
         "title": CASES[name].title,
