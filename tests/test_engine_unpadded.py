@@ -170,6 +170,12 @@ def test_first_order() -> None:
     episode_oracle.assert_close(found, expected("everything", order=1))
 
 
+@pytest.fixture(autouse=True)
+def _coarse_widths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests' texts are short: with all widths, numbers of their tokens would not be rounded."""
+    monkeypatch.setattr("fastmeta.patching.unpadded._WIDTHS", 16)
+
+
 CAPTURED = (3, 16)
 """The support set's tokens, rounded up to a multiple of 2: a sixteenth of 3 x 8 positions."""
 

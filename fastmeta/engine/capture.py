@@ -31,7 +31,7 @@ from fastmeta.patching import Patched
 from fastmeta.patching.packing import by_copies
 
 HOW = ("trace", "inductor")
-_MOST = 96
+_MOST = 256
 """Graphs captured of one model; more than this run eagerly."""
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
+from fastmeta._recorder import Shape
 from fastmeta.ops.batched_linear import NOTHING
 
 aten = torch.ops.aten
@@ -62,11 +63,11 @@ def _absorbed(
     if order[other] > order[at] or any(order[at] <= i < order[add] for i in writes.get(memory, ())):
         return False
     if other.meta["val"].shape != shape:
-        if not other.meta["val"].is_contiguous():
+        if not other.meta["val"].empty("meta").is_contiguous():
             return False
         with add.graph.inserting_before(at):
             seen = add.graph.call_function(aten.view.default, (other, list(shape)))
-        seen.meta["val"] = other.meta["val"].view(shape)
+        seen.meta["val"] = Shape.of(other.meta["val"].empty("meta").view(shape))
         other = seen
     if entry is None:
         at.args = (*at.args[:2], other, *at.args[3:])

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
 from transformers.utils import import_utils
 
+from fastmeta._recorder import record
 from fastmeta.engine.fused_additions import fuse_additions
 from fastmeta.engine.tape import Tape, written
 
@@ -96,8 +96,7 @@ def capture(
             them.
     """
     with tracing():
-        joint = make_fx(function)(*operands, *cotangents)
-    constants = _lift(joint)
+        joint, constants = record(function, [*operands, *cotangents])
     joint.graph.eliminate_dead_code()
     inputs = [*operands, *constants]
     if compiler is not None and any(_is_random(n) for n in joint.graph.nodes):
@@ -171,24 +170,6 @@ def _finished(graph: fx.GraphModule) -> fx.GraphModule:
     graph.graph.lint()
     graph.recompile()
     return graph
-
-
-def _lift(traced: fx.GraphModule) -> list[Tensor]:
-    """Turn the tensors that a trace closed over into inputs, after the others; returns them."""
-    constants: dict[int, tuple[Tensor, fx.Node]] = {}
-    body = next(n for n in traced.graph.nodes if n.op != "placeholder")
-    for node in list(traced.graph.nodes):
-        if node.op != "get_attr":
-            continue
-        tensor = getattr(traced, node.target)
-        if id(tensor) not in constants:
-            with traced.graph.inserting_before(body):
-                place = traced.graph.placeholder(f"constant_{len(constants)}")
-            place.meta = dict(node.meta)
-            constants[id(tensor)] = tensor, place
-        node.replace_all_uses_with(constants[id(tensor)][1])
-        traced.graph.erase_node(node)
-    return [tensor for tensor, _ in constants.values()]
 
 
 def _cut(

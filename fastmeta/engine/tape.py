@@ -230,9 +230,7 @@ class _Writer:
             value = node.meta["val"]
             if value.device.type != "cpu":
                 raise _CannotHold(value.device.type)
-            self.meta[node] = torch.empty_strided(
-                value.shape, value.stride(), dtype=value.dtype, device="meta"
-            )
+            self.meta[node] = value.empty("meta")
         return self.meta[node]
 
     def _slot_of(self, node: fx.Node) -> _Slot:
@@ -262,14 +260,13 @@ class _Writer:
         value = node.meta.get("val")
         if not fixed or seeded or target in _EMPTY or node in self.changed:
             return False
-        if not isinstance(value, Tensor) or value.numel() > _LARGEST or _writes(node):
+        if value is None or value.shape.numel() > _LARGEST or _writes(node):
             return False
 
         def real(n: fx.Node) -> Tensor:
             if n in self.constant:
                 return self.constant[n]
-            v = n.meta["val"]
-            return torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device)
+            return n.meta["val"].empty()
 
         with torch.no_grad():
             self.constant[node] = target(

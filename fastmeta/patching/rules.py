@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
 from fastmeta._autograd import autocast
+from fastmeta._recorder import recording
 from fastmeta.ops._lora_linear import has_kernel, lora_rows
 from fastmeta.ops.batched_linear import affine
 from fastmeta.patching.activations import normalised
@@ -166,7 +166,7 @@ def _gather(table: Tensor, ids: Tensor, padding_idx: int | None) -> Tensor:
 
 def _one_hot(ids: Tensor, words: int) -> Tensor:
     """Refuses words out of range."""
-    if get_proxy_mode() is None:
+    if not recording():
         return F.one_hot(ids, words)
     # a graph being traced cannot ask for values, but its lookups can refuse them
     known = torch.arange(words, device=ids.device)

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils._pytree import tree_map
 
+from fastmeta._recorder import recording
 from fastmeta.batch import IGNORE_INDEX
 from fastmeta.ops.take_rows import rearranged
 from fastmeta.patching.bind import install
@@ -31,7 +31,7 @@ _WORTH = 15 / 16
 """Share of the positions above which leaving out the others costs more than it saves."""
 
 
-_WIDTHS = 20
+_WIDTHS = 64
 """Numbers of tokens per task that rounding leaves, up to that of all positions."""
 
 
@@ -152,7 +152,7 @@ def tokens_of(mask: Tensor, rounded: bool = False) -> Tokens | None:
 def is_traced(mask: Tensor) -> bool:
     """Whether code is recorded or transformed rather than run: nothing may depend on a mask."""
     return (
-        get_proxy_mode() is not None
+        recording()
         or torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or torch._C._functorch.is_legacy_batchedtensor(mask)
