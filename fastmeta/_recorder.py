@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
+aten = torch.ops.aten
 _local = threading.local()
 
 
@@ -57,10 +58,9 @@ def record(
         RuntimeError: The function asked for the value of a tensor that depends on its inputs, or
             called an operator whose result has a shape that does.
     """
-    seen: set[int] = set()  # one tensor in two places may be two another time
-    inputs = [
-        t if id(t) not in seen and not seen.add(id(t)) else torch.ops.aten.alias(t) for t in inputs
-    ]
+    # one tensor in two places may be two another time
+    first = {id(t): i for i, t in reversed([*enumerate(inputs)])}
+    inputs = [t if first[id(t)] == i else aten.alias(t) for i, t in enumerate(inputs)]
     recorder = _Recorder(inputs)
     _local.depth = getattr(_local, "depth", 0) + 1
     try:
@@ -127,6 +127,6 @@ _VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
 def _asks_for_values(func, args: tuple) -> bool:
-    if func is torch.ops.aten.index.Tensor:  # the shape is known but of masks
+    if func is aten.index.Tensor:  # the shape is known but of masks
         return any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
     return bool(_VALUES & {*func.tags})

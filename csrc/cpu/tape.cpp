@@ -18,9 +18,10 @@ using Slots = std::vector<std::optional<Tensor>>;
 
 // An argument of an operator, as its schema wants it.
 struct Argument {
-  enum class Kind { kTensor, kPlain, kOptional, kList };
+  enum class Kind { kTensor, kPlain, kText, kOptional, kList };
   Kind kind = Kind::kPlain;
   int64_t slot = 0;             // kTensor
+  std::string text;             // kText
   StableIValue plain = 0;       // kPlain: what fits a word, 0 for None
   std::vector<Argument> items;  // kOptional has one, kList any number
 };
@@ -84,6 +85,10 @@ Argument parse_argument(std::istream& text) {
       break;
     case 'd':
       argument.plain = word<int32_t>(dtype_of(rest));
+      break;
+    case 's':
+      argument.kind = Argument::Kind::kText;
+      argument.text = rest;
       break;
     case 'n':
       argument.plain = word(std::nullopt);
@@ -186,6 +191,8 @@ StableIValue value_of(const Argument& argument, const Slots& slots) {
   switch (argument.kind) {
     case Argument::Kind::kTensor:
       return torch::stable::detail::from(at(slots, argument.slot));
+    case Argument::Kind::kText:
+      return word(argument.text);
     case Argument::Kind::kOptional:
       return word(new StableIValue(value_of(argument.items[0], slots)));
     case Argument::Kind::kList: {

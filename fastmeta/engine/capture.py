@@ -63,6 +63,10 @@ def capture_of(
     return patched.captures.setdefault((compile, folder), Capture(compile, folder))
 
 
+class Unsuited(Exception):
+    """Another graph serves, or eager code should: no reason for a warning."""
+
+
 class Capture:
     """The captured gradients of one patched model.
 
@@ -118,6 +122,8 @@ class Capture:
                 by_copies() if self.how == "inductor" else nullcontext(),
             ):
                 return make(None if self.how == "trace" else partial(self._compile, bar))
+        except Unsuited:
+            return None
         except Exception as error:  # whatever a model, a loss or a compiler may raise
             self._warn(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
             return None

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastmeta.engine import graphs
-from fastmeta.engine.capture import signature, token_tensors, traced_support
+from fastmeta.engine.capture import Unsuited, signature, token_tensors, traced_support
 from fastmeta.engine.inner import InnerLoop, Support, task_losses
 from fastmeta.engine.leaf_step import one_step
 from fastmeta.engine.recompute import backpropagate
@@ -37,7 +37,7 @@ def captured_step(
     def step(own: _Operands, before: LeafParams, texts: Support) -> _Computed:
         found = one_step(loop, *own.rate, before, texts, gate, True)
         if found is None:
-            raise RuntimeError("an adapted layer does not run once a step")
+            raise Unsuited("weights cannot be kept by leaf")
         losses, finite, after = found
         return _Computed([losses, finite], [], after)
 

@@ -59,6 +59,8 @@ def _absorbed(
     if found is None:
         return False
     at, entry = found
+    while other.target in _RESHAPES and order[other] > order[at]:
+        other = other.args[0]
     shape, memory = root.meta["val"].shape, _memory(other)
     if order[other] > order[at] or any(order[at] <= i < order[add] for i in writes.get(memory, ())):
         return False

@@ -18,7 +18,8 @@ from transformers.utils import import_utils
 
 from fastmeta._recorder import record
 from fastmeta.engine.fused_additions import fuse_additions
-from fastmeta.engine.tape import Tape, written
+from fastmeta.engine.tape import Tape
+from fastmeta.engine.tape_writer import written
 
 Compiler = Callable[[fx.GraphModule, Callable[[], list[Tensor]]], Callable]
 """``(graph, what makes example inputs) -> callable`` that does the same."""

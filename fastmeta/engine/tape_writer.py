@@ -1,0 +1,437 @@
+"""Writes a graph of operators as a tape (`fastmeta.engine.tape`).
+
+A graph fixes all shapes, so whatever only looks at memory in another way (views, transposes,
+slices) is written as sizes, strides and an offset, new memory likewise, and what depends on no
+input is computed once. What a tape cannot hold is left to Python by :func:`written` returning None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fastmeta._library import has_extension
+from fastmeta.engine.tape import Tape
+
+aten = torch.ops.aten
+
+# the same tensor, as far as operators without autograd see
+_SAME = {aten.detach.default, aten.alias.default}
+_VIEWS = {
+    aten.view.default, aten._unsafe_view.default, aten.transpose.int,
+    aten.t.default, aten.permute.default, aten.expand.default, aten.unsqueeze.default,
+    aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.slice.Tensor,
+    aten.select.int, aten.diagonal.default,
+}  # fmt: skip
+_PARTS = {
+    aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int, aten.chunk.default,
+}  # fmt: skip
+_EMPTY = {
+    aten.empty.memory_format, aten.new_empty.default, aten.empty_like.default,
+    aten.new_empty_strided.default, aten.empty_strided.default,
+}  # fmt: skip
+_ZEROS = {aten.zeros.default, aten.new_zeros.default, aten.zeros_like.default}
+_COPIES = {aten.clone.default, aten._to_copy.default}
+# looks at shapes and types of what it is given only
+_OF_SHAPES = {
+    *_EMPTY, *_ZEROS, aten.new_ones.default, aten.ones_like.default, aten.new_full.default,
+    aten.full_like.default,
+}  # fmt: skip
+# with a number among the arguments: lines of their own
+_NUMBERS = {
+    aten.add.Tensor: "add", aten.sub.Tensor: "sub", aten.add.Scalar: "add_number",
+    aten.mul.Scalar: "mul_number", aten.pow.Tensor_Scalar: "pow_number",
+}  # fmt: skip
+
+
+_LARGEST = 1 << 20
+"""Elements of a constant that is kept."""
+
+
+class _Slot(int):
+    """Where a tape keeps a tensor."""
+
+
+class _CannotHold(Exception):
+    """A tape cannot hold the graph."""
+
+
+def written(
+    graph: fx.GraphModule,
+    frame: Sequence[bool] | None = None,
+    saved: Sequence[bool] | None = None,
+) -> Tape | None:
+    """The graph as a tape, or None where a tape cannot hold it.
+
+    Args:
+        frame: For each of the graph's inputs: whether it comes by a frame. None: no one does.
+        saved: For each of its results: whether it goes into one. None: no one does.
+    """
+    if not has_extension("cpu"):
+        return None
+    try:
+        return _Writer(graph).write(frame, saved)
+    except _CannotHold:
+        return None
+
+
+class _Writer:
+    """Writes the lines of a tape, node by node."""
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        self.nodes = list(graph.graph.nodes)
+        self.lines: list[
+            tuple[str, list[_Slot], list[_Slot]]
+        ] = []  # text, slots read, slots written
+        self.slots = 0
+        self.slot: dict[Any, _Slot] = {}  # of a node, or of (node, place among its results)
+        self.values: dict[int, Tensor] = {}  # constants by slot
+        self.constant: dict[fx.Node, Tensor] = {}
+        self.meta: dict[fx.Node, Any] = {}  # tensors without data, for offsets of views
+        self.base: dict[fx.Node, fx.Node] = {}  # of what looks at another node's memory
+        self.changed = self._changed()
+
+    def write(self, frame: Sequence[bool] | None, saved: Sequence[bool] | None) -> Tape:
+        places = [n for n in self.nodes if n.op == "placeholder"]
+        (results,) = self.nodes[-1].args
+        frame, saved = frame or [False] * len(places), saved or [False] * len(results)
+        for node in places:
+            self.slot[node] = self._new_slot()
+        for node in self.nodes:
+            if node.op == "call_function":
+                self._node(node)
+            elif node.op not in ("placeholder", "output"):
+                raise _CannotHold(node.op)
+        slots = [None if n is None else self._slot_of(n) for n in results]
+        outputs = [s for s, save in zip(slots, saved, strict=True) if s is not None and not save]
+        kept = [s for s, save in zip(slots, saved, strict=True) if s is not None and save]
+        program = [
+            f"slots {self.slots}",
+            _numbers("inputs", (self.slot[n] for n, f in zip(places, frame, strict=True) if not f)),
+            _numbers("frame", (self.slot[n] for n, f in zip(places, frame, strict=True) if f)),
+            _numbers("constants", self.values),
+            _numbers("outputs", outputs),
+            _numbers("saved", kept),
+            *self._body({*outputs, *kept}),
+        ]
+        places = iter(range(len(outputs)))
+        order = [
+            None if slot is None else next(places)
+            for slot, save in zip(slots, saved, strict=True)
+            if not save
+        ]
+        return Tape("\n".join(program), list(self.values.values()), order)
+
+    def _body(self, wanted: set[int]) -> Iterable[str]:
+        """The lines, each followed by the slots that nobody reads after it."""
+        last: dict[int, int] = {}
+        for i, (_, read, written) in enumerate(self.lines):
+            for slot in (*read, *written):
+                last[slot] = i
+        for i, (text, read, written) in enumerate(self.lines):
+            yield text
+            ended = {s for s in (*read, *written) if last[s] == i} - wanted
+            if ended:
+                yield _numbers("last", sorted(ended))
+
+    def _new_slot(self) -> _Slot:
+        self.slots += 1
+        return _Slot(self.slots - 1)
+
+    def _changed(self) -> set[fx.Node]:
+        """Nodes whose memory some node writes to."""
+        base: dict[fx.Node, fx.Node] = {}
+        changed = set()
+        for node in self.nodes:
+            if node.op != "call_function":
+                continue
+            if node.target in _VIEWS | _SAME | _PARTS or not hasattr(node.target, "_schema"):
+                base[node] = base.get(node.args[0], node.args[0])
+                continue
+            for argument, value in _arguments(node):
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    for n in value if isinstance(value, list | tuple) else [value]:
+                        changed.add(base.get(n, n))
+        return changed
+
+    def _node(self, node: fx.Node) -> None:
+        target = node.target
+        if target in _SAME:
+            self._same(node, node.args[0])
+        elif target in _VIEWS | _PARTS:
+            self._view(node, lambda meta: target(meta, *node.args[1:], **node.kwargs))
+        elif not hasattr(target, "_schema"):  # an item of several results
+            source, place = node.args
+            if source.target in _PARTS:
+                self._view(node, lambda metas: metas[place])
+            else:
+                self.slot[node] = self.slot[source, place]
+        elif not self._fold(node):
+            self._operator(node)
+
+    def _same(self, node: fx.Node, source: fx.Node) -> None:
+        for known in (self.slot, self.constant, self.meta, self.base):
+            if source in known:
+                known[node] = known[source]
+        self.base.setdefault(node, source)
+        self.changed |= {node} if source in self.changed else set()
+
+    def _view(self, node: fx.Node, look: Callable[[Any], Any]) -> None:
+        """Another look at the memory of a node, written where it is read."""
+        source = node.args[0]
+        self.base[node] = self.base.get(source, source)
+        self.meta[node] = look(self._meta_of(source))
+        if source in self.constant and isinstance(self.meta[node], Tensor):
+            self.constant[node] = look(self.constant[source])
+
+    def _meta_of(self, node: fx.Node) -> Any:
+        if node not in self.meta:
+            value = node.meta["val"]
+            if value.device.type != "cpu":
+                raise _CannotHold(value.device.type)
+            self.meta[node] = value.empty("meta")
+        return self.meta[node]
+
+    def _slot_of(self, node: fx.Node) -> _Slot:
+        if node in self.slot:
+            return self.slot[node]
+        if node in self.constant:
+            self.slot[node] = self._constant(self.constant[node])
+        else:
+            source, meta = self._slot_of(self.base[node]), self.meta[node]
+            self.slot[node] = self._look(source, meta, meta.storage_offset())
+        return self.slot[node]
+
+    def _look(self, source: _Slot, meta: Tensor, offset: int) -> _Slot:
+        """The memory of a slot with other sizes and strides."""
+        slot = self._new_slot()
+        sizes, strides = _numbers("", meta.shape), _numbers("", meta.stride())
+        text = f"view 1 {source} 1 {slot}{sizes}{strides} {offset}"
+        self.lines.append((text, [source], [slot]))
+        return slot
+
+    def _constant(self, value: Tensor) -> _Slot:
+        slot = self._new_slot()
+        self.values[slot] = value
+        return slot
+
+    def _fold(self, node: fx.Node) -> bool:
+        """Compute now what depends on no input and nobody writes to."""
+        target = node.target
+        inputs = node.all_input_nodes
+        fixed = target in _OF_SHAPES - _EMPTY or all(n in self.constant for n in inputs)
+        seeded = torch.Tag.nondeterministic_seeded in target.tags
+        value = node.meta.get("val")
+        if not fixed or seeded or target in _EMPTY or node in self.changed:
+            return False
+        if value is None or value.shape.numel() > _LARGEST or _writes(node):
+            return False
+
+        def real(n: fx.Node) -> Tensor:
+            if n in self.constant:
+                return self.constant[n]
+            return n.meta["val"].empty()
+
+        with torch.no_grad():
+            self.constant[node] = target(
+                *fx.map_arg(node.args, real), **fx.map_arg(node.kwargs, real)
+            )
+        return True
+
+    def _operator(self, node: fx.Node) -> None:
+        target = node.target
+        if target in _EMPTY | _ZEROS | _COPIES:
+            slot = self._empty(node)
+            if target in _ZEROS:
+                self._call(aten.zero_.default, [slot])
+            elif target in _COPIES:
+                self._call(aten.copy_.default, [slot, self._slot_of(node.args[0]), False])
+        elif target in _NUMBERS:
+            self._with_number(node)
+        elif target is aten.rsub.Scalar:
+            self._from_number(node)
+        elif target is aten.threshold_backward.default:
+            gradient, x, threshold = fx.map_arg(node.args, self._slot_of)
+            bounds = [self._constant(_tensor(float(t))) for t in (threshold, 0)]
+            (below,) = self._call(aten.le.Tensor, [x, bounds[0]])
+            (self.slot[node],) = self._call(aten.where.self, [below, bounds[1], gradient])
+        elif target is aten.add_.Tensor:
+            self._with_number(node)
+            written = self._slot_of(node.args[0])
+            (self.slot[node],) = self._call(aten.copy_.default, [written, self.slot[node], False])
+        else:
+            values = fx.map_arg([value for _, value in _arguments(node)], self._slot_of)
+            slots = self._call(*self._without_numbers(target, values))
+            if len(slots) == 1:
+                (self.slot[node],) = slots
+            else:
+                self.slot |= {(node, place): slot for place, slot in enumerate(slots)}
+
+    def _empty(self, node: fx.Node) -> _Slot:
+        """New memory for the result of a node."""
+        meta, slot = self._meta_of(node), self._new_slot()
+        sizes, strides = _numbers("", meta.shape), _numbers("", meta.stride())
+        text = f"empty 1 {slot}{sizes}{strides} {_dtype(meta.dtype)}"
+        self.lines.append((text, [], [slot]))
+        self.slot[node] = slot
+        return slot
+
+    def _with_number(self, node: fx.Node) -> None:
+        """``a + number * b``, or what else of :data:`_NUMBERS`."""
+        name, (a, b, *_) = _NUMBERS.get(node.target, "add"), node.args
+        number = node.kwargs.get("alpha", 1)
+        read = [self._slot_of(a)]
+        if isinstance(b, fx.Node):
+            read.append(self._slot_of(b))
+        elif name in ("add", "sub"):
+            name, number = "add_number", b * number * (1 if name == "add" else -1)
+        else:
+            number = b
+        self.slot[node] = self._sum(name, number, read, [a, b], self._meta_of(node))
+
+    def _from_number(self, node: fx.Node) -> None:
+        """``number - a``."""
+        a, number, *alpha = node.args
+        if alpha or node.kwargs:
+            raise _CannotHold("alpha")
+        negative = self._call(aten.neg.default, [self._slot_of(a)])
+        self.slot[node] = self._sum("add_number", number, negative, [a], self._meta_of(node))
+
+    def _sum(
+        self, name: str, number: float, read: list[_Slot], nodes: list, result: Tensor
+    ) -> _Slot:
+        """A line with a number.
+
+        Args:
+            read: Slots of the tensors.
+            nodes: Theirs, perhaps with a number after them.
+            result: What comes out, without data.
+        """
+        if not result.dtype.is_floating_point:
+            return self._integers(name, number, read, nodes, result)
+        slot = self._new_slot()
+        text = f"scalar {name} {float(number).hex()}{_numbers('', read)} 1 {slot}"
+        self.lines.append((text, read, [slot]))
+        return slot
+
+    def _integers(
+        self, name: str, number: float, read: list[_Slot], nodes: list, result: Tensor
+    ) -> _Slot:
+        """A sum of integers, by operators without numbers: stacked and summed."""
+        metas = [self._meta_of(n) for n in nodes[: len(read)]]
+        if name == "add_number":
+            metas.append(torch.tensor(number, dtype=result.dtype))
+            read = [*read, self._constant(metas[-1])]
+        elif name == "sub" and number == 1:
+            read = [read[0], *self._call(aten.neg.default, [read[1]])]
+        elif name != "add" or number != 1:
+            raise _CannotHold("integers and numbers")
+        if any(meta.dtype != result.dtype for meta in metas):
+            raise _CannotHold("integers of several types")
+        slots = [
+            self._look(slot, meta.expand(result.shape), 0)
+            for slot, meta in zip(read, metas, strict=True)
+        ]
+        (both,) = self._call(aten.stack.default, [slots, 0])
+        (found,) = self._call(aten.sum.dim_IntList, [both, [0], False, result.dtype])
+        return found
+
+    def _without_numbers(self, target: Any, values: list) -> tuple[Any, list]:
+        """An operator on a number as that on a tensor, where there is one."""
+        types = [str(a.real_type) for a in target._schema.arguments]
+        values = [
+            self._constant(_tensor(value))
+            if (kind == "Tensor" or "number" in kind) and _is_number(value)
+            else value
+            for value, kind in zip(values, types, strict=True)
+        ]
+        if any("number" in kind for kind in types):
+            if "Tensor" not in target.overloadpacket.overloads():
+                raise _CannotHold(str(target))
+            target = target.overloadpacket.Tensor
+        return target, values
+
+    def _call(self, target: Any, values: list) -> list[_Slot]:
+        """Slots of the results of an operator, on slots where its schema has tensors."""
+        schema, read = target._schema, []
+        if any(str(r.type) != "Tensor" for r in schema.returns):
+            raise _CannotHold(str(schema))
+        if len(values) != len(schema.arguments):
+            raise _CannotHold(str(schema))
+        arguments = [
+            _encoded(a.real_type, v, read) for a, v in zip(schema.arguments, values, strict=True)
+        ]
+        slots = [self._new_slot() for _ in schema.returns]
+        text = " ".join(
+            ["call", schema.name, schema.overload_name or ".", str(len(arguments)), *arguments]
+        )
+        self.lines.append((text + _numbers("", slots), read, slots))
+        return slots
+
+
+def _arguments(node: fx.Node) -> list[tuple[Any, Any]]:
+    """Every argument of a node's operator, with its value."""
+    arguments = node.target._schema.arguments
+    values = [*node.args]
+    for argument in arguments[len(values) :]:
+        values.append(node.kwargs.get(argument.name, argument.default_value))
+    return list(zip(arguments, values, strict=True))
+
+
+def _writes(node: fx.Node) -> bool:
+    return any(
+        a.alias_info is not None and a.alias_info.is_write for a in node.target._schema.arguments
+    )
+
+
+def _tensor(number: float) -> Tensor:
+    """Without axes: other tensors keep their dtype beside it."""
+    return torch.tensor(number, dtype=torch.float64 if isinstance(number, float) else None)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, _Slot)
+
+
+def _encoded(kind: Any, value: Any, read: list[_Slot]) -> str:
+    """A value as its type's text; slots of tensors are noted."""
+    name = kind.kind()
+    if name == "OptionalType":
+        return "n" if value is None else "? " + _encoded(kind.getElementType(), value, read)
+    if name == "ListType":
+        items = [_encoded(kind.getElementType(), v, read) for v in value]
+        return " ".join([f"[{len(items)}", *items])
+    if isinstance(value, _Slot) != (name == "TensorType"):
+        raise _CannotHold(f"{kind}: {value}")
+    if name == "TensorType":
+        read.append(value)
+        return f"t{value}"
+    if name in ("IntType", "SymIntType") and isinstance(value, int):
+        return f"i{int(value)}"
+    if name == "FloatType":
+        return f"f{float(value).hex()}"
+    if name == "StringType" and value and not any(map(str.isspace, value)):
+        return f"s{value}"
+    if name == "BoolType":
+        return f"b{int(value)}"
+    if isinstance(value, torch.dtype):
+        return f"d{_dtype(value)}"
+    raise _CannotHold(f"{kind}: {value}")
+
+
+_NAMES = ("float32", "float64", "bfloat16", "float16", "int64", "int32", "int8", "bool")
+_DTYPES = {getattr(torch, name): name for name in _NAMES}
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    if dtype not in _DTYPES:
+        raise _CannotHold(str(dtype))
+    return _DTYPES[dtype]
+
+
+def _numbers(name: str, numbers: Iterable[int]) -> str:
+    numbers = [*numbers]
+    return " ".join([name, str(len(numbers)), *map(str, numbers)])
