@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 
 import episode_oracle as oracle
@@ -13,6 +14,7 @@ from transformers import GPT2Config, GPT2ForSequenceClassification
 import fastmeta as fm
 from fastmeta import ops
 from fastmeta.engine import episode
+from fastmeta.engine.tape import Frame
 from fastmeta.ops._adapted_linear import Descent, Gate, adapted_linear, descend
 from fastmeta.patching.fast_weights import FastMatrix, FastTable
 from fastmeta.patching.leaf_params import LeafParams
@@ -83,6 +85,14 @@ def test_same_as_the_general_loop(make, order: int, rate: str, monkeypatch) -> N
     assert_same(*found)
 
 
+@pytest.mark.parametrize("rate", RATES)
+@pytest.mark.parametrize("make", [oracle.tiny_bert, gpt2])
+def test_captured(make, rate: str, monkeypatch) -> None:
+    settings = {"lr": RATES[rate](), "steps": 3}
+    found = run(make, monkeypatch, True, batch(), compile=True, **settings)
+    assert_same(found, run(make, monkeypatch, False, batch(), **settings))
+
+
 @pytest.mark.parametrize("make", [oracle.tiny_bert, gpt2])
 def test_without_kernels(make, monkeypatch) -> None:
     found = run(make, monkeypatch, True, batch(), lr=0.1, steps=3)
@@ -90,7 +100,8 @@ def test_without_kernels(make, monkeypatch) -> None:
         assert_same(run(make, monkeypatch, True, batch(), lr=0.1, steps=3), found)
 
 
-def test_chunks_are_kept_by_leaf_too(monkeypatch) -> None:
+@pytest.mark.parametrize("compile", [False, True])
+def test_chunks_are_kept_by_leaf_too(compile: bool, monkeypatch) -> None:
     """Also where their graphs are built again, for a loss that reads the fast weights."""
     served, original = [], episode.unroll_by_leaf
     monkeypatch.setattr(
@@ -99,7 +110,12 @@ def test_chunks_are_kept_by_leaf_too(monkeypatch) -> None:
     found = []
     for chunk in (None, 2):
         patched = fm.patch(oracle.tiny_bert(), fm.Params("*"))
-        learner = fm.MAML(patched, lr=0.1, steps=2, memory="unroll", task_chunk=chunk)
+        settings = {
+            "memory": "unroll",
+            "task_chunk": chunk,
+            "compile": compile and chunk is not None,
+        }
+        learner = fm.MAML(patched, lr=0.1, steps=2, **settings)
         out = learner(batch())
         weighted = (out.task_losses * torch.arange(1, T + 1)).sum()
         found.append(
@@ -204,10 +220,12 @@ def test_operators_differentiate_to_any_order(low_rank: bool, shared: bool) -> N
     assert torch.autograd.gradgradcheck(step, inputs)
 
 
-def test_backward_passes_of_any_part() -> None:
+@pytest.mark.parametrize("compile", [False, True])
+def test_backward_passes_of_any_part(compile: bool) -> None:
     """A pass that asks for some gradients only, or comes twice, leaves nothing behind."""
     patched = fm.patch(oracle.tiny_bert(), fm.Params("*"))
-    learner = fm.MAML(patched, lr=fm.LearnedRate(per=(), init=0.1), steps=3, memory="unroll")
+    rate = fm.LearnedRate(per=(), init=0.1)
+    learner = fm.MAML(patched, lr=rate, steps=3, memory="unroll", compile=compile)
     out = learner(batch())
     parameters = list(learner.parameters())
     first = torch.autograd.grad(out.loss, parameters, retain_graph=True)
@@ -262,11 +280,12 @@ def test_steps_that_inner_passes_take(shared: bool, nt: bool, impl: str) -> None
         assert torch.autograd.gradgradcheck(lambda *args: run(True, *args), inputs)
 
 
+@pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("backward", [True, False])
-def test_nothing_outlives_its_meta_step(backward: bool) -> None:
+def test_nothing_outlives_its_meta_step(backward: bool, compile: bool) -> None:
     """Weights after a step are made in the graph of the step, which must not hold them."""
     patched = fm.patch(oracle.tiny_bert(), fm.Params("*"))
-    learner = fm.MAML(patched, lr=0.1, steps=2, memory="unroll")
+    learner = fm.MAML(patched, lr=0.1, steps=2, memory="unroll", compile=compile)
     out = learner(batch())
     seen = [
         weakref.ref(leaf.weight)
@@ -277,3 +296,4 @@ def test_nothing_outlives_its_meta_step(backward: bool) -> None:
         out.loss.backward()
     del out
     assert seen and not any(ref() is not None for ref in seen)
+    assert not any(type(thing) is Frame for thing in gc.get_objects())

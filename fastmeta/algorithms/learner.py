@@ -68,15 +68,15 @@ class GradientLearner(nn.Module):
             layers with weights of each task round the factors of their products alone, and what
             lies between products stays float32. The meta-gradient then differs from the exact one
             by about 1 % of its norm. None: the weights' dtype.
-        compile: Capture one inner step's gradient and its derivative as graphs, used for every
-            step and every batch of the same shapes; where padding is left out, the number of tokens
-            counts as one, rounded up by at most a sixteenth of all positions. True takes what is
-            best on the device: ``"trace"`` (the operators alone, without autograd and Python;
-            seconds to capture) on a CPU, where products take the time and neither gains much,
-            ``"inductor"`` (compiled; a minute) on a GPU. The same numbers, by Inductor to rounding;
-            the loss is then differentiable once. Numbers that a model or loss reads from Python
-            are fixed when they are captured. What cannot be captured runs eagerly, with one
-            warning.
+        compile: Capture an inner step and its derivative as graphs, used for every step and every
+            batch of the same shapes; where padding is left out, the number of tokens counts as one,
+            rounded up by at most a 64th of all positions. True takes what is best on the device:
+            ``"trace"`` (the operators alone, replayed in C++ without autograd and Python; a second
+            to capture) on a CPU, ``"inductor"`` (compiled; a minute) on a GPU. Loops of plain SGD
+            whose weights are kept by leaf have three graphs on a CPU: of the first step, of the
+            others, and of the query losses. The same numbers to rounding; the loss is then
+            differentiable once. Numbers that a model or loss reads from Python are fixed when they
+            are captured. What cannot be captured runs eagerly, with one warning.
         compile_cache: Folder of what Inductor compiles; None for Inductor's own, from which other
             processes of the user read too.
 

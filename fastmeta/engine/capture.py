@@ -71,8 +71,9 @@ class Capture:
     """The captured gradients of one patched model.
 
     Args:
-        how: ``"trace"`` runs the operators that eager code ran, without autograd and Python around
-            them; ``"inductor"`` has Inductor fuse what lies between our operators and products.
+        how: ``"trace"`` replays the operators that eager code ran, without autograd and Python
+            around them (`fastmeta.engine.tape`); ``"inductor"`` has Inductor fuse what lies between
+            our operators and products.
         folder: Of Inductor's cache, or None for its own.
     """
 

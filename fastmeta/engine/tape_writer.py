@@ -97,6 +97,8 @@ class _Writer:
     def write(self, frame: Sequence[bool] | None, saved: Sequence[bool] | None) -> Tape:
         places = [n for n in self.nodes if n.op == "placeholder"]
         (results,) = self.nodes[-1].args
+        if any(n.meta["val"].device.type != "cpu" for n in places):
+            raise _CannotHold("another device")
         frame, saved = frame or [False] * len(places), saved or [False] * len(results)
         for node in places:
             self.slot[node] = self._new_slot()
@@ -189,10 +191,7 @@ class _Writer:
 
     def _meta_of(self, node: fx.Node) -> Any:
         if node not in self.meta:
-            value = node.meta["val"]
-            if value.device.type != "cpu":
-                raise _CannotHold(value.device.type)
-            self.meta[node] = value.empty("meta")
+            self.meta[node] = node.meta["val"].empty("meta")
         return self.meta[node]
 
     def _slot_of(self, node: fx.Node) -> _Slot:
