@@ -139,6 +139,15 @@ def test_derivatives() -> None:
 
 
 @needs_tapes
+def test_outputs_are_not_what_is_saved() -> None:
+    """Else a graph that is given to an output would hold itself."""
+    pair = graphs.capture(lambda x, c: [(y := x.exp()), y * c], [random(2)], [random(2)], 1, None)
+    (output,), saved = pair.run([random(2)])
+    output.requires_grad_()
+    assert not pair.pull([], saved, [random(2)], False)[0].requires_grad
+
+
+@needs_tapes
 def test_wrong_number_of_inputs() -> None:
     graph, _ = record(lambda x: [x.exp()], [random(2)])
     with pytest.raises(RuntimeError, match="a tape reads 1 tensors, got 2"):

@@ -108,8 +108,13 @@ class _Writer:
             elif node.op not in ("placeholder", "output"):
                 raise _CannotHold(node.op)
         slots = [None if n is None else self._slot_of(n) for n in results]
-        outputs = [s for s, save in zip(slots, saved, strict=True) if s is not None and not save]
         kept = [s for s, save in zip(slots, saved, strict=True) if s is not None and save]
+        # An output is given a graph, which what is saved for it must not hold.
+        outputs = [
+            self._look(slot, self._meta_of(node), 0) if slot in kept else slot
+            for node, slot, save in zip(results, slots, saved, strict=True)
+            if slot is not None and not save
+        ]
         program = [
             f"slots {self.slots}",
             _numbers("inputs", (self.slot[n] for n, f in zip(places, frame, strict=True) if not f)),
