@@ -139,6 +139,17 @@ def test_derivatives() -> None:
 
 
 @needs_tapes
+def test_outputs_are_not_the_constants_of_a_tape() -> None:
+    graph, _ = record(lambda x: [torch.zeros_like(x), x.new_ones(2, 1).expand(2, 3)], [random(2)])
+    tape = written(graph)
+    for _ in range(2):
+        zeros, ones = tape.run([random(2)])[0]
+        assert zeros.tolist() == [0, 0] and ones.tolist() == [[1, 1, 1]] * 2
+        zeros.add_(1.0)
+        ones.mul_(2.0)
+
+
+@needs_tapes
 def test_outputs_are_not_what_is_saved() -> None:
     """Else a graph that is given to an output would hold itself."""
     pair = graphs.capture(lambda x, c: [(y := x.exp()), y * c], [random(2)], [random(2)], 1, None)

@@ -117,9 +117,10 @@ class Capture:
         if len(self.steps) >= _MOST:
             self._warn(f"{_MOST} graphs are captured already; pad texts to a few lengths")
             return None
+        total = 2 if self.how == "inductor" else None
         try:
             with (
-                tqdm(desc="capturing", total=2, leave=False, disable=None) as bar,
+                tqdm(desc="capturing", total=total, leave=False, disable=None) as bar,
                 by_copies() if self.how == "inductor" else nullcontext(),
             ):
                 return make(None if self.how == "trace" else partial(self._compile, bar))

@@ -152,8 +152,8 @@ def _captured(
         [*support.inputs.values(), *token_tensors(support)],
     )
     shared = loop.patched.shared_parameters()
-    counts = tuple((len(written), len(read)) for written, read in states)
-    key = (kind, *params.leaves, counts, *signature(loop, support, operands.joined(), shared))
+    layout = (*params.leaves, *((len(written), len(read)) for written, read in states))
+    key = (kind, loop.steps, layout, *signature(loop, support, operands.joined(), shared))
     make = partial(_Graph.make, operands, params, support, shared, compute)
     graph = loop.capture.find(key, make)
     return None if graph is None else graph.run(params, operands)

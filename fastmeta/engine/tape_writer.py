@@ -83,9 +83,8 @@ class _Writer:
 
     def __init__(self, graph: fx.GraphModule) -> None:
         self.nodes = list(graph.graph.nodes)
-        self.lines: list[
-            tuple[str, list[_Slot], list[_Slot]]
-        ] = []  # text, slots read, slots written
+        # text, slots read, slots written
+        self.lines: list[tuple[str, list[_Slot], list[_Slot]]] = []
         self.slots = 0
         self.slot: dict[Any, _Slot] = {}  # of a node, or of (node, place among its results)
         self.values: dict[int, Tensor] = {}  # constants by slot
@@ -109,9 +108,8 @@ class _Writer:
                 raise _CannotHold(node.op)
         slots = [None if n is None else self._slot_of(n) for n in results]
         kept = [s for s, save in zip(slots, saved, strict=True) if s is not None and save]
-        # An output is given a graph, which what is saved for it must not hold.
         outputs = [
-            self._look(slot, self._meta_of(node), 0) if slot in kept else slot
+            self._output(node, slot, slot in kept)
             for node, slot, save in zip(results, slots, saved, strict=True)
             if slot is not None and not save
         ]
@@ -131,6 +129,17 @@ class _Writer:
             if not save
         ]
         return Tape("\n".join(program), list(self.values.values()), order)
+
+    def _output(self, node: fx.Node, slot: _Slot, kept: bool) -> _Slot:
+        """A result that leaves the tape: others may write to it, or give it a graph, which what is
+        saved for that graph must not hold."""
+        if node in self.constant:
+            meta = self._meta_of(node)
+            if 0 in meta.stride():
+                self.meta[node] = torch.empty_like(meta, memory_format=torch.contiguous_format)
+            self._call(aten.copy_.default, [self._empty(node), slot, False])
+            return self.slot[node]
+        return self._look(slot, self._meta_of(node), 0) if kept else slot
 
     def _body(self, wanted: set[int]) -> Iterable[str]:
         """The lines, each followed by the slots that nobody reads after it."""
