@@ -1,6 +1,6 @@
 """Records what a function does to tensors as a graph of operators, while it runs on real ones.
 
-``make_fx`` does more (symbolic shapes, fake tensors, transforms of graphs) and takes some five
+``make_fx`` does more (symbolic shapes, fake tensors, transforms of graphs) and takes several
 times as long.
 """
 

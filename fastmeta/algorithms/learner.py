@@ -71,7 +71,7 @@ class GradientLearner(nn.Module):
         compile: Capture an inner step and its derivative as graphs, used for every step and every
             batch of the same shapes; where padding is left out, the number of tokens counts as one,
             rounded up by at most a 64th of all positions. True takes what is best on the device:
-            ``"trace"`` (the operators alone, replayed in C++ without autograd and Python; a second
+            ``"trace"`` (the operators alone, replayed in C++ without autograd and Python; seconds
             to capture) on a CPU, ``"inductor"`` (compiled; a minute) on a GPU. Loops of plain SGD
             whose weights are kept by leaf have three graphs on a CPU: of the first step, of the
             others, and of the query losses. The same numbers to rounding; the loss is then
