@@ -230,7 +230,7 @@ def test_operators_stay_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     learner(BATCH)
     (step,) = learner.capture.steps.values()
     for graph, suffix in (("forward", "backward"), ("backward", "double_backward")):
-        used = {str(node.target) for node in getattr(step.pair, graph).graph.nodes}
+        used = {str(node.target) for node in getattr(step.function.pair, graph).graph.nodes}
         assert {f"fastmeta.{op}_{suffix}.default" for op in ("attention", "lora_linear")} <= used
         assert used & {f"fastmeta.{op}.default" for op in ("batched_mm", "batched_mms_")}
 

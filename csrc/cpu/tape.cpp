@@ -1,5 +1,5 @@
 // Captured graphs as tapes: operators on tensors in slots, one after the other, without Python.
-// fastmeta/engine/tape.py writes them, in the format that `parse` reads.
+// fastmeta/engine/tape_writer.py writes them, in the format that `parse` reads.
 #include <memory>
 #include <mutex>
 #include <sstream>
@@ -314,9 +314,7 @@ int64_t tape_new(std::string program, std::vector<Tensor> constants) {
 void fill(Slots& slots, const std::vector<int64_t>& places, std::vector<Tensor>& tensors) {
   STD_TORCH_CHECK(places.size() == tensors.size(), "fastmeta: a tape reads ", places.size(),
                   " tensors, got ", tensors.size());
-  for (size_t i = 0; i < places.size(); ++i) {
-    if (places[i] >= 0) slots[places[i]] = std::move(tensors[i]);
-  }
+  for (size_t i = 0; i < places.size(); ++i) slots[places[i]] = std::move(tensors[i]);
   tensors.clear();
 }
 

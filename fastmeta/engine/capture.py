@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from fastmeta import _backend
 from fastmeta.engine import graphs
+from fastmeta.engine.graph_function import GraphFunction
 from fastmeta.engine.inner import InnerLoop, Support, gradient
 from fastmeta.patching import Patched
 from fastmeta.patching.packing import by_copies
@@ -103,7 +104,7 @@ class Capture:
             operands.append(support.start)
         key = (create_graph, *signature(loop, support, operands, shared))
         step = self.find(key, partial(_Step.make, loop, support, operands, shared, create_graph))
-        return None if step is None else step.run(packed.device, operands)
+        return None if step is None else step.run(operands)
 
     def find(self, key: Hashable, make: Callable[[graphs.Compiler | None], Any]) -> Any:
         """What was captured for a signature, by `make` if it is new; None where that fails."""
@@ -201,14 +202,11 @@ class _Step:
     """A captured gradient, for operands of one signature.
 
     Attributes:
-        pair: The graphs.
-        pulled: For each gradient that the backward graph returns: the operand or constant it
-            belongs to.
+        function: Losses and gradient, of operands.
     """
 
-    def __init__(self, pair: graphs.Pair, pulled: list[int]) -> None:
-        self.pair = pair
-        self.pulled = pulled
+    def __init__(self, function: GraphFunction) -> None:
+        self.function = function
 
     @classmethod
     def make(
@@ -243,42 +241,12 @@ class _Step:
 
         cotangent = torch.ones_like(operands[0], memory_format=torch.contiguous_format)
         pair = graphs.capture(function, operands, [cotangent] * create_graph, 2, compiler)
-        places = {id(t): len(operands) + i for i, t in enumerate(pair.constants)}
-        pulled = [0, *carrying, *(places.get(id(t), -1) for t in shared)]
-        return cls(pair, pulled if create_graph else [])
+        pulled = [0, *carrying] if create_graph else []
+        shared = shared if create_graph else []
+        return cls(GraphFunction(pair, 1, [0], pulled, len(operands), shared))
 
-    def run(self, device: torch.device, operands: list[Tensor]) -> tuple[Tensor, Tensor]:
-        tensors = [*operands, *self.pair.constants]
-        with torch.autocast(device.type, enabled=False):
-            if self.pair.backward is None:
-                with torch.no_grad():
-                    (losses, grad), _ = self.pair.run(tensors)
-                return losses, grad
-            return _Gradient.apply(self, *tensors)
-
-
-class _Gradient(torch.autograd.Function):
-    """``(step, *operands, *constants) -> (losses [T], gradient [T, P])`` by captured graphs."""
-
-    @staticmethod
-    def forward(ctx: Any, step: _Step, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        (losses, grad), ctx.saved = step.pair.run(tensors)
-        ctx.save_for_backward(*(tensors[i] for i in step.pair.kept))
-        ctx.step, ctx.count = step, len(tensors)
-        ctx.mark_non_differentiable(losses)
-        ctx.set_materialize_grads(False)
-        return losses, grad
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, _: Tensor | None, d_grad: Tensor | None) -> tuple:
-        found: list[Tensor | None] = [None] * (1 + ctx.count)
-        if d_grad is not None:
-            step, keep = ctx.step, torch._C._autograd._get_current_graph_task_keep_graph()
-            with torch.autocast(d_grad.device.type, enabled=False):
-                cotangents = [d_grad.contiguous()]
-                pulled = step.pair.pull(ctx.saved_tensors, ctx.saved, cotangents, keep)
-            for place, value in zip(step.pulled, pulled, strict=True):
-                if place >= 0 and ctx.needs_input_grad[1 + place]:
-                    found[1 + place] = value
-        return tuple(found)
+    def run(self, operands: list[Tensor]) -> tuple[Tensor, Tensor]:
+        if self.function.pair.backward is None:
+            with torch.no_grad():
+                return self.function(operands, {}, {})
+        return self.function(operands, {}, {})

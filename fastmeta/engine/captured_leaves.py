@@ -11,13 +11,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastmeta.engine import graphs
 from fastmeta.engine.capture import Unsuited, signature, token_tensors, traced_support
+from fastmeta.engine.graph_function import GraphFunction
 from fastmeta.engine.inner import InnerLoop, Support, task_losses
 from fastmeta.engine.leaf_step import one_step
 from fastmeta.engine.recompute import backpropagate
@@ -46,7 +46,7 @@ def captured_step(
         return None
     (losses, finite), _, after = found
     for leaf in after.leaves.values():
-        leaf.gate = gate
+        leaf.gate = gate  # not that of the loop that was captured
     return losses, finite, after
 
 
@@ -215,24 +215,12 @@ class _Graph:
     """A captured pass, for operands of one signature.
 
     Attributes:
-        pair: The graphs: what is shown and the results; gradients that cotangents of the
-            differentiable results give.
-        shown: How many are shown.
-        differentiable: Which results are.
+        function: What is shown and the results, of operands.
         after: Of a step.
-        pulled: For each gradient: the operand or constant it belongs to.
     """
 
-    def __init__(
-        self,
-        pair: graphs.Pair,
-        shown: int,
-        differentiable: list[int],
-        after: _After | None,
-        pulled: list[int],
-    ) -> None:
-        self.pair, self.shown, self.differentiable = pair, shown, differentiable
-        self.after, self.pulled = after, pulled
+    def __init__(self, function: GraphFunction, after: _After | None) -> None:
+        self.function, self.after = function, after
 
     @classmethod
     def make(
@@ -286,9 +274,8 @@ class _Graph:
             return [*computed.shown, *given, *pulled]
 
         pair = graphs.capture(function, tensors, cotangents, count, compiler)
-        constants = {id(t): len(tensors) + i for i, t in enumerate(pair.constants)}
-        pulled = [*range(len(tensors)), *(constants.get(id(t), -1) for t in shared)]
-        return cls(pair, shown, places, after, pulled)
+        count = len(tensors)
+        return cls(GraphFunction(pair, shown, places, range(count), count, shared), after)
 
     def run(
         self, params: LeafParams, operands: _Operands
@@ -296,61 +283,9 @@ class _Graph:
         tensors = operands.joined()
         before = dict(enumerate(_landings(params), operands.first_written))
         landings: dict[int, Gathering | None] = {}
-        with torch.autocast(tensors[0].device.type, enabled=False):
-            found = _Run.apply(self, before, landings, *tensors, *self.pair.constants)
-        shown, results = found[: self.shown], found[self.shown :]
+        found = self.function(tensors, before, landings)
+        shown, results = found[: self.function.shown], found[self.function.shown :]
         after = None if self.after is None else self.after.params(tensors, results)
         if after is not None:
             landings |= enumerate(_landings(after), 1)  # the rest comes first
         return shown, results, after
-
-
-class _Run(torch.autograd.Function):
-    """``(graph, landings of operands by place, those of results, *operands, *constants)`` to what
-    is shown and the results."""
-
-    @staticmethod
-    def forward(ctx: Any, graph: _Graph, before: dict, after: dict, *tensors: Tensor) -> tuple:
-        found, ctx.saved = graph.pair.run(tensors)
-        ctx.save_for_backward(*(tensors[i] for i in graph.pair.kept))
-        ctx.graph, ctx.before, ctx.after, ctx.count = graph, before, after, len(tensors)
-        results = found[graph.shown :]
-        ctx.likes = [(t.shape, t.dtype, t.device) for t in results]
-        others = [t for i, t in enumerate(results) if i not in graph.differentiable]
-        ctx.mark_non_differentiable(*found[: graph.shown], *others)
-        ctx.set_materialize_grads(False)
-        return tuple(found)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple:
-        graph, found = ctx.graph, [None] * (3 + ctx.count)
-        cotangents = [
-            _cotangent(gradients[graph.shown + i], ctx.after.get(i), ctx.likes[i])
-            for i in graph.differentiable
-        ]
-        keep = torch._C._autograd._get_current_graph_task_keep_graph()
-        with torch.autocast(cotangents[0].device.type, enabled=False):
-            pulled = graph.pair.pull(ctx.saved_tensors, ctx.saved, cotangents, keep)
-        for place, gradient in zip(graph.pulled, pulled, strict=True):
-            if gradient is None or place < 0 or not ctx.needs_input_grad[3 + place]:
-                continue
-            landing = ctx.before.get(place)
-            if landing is None:
-                found[3 + place] = gradient
-            else:
-                landing.give(gradient)
-        return tuple(found)
-
-
-def _cotangent(gradient: Tensor | None, landing: Gathering | None, like: tuple) -> Tensor:
-    """What came to a result; of one with a landing it may be written to."""
-    owned = False
-    if landing is not None:
-        gradient, owned = landing.take(gradient)
-    if gradient is None:
-        shape, dtype, device = like
-        return torch.zeros(shape, dtype=dtype, device=device)
-    if landing is None or owned:
-        return gradient.contiguous()
-    return gradient.clone(memory_format=torch.contiguous_format)

@@ -7,17 +7,15 @@ while they write.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import fx
 
 from fastmeta._recorder import Shape
+from fastmeta.engine.graph_memory import RESHAPES, memory_of, written_by
 from fastmeta.ops.batched_linear import NOTHING
 
 aten = torch.ops.aten
 _MM, _MMS_ = torch.ops.fastmeta.batched_mm.default, torch.ops.fastmeta.batched_mms_.default
-_RESHAPES = {aten.view.default, aten._unsafe_view.default}
 
 
 def fuse_additions(graph: fx.GraphModule) -> None:
@@ -53,15 +51,15 @@ def _absorbed(
     """Make `other` the base of a product that nobody but `add` reads, if that is one, and `other`
     is there before it and the same until `add`."""
     root, after = product, add
-    while root.target in _RESHAPES and len(root.users) == 1:
+    while root.target in RESHAPES and len(root.users) == 1:
         root, after = root.args[0], root
     found = _entry(root, after)
     if found is None:
         return False
     at, entry = found
-    while other.target in _RESHAPES and order[other] > order[at]:
+    while other.target in RESHAPES and order[other] > order[at]:
         other = other.args[0]
-    shape, memory = root.meta["val"].shape, _memory(other)
+    shape, memory = root.meta["val"].shape, memory_of(other)
     if order[other] > order[at] or any(order[at] <= i < order[add] for i in writes.get(memory, ())):
         return False
     if other.meta["val"].shape != shape:
@@ -104,28 +102,10 @@ def _entry(root: fx.Node, reader: fx.Node) -> tuple[fx.Node, int | None] | None:
     return None if which[place] != NOTHING or summed else (at, place)
 
 
-def _memory(node: fx.Node) -> fx.Node:
-    """The node whose memory another looks at, or itself: whatever may be a view counts as one."""
-    while node.op == "call_function" and node.target not in (_MM, aten.new_empty.default):
-        returns = getattr(getattr(node.target, "_schema", None), "returns", ())
-        view = node.target in _RESHAPES or any(r.alias_info is not None for r in returns)
-        if not (view or not returns) or not isinstance(node.args[0], fx.Node):
-            break
-        node = node.args[0]
-    return node
-
-
 def _writes(nodes: dict[fx.Node, int]) -> dict[fx.Node, list[int]]:
     """Where each node's memory is written to."""
     found: dict[fx.Node, list[int]] = {}
     for node, place in nodes.items():
-        for target in _written(node):
-            found.setdefault(_memory(target), []).append(place)
+        for target in written_by(node):
+            found.setdefault(memory_of(target), []).append(place)
     return found
-
-
-def _written(node: fx.Node) -> Iterator[fx.Node]:
-    arguments = getattr(getattr(node.target, "_schema", None), "arguments", ())
-    for argument, value in zip(arguments, node.args, strict=False):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            yield from value if isinstance(value, list | tuple) else [value]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from fastmeta._library import has_extension
+from fastmeta.engine.graph_memory import RESHAPES, arguments, memory_of, written_by
 from fastmeta.engine.tape import Tape
 
 aten = torch.ops.aten
@@ -21,7 +22,7 @@ aten = torch.ops.aten
 # the same tensor, as far as operators without autograd see
 _SAME = {aten.detach.default, aten.alias.default}
 _VIEWS = {
-    aten.view.default, aten._unsafe_view.default, aten.transpose.int,
+    *RESHAPES, aten.transpose.int,
     aten.t.default, aten.permute.default, aten.expand.default, aten.unsqueeze.default,
     aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.slice.Tensor,
     aten.select.int, aten.diagonal.default,
@@ -37,7 +38,7 @@ _ZEROS = {aten.zeros.default, aten.new_zeros.default, aten.zeros_like.default}
 _COPIES = {aten.clone.default, aten._to_copy.default}
 # looks at shapes and types of what it is given only
 _OF_SHAPES = {
-    *_EMPTY, *_ZEROS, aten.new_ones.default, aten.ones_like.default, aten.new_full.default,
+    *_ZEROS, aten.new_ones.default, aten.ones_like.default, aten.new_full.default,
     aten.full_like.default,
 }  # fmt: skip
 # with a number among the arguments: lines of their own
@@ -91,7 +92,7 @@ class _Writer:
         self.constant: dict[fx.Node, Tensor] = {}
         self.meta: dict[fx.Node, Any] = {}  # tensors without data, for offsets of views
         self.base: dict[fx.Node, fx.Node] = {}  # of what looks at another node's memory
-        self.changed = self._changed()
+        self.changed = {memory_of(n) for node in self.nodes for n in written_by(node)}
 
     def write(self, frame: Sequence[bool] | None, saved: Sequence[bool] | None) -> Tape:
         places = [n for n in self.nodes if n.op == "placeholder"]
@@ -157,22 +158,6 @@ class _Writer:
         self.slots += 1
         return _Slot(self.slots - 1)
 
-    def _changed(self) -> set[fx.Node]:
-        """Nodes whose memory some node writes to."""
-        base: dict[fx.Node, fx.Node] = {}
-        changed = set()
-        for node in self.nodes:
-            if node.op != "call_function":
-                continue
-            if node.target in _VIEWS | _SAME | _PARTS or not hasattr(node.target, "_schema"):
-                base[node] = base.get(node.args[0], node.args[0])
-                continue
-            for argument, value in _arguments(node):
-                if argument.alias_info is not None and argument.alias_info.is_write:
-                    for n in value if isinstance(value, list | tuple) else [value]:
-                        changed.add(base.get(n, n))
-        return changed
-
     def _node(self, node: fx.Node) -> None:
         target = node.target
         if target in _SAME:
@@ -193,7 +178,6 @@ class _Writer:
             if source in known:
                 known[node] = known[source]
         self.base.setdefault(node, source)
-        self.changed |= {node} if source in self.changed else set()
 
     def _view(self, node: fx.Node, look: Callable[[Any], Any]) -> None:
         """Another look at the memory of a node, written where it is read."""
@@ -234,13 +218,12 @@ class _Writer:
     def _fold(self, node: fx.Node) -> bool:
         """Compute now what depends on no input and nobody writes to."""
         target = node.target
-        inputs = node.all_input_nodes
-        fixed = target in _OF_SHAPES - _EMPTY or all(n in self.constant for n in inputs)
+        fixed = target in _OF_SHAPES or all(n in self.constant for n in node.all_input_nodes)
         seeded = torch.Tag.nondeterministic_seeded in target.tags
         value = node.meta.get("val")
         if not fixed or seeded or target in _EMPTY or node in self.changed:
             return False
-        if value is None or value.shape.numel() > _LARGEST or _writes(node):
+        if value is None or value.shape.numel() > _LARGEST or any(written_by(node)):
             return False
 
         def real(n: fx.Node) -> Tensor:
@@ -276,7 +259,7 @@ class _Writer:
             written = self._slot_of(node.args[0])
             (self.slot[node],) = self._call(aten.copy_.default, [written, self.slot[node], False])
         else:
-            values = fx.map_arg([value for _, value in _arguments(node)], self._slot_of)
+            values = fx.map_arg([value for _, value in arguments(node)], self._slot_of)
             slots = self._call(*self._without_numbers(target, values))
             if len(slots) == 1:
                 (self.slot[node],) = slots
@@ -383,21 +366,6 @@ class _Writer:
         )
         self.lines.append((text + _numbers("", slots), read, slots))
         return slots
-
-
-def _arguments(node: fx.Node) -> list[tuple[Any, Any]]:
-    """Every argument of a node's operator, with its value."""
-    arguments = node.target._schema.arguments
-    values = [*node.args]
-    for argument in arguments[len(values) :]:
-        values.append(node.kwargs.get(argument.name, argument.default_value))
-    return list(zip(arguments, values, strict=True))
-
-
-def _writes(node: fx.Node) -> bool:
-    return any(
-        a.alias_info is not None and a.alias_info.is_write for a in node.target._schema.arguments
-    )
 
 
 def _tensor(number: float) -> Tensor:
