@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -70,19 +70,25 @@ class TaskBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> TaskBatch:
         """The same batch with every tensor on `device`."""
-        return self._map(lambda t: t.to(device, non_blocking=non_blocking))
+        return self.map(lambda t: t.to(device, non_blocking=non_blocking))
 
     def __getitem__(self, index: slice) -> TaskBatch:
         """Tasks `start:stop` as a batch."""
         if not isinstance(index, slice):
             raise TypeError(f"a TaskBatch is sliced by tasks, batch[i:j], got {index!r}")
-        return self._map(lambda t: t[index])
+        return self.map(lambda t: t[index])
 
     def select(self, index: Tensor) -> TaskBatch:
         """The tasks at `index` (int64 ``[S]``) as a batch."""
-        return self._map(lambda t: t.index_select(0, index.to(t.device)))
+        return self.map(lambda t: t.index_select(0, index.to(t.device)))
 
-    def _map(self, fn) -> TaskBatch:
+    def tensors(self) -> list[Tensor]:
+        """Every tensor, in a fixed order."""
+        ways = [] if self.ways is None else [self.ways]
+        return [*self.support.values(), *self.query.values(), *ways]
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> TaskBatch:
+        """The batch with `fn` applied to every tensor."""
         return TaskBatch(
             {k: fn(v) for k, v in self.support.items()},
             {k: fn(v) for k, v in self.query.items()},

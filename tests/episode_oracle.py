@@ -305,4 +305,4 @@ def assert_same(
 def weighted(out: fm.MetaOutput) -> Tensor:
     """A loss whose gradient a chunk cannot take ahead: its tasks weigh differently."""
     losses = out.task_losses
-    return (losses * torch.arange(1, len(losses) + 1, dtype=losses.dtype)).mean()
+    return (losses * torch.arange(1, len(losses) + 1).to(losses)).mean()

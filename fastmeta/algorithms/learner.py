@@ -26,6 +26,7 @@ from fastmeta.engine.memory import (
 )
 from fastmeta.engine.optimizers import UpdateRule, resolve_rule
 from fastmeta.engine.rates import LearnedRate, Rates
+from fastmeta.engine.replays import WHOLE, replays_of
 from fastmeta.patching import Patched
 
 
@@ -77,6 +78,10 @@ class GradientLearner(nn.Module):
             others, and of the query losses. The same numbers to rounding; the loss is then
             differentiable once. Numbers that a model or loss reads from Python are fixed when they
             are captured. What cannot be captured runs eagerly, with one warning.
+            ``"cudagraph"``, on a GPU: the whole meta-step with its gradient as one CUDA graph for
+            each signature, which keeps the memory of a meta-step; for tasks so small that a GPU
+            waits for launches. It serves all tasks at once, the library's losses and rules, and no
+            dropout; anything else runs eagerly.
         compile_cache: Folder of what Inductor compiles; None for Inductor's own, from which other
             processes of the user read too.
 
@@ -133,7 +138,8 @@ class GradientLearner(nn.Module):
         self.truncate = truncate
         check_compute_dtype(compute_dtype, patched.dtype)
         self.compute_dtype = compute_dtype
-        self.capture = capture_of(patched, compile, compile_cache)
+        self.capture = capture_of(patched, compile, compile_cache, others=(WHOLE,))
+        self.replays = replays_of(patched, compile)
         self._memory_plans: dict[Any, MemoryPlan] = {}
         self.train(patched.training)
         if patched.device.type == "cpu":
@@ -195,7 +201,8 @@ class GradientLearner(nn.Module):
             second_order=exact if self.truncate is None else min(exact, self.truncate),
             clip_norm=self.clip_norm,
             capture=self.capture,
-            rounded=self.capture is not None,
+            rounded=self.capture is not None or self.replays is not None,
+            replays=self.replays,
         )
 
     def forward(self, batch: TaskBatch, *, steps: int | None = None) -> MetaOutput:

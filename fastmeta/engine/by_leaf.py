@@ -82,9 +82,10 @@ def unroll_by_leaf(loop: InnerLoop, row: Tensor, tasks: int, support: Support) -
     leaves = params.leaves
     for leaf in leaves.values():
         leaf.recording = False
-    if not bool(torch.isfinite(torch.stack(finite)).all()):
+    active = torch.isfinite(torch.stack(finite)).all()
+    if loop.asks and not bool(active):
         return None  # who diverged, and when, is found there
-    active = torch.ones(tasks, dtype=torch.bool, device=row.device)
+    active = active.expand(tasks)
     return Trajectory(params, active, losses)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -37,26 +37,32 @@ _MOST = 256
 
 
 def capture_of(
-    patched: Patched, compile: bool | str, cache: str | Path | None = None
+    patched: Patched,
+    compile: bool | str,
+    cache: str | Path | None = None,
+    others: Sequence[str] = (),
 ) -> Capture | None:
     """The capture that all learners of a patched model share, or None without one.
 
     Args:
         compile: False, True (``"trace"`` on a CPU, ``"inductor"`` on a GPU), or one of
-            :data:`HOW`.
+            :data:`HOW`, or of `others`.
         cache: Folder of what Inductor compiles, or None for its own, one for every user.
+        others: Ways that are not of steps, and served elsewhere.
 
     Raises:
         TypeError: `cache` is no path.
         ValueError: `compile` is none of these.
     """
-    if not (isinstance(compile, bool) or compile in HOW):
+    known = [*HOW, *others]
+    if not (isinstance(compile, bool) or compile in known):
+        *most, last = map(repr, known)
         raise ValueError(
-            f"compile must be False, True, {' or '.join(map(repr, HOW))}; got {compile!r}"
+            f"compile must be False, True, {', '.join(most)} or {last}; got {compile!r}"
         )
     if cache is not None and not isinstance(cache, str | Path):
         raise TypeError(f"compile_cache must be the path of a folder or None, got {cache!r}")
-    if compile is False:
+    if compile is False or compile in others:
         return None
     if compile is True:
         compile = "inductor" if patched.device.type == "cuda" else "trace"

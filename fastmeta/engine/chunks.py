@@ -40,9 +40,16 @@ class TaskResults(NamedTuple):
 
 Run = Callable[[slice, Tensor, str], TaskResults]
 """``(tasks, their rows of the initial fast weights, memory mode) -> results``."""
+Ahead = tuple[TaskResults, list[Tensor | None]]
+"""Results, and the gradients of their losses' sum."""
+Replay = Callable[[Tensor, list[Tensor]], Ahead | None]
+"""``(initial fast weights, other weights) -> results and gradients``, of all tasks; None where they
+have to run."""
 
 
-def run_chunks(loop: InnerLoop, run: Run, packed: Tensor, plan: MemoryPlan) -> TaskResults:
+def run_chunks(
+    loop: InnerLoop, run: Run, packed: Tensor, plan: MemoryPlan, replay: Replay | None = None
+) -> TaskResults:
     """Run all tasks, in chunks where the plan says so.
 
     With gradients, a chunk takes that of the sum of its losses at once and drops its graph. A loss
@@ -53,22 +60,25 @@ def run_chunks(loop: InnerLoop, run: Run, packed: Tensor, plan: MemoryPlan) -> T
     take but a small part of the memory, they may be kept by leaf, which no backward pass can split.
     All tasks at once by a loss or an update rule that is not the library's own are left to
     autograd, since they may hold meta-parameters of their own.
+
+    Args:
+        replay: Runs all tasks at once, with that gradient, in another way.
     """
     pieces = split(slice(0, packed.shape[0]), plan.task_chunk)
-    whole, free = len(pieces) == 1, plan.free_mode or plan.free_chunk
-    if whole and not (torch.is_grad_enabled() and free and _closed(loop)):
-        return run(pieces[0], packed, plan.mode)
-    if whole and plan.mode == "unroll" and _ample(loop, packed, plan):
+    whole = len(pieces) == 1
+    if not (whole and _may_replay(loop, plan)):
+        replay = None
+    if whole and replay is None and not _may_shrink(loop, packed, plan):
         return run(pieces[0], packed, plan.mode)
     if torch.is_grad_enabled():
         weights = [*loop.added_parameters(), *loop.patched.shared_parameters()]
-        row = None if whole else shared_row(packed)
+        row = None if whole and replay is None else shared_row(packed)
         if row is not None:  # tasks that start from one row may be kept by leaf
             starts = [row] * len(pieces)
         else:
             starts = packed.split([s.stop - s.start for s in pieces])
         results = [
-            TaskResults(*_Chunk.apply(loop, run, plan, s, whole, weights, start, *weights))
+            TaskResults(*_Chunk.apply(loop, run, plan, s, whole, replay, weights, start, *weights))
             for s, start in zip(pieces, starts, strict=True)
         ]
     else:
@@ -82,6 +92,18 @@ def split(tasks: slice, size: int | None) -> list[slice]:
     """Consecutive slices of at most `size` tasks."""
     size = size or tasks.stop - tasks.start
     return [slice(i, min(i + size, tasks.stop)) for i in range(tasks.start, tasks.stop, size)]
+
+
+def _may_shrink(loop: InnerLoop, packed: Tensor, plan: MemoryPlan) -> bool:
+    """Whether all tasks at once are to be split where a backward pass runs out of memory."""
+    if not (torch.is_grad_enabled() and (plan.free_mode or plan.free_chunk) and _closed(loop)):
+        return False
+    return plan.mode != "unroll" or not _ample(loop, packed, plan)
+
+
+def _may_replay(loop: InnerLoop, plan: MemoryPlan) -> bool:
+    """Whether the gradient of the losses' sum is what all tasks at once are run for."""
+    return torch.is_grad_enabled() and plan.ahead and _closed(loop)
 
 
 def _ample(loop: InnerLoop, packed: Tensor, plan: MemoryPlan) -> bool:
@@ -105,15 +127,21 @@ class _Chunk(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, loop, run, plan, tasks, keep, weights, start, *_):
+    def forward(ctx, loop, run, plan, tasks, keep, replay, weights, start, *_):
         ctx.loop, ctx.run, ctx.plan, ctx.tasks, ctx.weights = loop, run, plan, tasks, weights
         ctx.conditions = Conditions(loop.patched, start.device)
         # The weights are saved only so that changing them before backward() raises.
         ctx.save_for_backward(start, *weights)
         ctx.set_materialize_grads(False)
         ctx.kept = ctx.ahead = None
-        if keep or plan.ahead:
-            results = _with_gradient(ctx, start, keep)
+        found = None if replay is None else replay(start, weights)
+        if found is not None:
+            results, ctx.ahead = found
+        elif keep:
+            ctx.kept = _with_graph(run, tasks, plan.mode, start)
+            results = ctx.kept[1].detach()
+        elif plan.ahead:
+            results, ctx.ahead = with_gradient(run, tasks, plan.mode, start, weights)
         else:
             results = run(tasks, _rows_of(start, tasks), plan.mode)
         ctx.conditions.finish()
@@ -129,7 +157,7 @@ class _Chunk(torch.autograd.Function):
             ctx.ahead = ctx.ahead if retain else None
             if _alike(gradients):
                 scale = gradients[0][0]
-                return *[None] * 6, *(g if g is None else g * scale for g in found)
+                return *[None] * 7, *(g if g is None else g * scale for g in found)
             plan.ahead = False
         random = ctx.conditions.random is not None
         pending = [whole] if random else split(whole, plan.task_chunk)
@@ -157,7 +185,7 @@ class _Chunk(torch.autograd.Function):
             d_start.append(torch.zeros_like(mine) if found[0] is None else found[0])
             d_weights = [add(a, b) for a, b in zip(d_weights, found[1:], strict=True)]
         together = torch.cat(d_start) if start.dim() == 2 else sum(d_start)
-        return None, None, None, None, None, None, together, *d_weights
+        return *[None] * 7, together, *d_weights
 
 
 def _rows_of(start: Tensor, tasks: slice) -> Tensor:
@@ -165,17 +193,19 @@ def _rows_of(start: Tensor, tasks: slice) -> Tensor:
     return start if start.dim() == 2 else start.expand(tasks.stop - tasks.start, -1)
 
 
-def _with_gradient(ctx, start: Tensor, keep: bool) -> TaskResults:
-    """The results, with their graph kept or the gradient of their losses' sum taken."""
+def _with_graph(run: Run, tasks: slice, mode: str, start: Tensor) -> tuple[Tensor, TaskResults]:
+    """What stands for `start` in the results' graph, and the results."""
     alias = start.detach().requires_grad_()
     with torch.enable_grad():
-        results = ctx.run(ctx.tasks, _rows_of(alias, ctx.tasks), ctx.plan.mode)
-    if keep:
-        ctx.kept = (alias, results)
-    else:
-        ones = [torch.ones_like(results.losses), *[None] * (len(results) - 1)]
-        ctx.ahead = backpropagate(results, ones, [alias, *ctx.weights])
-    return results.detach()
+        return alias, run(tasks, _rows_of(alias, tasks), mode)
+
+
+def with_gradient(run: Run, tasks: slice, mode: str, start: Tensor, weights: list[Tensor]) -> Ahead:
+    """The results, and the gradients of their losses' sum to `start` and the weights."""
+    alias, results = _with_graph(run, tasks, mode, start)
+    ones = [torch.ones_like(results.losses), *[None] * (len(results) - 1)]
+    found = backpropagate(results, ones, [alias, *weights])
+    return results.detach(), found
 
 
 def _alike(gradients: tuple[Tensor | None, ...]) -> bool:

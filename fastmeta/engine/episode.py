@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from fastmeta.batch import TaskBatch
 from fastmeta.engine.by_leaf import may_serve, unroll_by_leaf
 from fastmeta.engine.captured_leaves import captured_losses
-from fastmeta.engine.chunks import TaskResults, run_chunks
+from fastmeta.engine.chunks import Run, TaskResults, run_chunks, with_gradient
 from fastmeta.engine.head import adapt_head, head_may_serve, with_prototypes
 from fastmeta.engine.implicit import implicit
 from fastmeta.engine.inner import (
@@ -146,11 +147,18 @@ def _run(
     index: Tensor | None = None,
 ) -> TaskResults:
     """The episode of all tasks in `batch`; `index` is where they are in the learner's batch."""
+    replay = None
     if index is None:
         index = torch.arange(batch.num_tasks, device=packed.device)
+        if loop.replays is not None:
+            replay = partial(_replay, loop, batch, plan)
+    return run_chunks(loop, _runner(loop, batch, plan, index), packed, plan, replay)
 
+
+def _runner(loop: InnerLoop, batch: TaskBatch, plan: MemoryPlan, index: Tensor) -> Run:
     def run(tasks: slice, packed: Tensor, mode: str) -> TaskResults:
-        support_inputs, query_inputs = with_ways(batch[tasks])
+        whole = tasks.stop - tasks.start == batch.num_tasks
+        support_inputs, query_inputs = with_ways(batch if whole else batch[tasks])
         trajectory = adapt_tasks(loop, packed, support_inputs, mode, index[tasks], keep=plan.keep)
         losses, logits = _judge(loop, trajectory.params, query_inputs)
         if logits is None:
@@ -159,7 +167,22 @@ def _run(
         support_losses = torch.stack(trajectory.losses, 1) if trajectory.losses else none
         return TaskResults(losses, trajectory.params, logits, trajectory.active, support_losses)
 
-    return run_chunks(loop, run, packed, plan)
+    return run
+
+
+def _replay(
+    loop: InnerLoop, batch: TaskBatch, plan: MemoryPlan, start: Tensor, weights: list[Tensor]
+) -> tuple[TaskResults, list[Tensor | None]] | None:
+    """The episode of all tasks with the gradient of its losses' sum, by a CUDA graph."""
+    recorded = replace(loop, replays=None, asks=False)
+
+    def step(own: TaskBatch, index: Tensor, start: Tensor):
+        run = _runner(recorded, own, plan, index)
+        return with_gradient(run, slice(0, own.num_tasks), plan.mode, start, weights)
+
+    mode = (plan.mode, plan.keep)
+    found = loop.replays.run(recorded, mode, batch, start, weights, step)
+    return None if found is None else (TaskResults(*found[0]), found[1])
 
 
 def adapt_tasks(
@@ -226,7 +249,13 @@ def _judge(
         found = captured_losses(loop, params, Support(inputs, prefix))
         if found is not None:
             return found
-    losses, outputs = task_losses(loop, params, inputs)
+    prefix = None
+    if not loop.asks:  # then numbers of tokens are rounded
+        given = params
+        if isinstance(given, Tensor):
+            given = TaskParams(loop.patched.layout, given)
+        prefix = loop.patched.record_prefix(given, model_inputs(inputs), rounded=loop.rounded)
+    losses, outputs = task_losses(loop, params, inputs, prefix)
     return losses, getattr(outputs, "logits", None)
 
 

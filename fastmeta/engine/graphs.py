@@ -148,12 +148,19 @@ def _taped(
 def tracing() -> Iterator[None]:
     """Within, transformers prepares attention masks without reading their values, in this thread;
     random numbers drawn are forgotten."""
-    thread, original = threading.get_ident(), import_utils.is_jit_tracing
-    import_utils.is_jit_tracing = lambda: threading.get_ident() == thread or original()
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with masks_unread(threading.get_ident()), torch.random.fork_rng(devices=devices):
+        yield
+
+
+@contextmanager
+def masks_unread(thread: int | None = None) -> Iterator[None]:
+    """Within, transformers prepares attention masks without reading their values, in one thread or
+    in all."""
+    original = import_utils.is_jit_tracing
+    import_utils.is_jit_tracing = lambda: thread in (None, threading.get_ident()) or original()
     try:
-        with torch.random.fork_rng(devices=devices):
-            yield
+        yield
     finally:
         import_utils.is_jit_tracing = original
 

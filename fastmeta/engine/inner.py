@@ -19,6 +19,7 @@ from fastmeta.patching.prefix import PrefixCache
 
 if TYPE_CHECKING:
     from fastmeta.engine.capture import Capture
+    from fastmeta.engine.replays import Replays
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class InnerLoop:
         rounded: Whether numbers of tokens without padding are rounded up, so that few graphs serve.
         own_rows: Whether tasks start from weights of their own, which have a gradient each.
         by_leaf: Whether weights may be kept by leaf instead of packed, where that is possible.
+        replays: Runs whole meta-steps from CUDA graphs, or None.
+        asks: Whether the device may be asked for values on the way: not while it is recorded.
     """
 
     patched: Patched
@@ -56,6 +59,8 @@ class InnerLoop:
     rounded: bool = False
     own_rows: bool = False
     by_leaf: bool = True
+    replays: Replays | None = None
+    asks: bool = True
 
     def added_parameters(self) -> list[Tensor]:
         """Meta-parameters that are not the model's: of rates, the update rule, a temperature."""

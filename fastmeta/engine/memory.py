@@ -294,7 +294,9 @@ def _measure(loop: InnerLoop, batch: TaskBatch, mode: str, tasks: int, steps: in
     patched = loop.patched
     exact = min(loop.second_order, steps)
     by_leaf = loop.by_leaf and not loop.captures_packed
-    small = replace(loop, steps=steps, second_order=exact, capture=None, by_leaf=by_leaf)
+    small = replace(
+        loop, steps=steps, second_order=exact, capture=None, by_leaf=by_leaf, replays=None
+    )
     devices = [patched.device] if patched.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), PeakMemory() as meter:
         packed = patched.init(tasks).packed

@@ -7,6 +7,7 @@ from math import prod
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 ALIGNMENT = 16
 """Every segment starts at a multiple of this many elements, so that kernels can use wide loads."""
@@ -47,6 +48,7 @@ class ParamLayout:
         self.offsets = tuple(offsets)
         self.num_params = position
         self.num_elements = sum(self.numels)
+        self._starts: dict[str, Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.names)
@@ -56,7 +58,14 @@ class ParamLayout:
 
     def segment_offsets(self, device: torch.device | str = "cpu") -> Tensor:
         """Segment starts and the row's end, int64 ``[S + 1]``; padding counts to its segment."""
-        return torch.tensor([*self.offsets, self.num_params], dtype=torch.int64, device=device)
+        key = str(device)
+        if key in self._starts:
+            return self._starts[key]
+        with torch.inference_mode(False):
+            found = torch.tensor([*self.offsets, self.num_params], dtype=torch.int64, device=device)
+        if not (torch.compiler.is_compiling() or isinstance(found, FakeTensor)):
+            self._starts[key] = found  # the next step need not wait for a copy to the device
+        return found
 
     def pack(self, tensors: Sequence[Tensor]) -> Tensor:
         """Tensors ``[*lead, *shape]`` by segment -> ``[*lead, P]``, padding zero."""

@@ -263,6 +263,12 @@ class Patched(nn.Module):
             call.unpadded = self._unpadded(plan, inputs, rounded)
         return call
 
+    def tokens(self, inputs: Mapping[str, Any], rounded: bool = False) -> Tokens | None:
+        """Which positions of inputs ``[T, N, ...]`` layers compute; None where those are all."""
+        plan = self.plan(inputs)
+        unpadded = self._unpadded(plan, inputs, rounded) if plan.unpadded else None
+        return None if unpadded is None else unpadded.tokens
+
     def computed_tokens(self, inputs: Mapping[str, Any], rounded: bool = False) -> int | None:
         """Positions of each task that layers compute for inputs ``[T, N, ...]``; None where those
         are all, whatever the mask."""

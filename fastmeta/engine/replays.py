@@ -1,0 +1,220 @@
+"""Whole meta-steps as CUDA graphs: all launches of an episode and of its gradient in one.
+
+Where tasks are small a GPU computes faster than a host launches; a graph is launched once. It is
+recorded for one signature (shapes, settings, weights) and reads a batch from memory of its own.
+What an episode asks the device for is asked before (which positions are padding) or after (whether
+all tasks stayed finite); where a task diverged, the episode runs again without the graph.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from fastmeta import _backend
+from fastmeta.batch import TaskBatch
+from fastmeta.engine.conditions import Conditions
+from fastmeta.engine.graphs import masks_unread
+from fastmeta.engine.inner import InnerLoop, model_inputs
+from fastmeta.engine.memory import is_out_of_memory
+from fastmeta.patching import Patched
+from fastmeta.patching.unpadded import Tokens
+
+WHOLE = "cudagraph"
+"""The ``compile`` that asks for this."""
+_MOST = 64
+"""Graphs of one learner; more signatures than this run without."""
+_WARM_UP = 2
+
+Found = tuple[Sequence[Tensor], list[Tensor | None]]
+"""Results, and the gradient of their losses' sum."""
+Step = Callable[[TaskBatch, Tensor, Tensor], Found]
+"""``(batch, places of its tasks, initial fast weights) -> found``."""
+
+
+def replays_of(patched: Patched, compile: bool | str) -> Replays | None:
+    """What replays a learner's meta-steps, or None.
+
+    Raises:
+        ValueError: It was asked for, and the model is not on a GPU.
+    """
+    if compile != WHOLE:
+        return None
+    if patched.device.type != "cuda":
+        raise ValueError(f"compile={WHOLE!r} needs a model on a GPU, got one on {patched.device}")
+    return Replays()
+
+
+class Replays:
+    """The recorded meta-steps of one learner."""
+
+    def __init__(self) -> None:
+        self.steps: dict[Hashable, _Recorded | None] = {}  # None: runs without a graph
+        self.lock = threading.Lock()
+        self.pool = None
+        self.warned = False
+
+    def __reduce__(self):
+        return Replays, ()  # graphs hold the memory of one process
+
+    def run(
+        self,
+        loop: InnerLoop,
+        mode: Hashable,
+        batch: TaskBatch,
+        start: Tensor,
+        weights: Sequence[Tensor],
+        step: Step,
+    ) -> Found | None:
+        """What `step` computes, by a graph; None where it has to run itself.
+
+        Args:
+            loop: What runs, part of the signature like all that follows but the values.
+            mode: The memory mode.
+            batch: All tasks.
+            start: Initial fast weights ``[P]`` or ``[T, P]``.
+            weights: What else a gradient is taken of; read where they are.
+        """
+        tokens = _tokens(loop, batch)
+        key = _signature(loop, mode, batch, tokens, start, weights)
+        with self.lock:  # a graph has one batch's memory
+            if key not in self.steps:
+                self.steps[key] = self._recorded(loop, batch, start, step)
+            recorded = self.steps[key]
+            return None if recorded is None else recorded.replay(batch, tokens, start)
+
+    def _recorded(
+        self, loop: InnerLoop, batch: TaskBatch, start: Tensor, step: Step
+    ) -> _Recorded | None:
+        if len(self.steps) >= _MOST:
+            self._warn(f"{_MOST} graphs are recorded already; pad texts to a few lengths")
+            return None
+        if self.pool is None:
+            self.pool = torch.cuda.graph_pool_handle()
+        try:
+            return _Recorded(loop, batch, start, step, self.pool)
+        except Exception as error:  # whatever a model or a driver may raise
+            if is_out_of_memory(error):
+                raise
+            self._warn(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+            return None
+
+    def _warn(self, reason: str) -> None:
+        if not self.warned:
+            self.warned = True
+            warnings.warn(
+                f"a meta-step could not be recorded and runs without a CUDA graph ({reason})",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
+class _Recorded:
+    """A meta-step of one signature: the memory it reads, its graph, and what that writes."""
+
+    def __init__(
+        self, loop: InnerLoop, batch: TaskBatch, start: Tensor, step: Step, pool: object
+    ) -> None:
+        with torch.no_grad():
+            self.batch = batch.map(torch.clone)
+            self.start = start.detach().clone()
+            self.tokens = _tokens(loop, self.batch)  # found again while the step is recorded
+        places = torch.arange(batch.num_tasks, device=start.device)
+
+        def run() -> tuple[Found, Tensor]:
+            results, gradients = step(self.batch, places, self.start)
+            losses, *_, active, _ = results
+            return (results, gradients), (active & torch.isfinite(losses)).all()
+
+        self.graph = torch.cuda.CUDAGraph()
+        with _no_cast_is_kept(), masks_unread():
+            conditions = Conditions(loop.patched, start.device)
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(_WARM_UP):  # compiles kernels, makes workspaces
+                    run()
+            torch.cuda.current_stream().wait_stream(stream)
+            conditions.finish()
+            if conditions.random is not None:
+                raise RuntimeError("it draws random numbers, which a graph would draw again")
+            with torch.cuda.graph(self.graph, pool=pool):
+                self.found, self.finite = run()
+
+    def replay(
+        self, batch: TaskBatch, tokens: Sequence[Tokens | None], start: Tensor
+    ) -> Found | None:
+        """What the step computes for these values, None where a task diverged."""
+        with torch.no_grad():
+            for own, given in zip(self._reads(), _values(batch, tokens, start), strict=True):
+                own.copy_(given)
+            self.graph.replay()
+            if not bool(self.finite):
+                return None
+            results, gradients = self.found  # overwritten by the next replay
+            return (
+                [t.clone() for t in results],
+                [g if g is None else g.clone() for g in gradients],
+            )
+
+    def _reads(self) -> list[Tensor]:
+        return _values(self.batch, self.tokens, self.start)
+
+
+def _values(batch: TaskBatch, tokens: Sequence[Tokens | None], start: Tensor) -> list[Tensor]:
+    """Every tensor that differs from batch to batch."""
+    positions = [t for each in tokens if each is not None for t in each.tensors]
+    return [*batch.tensors(), *positions, start.detach()]
+
+
+def _tokens(loop: InnerLoop, batch: TaskBatch) -> tuple[Tokens | None, ...]:
+    """Which positions of the support and the query set are computed."""
+    return tuple(
+        loop.patched.tokens(model_inputs(inputs), loop.rounded)
+        for inputs in (batch.support, batch.query)
+    )
+
+
+def _signature(
+    loop: InnerLoop,
+    mode: Hashable,
+    batch: TaskBatch,
+    tokens: Sequence[Tokens | None],
+    start: Tensor,
+    weights: Sequence[Tensor],
+) -> Hashable:
+    """Everything that a recording fixes."""
+    device, model = start.device.type, loop.patched.model
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    return (
+        loop,
+        loop.rates.constant,
+        mode,
+        autocast,
+        _backend.requested(),
+        loop.patched.training,
+        tuple(batch.support),
+        tuple(batch.query),
+        tuple(None if each is None else each.width for each in tokens),
+        tuple((t.shape, t.dtype) for t in _values(batch, tokens, start)),
+        tuple((t.data_ptr(), t.requires_grad) for t in [*weights, *model.parameters()]),
+        tuple(t.data_ptr() for t in model.buffers()),
+    )
+
+
+@contextmanager
+def _no_cast_is_kept() -> Iterator[None]:
+    """Within, autocast converts weights anew wherever they are read: what it kept from before a
+    recording would be gone when that is replayed."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    torch.clear_autocast_cache()
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)

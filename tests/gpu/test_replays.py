@@ -1,0 +1,137 @@
+"""Whole meta-steps replayed as CUDA graphs: the same numbers, for every batch, and when not."""
+
+from __future__ import annotations
+
+import copy
+
+import episode_oracle as oracle
+import pytest
+import torch
+from standin import gpu, on_cpu, on_gpu
+
+import fastmeta as fm
+
+EVERYTHING = fm.Params("*")
+ADAPTERS = fm.LoRA(r=2) + fm.Head()
+SPECS = {"all": EVERYTHING, "adapters": ADAPTERS, "head": fm.Head()}
+RATE = fm.LearnedRate(per=("layer", "step"), init=0.1)
+SETTINGS = {
+    "unroll": {"memory": "unroll"},
+    "recompute": {"memory": "recompute"},
+    "auto": {"memory": "auto"},
+    "first order": {"order": 1},
+    "learned rates": {"lr": RATE},
+    "adam": {"optimizer": fm.rules.Adam(eps=1e-3), "clip_norm": 1.0},
+}
+BATCHES = [oracle.as_batch(oracle.make_tasks(seed=seed)) for seed in range(3)]
+
+
+def learner_of(model: torch.nn.Module, spec: fm.Spec = EVERYTHING, **settings) -> fm.MAML:
+    settings = {"lr": 0.1, "steps": 2, "memory": "unroll", **settings}
+    return fm.MAML(fm.patch(model, spec), **settings)
+
+
+def pair(model: torch.nn.Module, spec: fm.Spec = EVERYTHING, **settings):
+    """A learner on the CPU, and one of the same weights that replays on the GPU."""
+    here = learner_of(copy.deepcopy(model), spec, **settings)
+    return here, learner_of(on_gpu(model), spec, compile="cudagraph", **settings)
+
+
+def step(learner: fm.MAML, batch: fm.TaskBatch, loss=lambda out: out.loss) -> dict:
+    out = learner(batch.to(learner.device))
+    grads = oracle.gradients(learner, loss(out))
+    found = {"losses": out.task_losses, "logits": out.logits, "params": out.params.packed}
+    return on_cpu({n: t.detach() for n, t in (found | grads).items()})
+
+
+@pytest.mark.parametrize(
+    ("spec", "name"),
+    [*(("all", name) for name in SETTINGS), ("adapters", "unroll"), ("head", "unroll")],
+)
+def test_exact_for_every_batch(spec: str, name: str) -> None:
+    with gpu() as device:
+        here, there = pair(oracle.tiny_bert(), SPECS[spec], **SETTINGS[name])
+        for batch in BATCHES:
+            device.waits.clear()
+            oracle.assert_close(step(there, batch), step(here, batch))
+        steps = there.replays.steps
+        assert len(steps) == 1 and None not in steps.values()
+        # labels and padding of both sets are asked about before, and who diverged after
+        assert len([w for w in device.waits if "copy" not in w]) <= 7
+
+
+def test_weights_that_changed_are_read() -> None:
+    with gpu():
+        here, there = pair(oracle.tiny_bert(), ADAPTERS)
+        for learner in (here, there):
+            optimizer = torch.optim.SGD(learner.parameters(), lr=0.5)
+            for _ in range(2):
+                optimizer.zero_grad()
+                learner(BATCHES[0].to(learner.device)).loss.backward()
+                optimizer.step()
+        oracle.assert_close(step(there, BATCHES[1]), step(here, BATCHES[1]))
+        assert len(there.replays.steps) == 1
+
+
+def test_another_shape_has_a_graph_of_its_own() -> None:
+    with gpu():
+        here, there = pair(oracle.tiny_bert())
+        for batch in (BATCHES[0], BATCHES[0][:2], BATCHES[1]):
+            oracle.assert_close(step(there, batch), step(here, batch))
+        assert len(there.replays.steps) == 2
+
+
+def test_losses_that_weigh_tasks_differently() -> None:
+    """Their gradient is not the one that was recorded."""
+    with gpu():
+        here, there = pair(oracle.tiny_bert())
+        for _ in range(2):
+            found, expected = (step(x, BATCHES[0], oracle.weighted) for x in (there, here))
+            oracle.assert_close(found, expected)
+        scaled = [step(x, BATCHES[0], lambda out: 3 * out.loss) for x in (there, here)]
+        oracle.assert_close(*scaled)
+
+
+def test_a_task_that_diverges() -> None:
+    with gpu():
+        here, there = pair(oracle.tiny_bert(), lr=1e200)
+        for _ in range(2):
+            outs = [x(BATCHES[0].to(x.device)) for x in (there, here)]
+            assert bool(outs[0].diverged.all()) and bool(outs[1].diverged.all())
+
+
+def test_ragged_tasks() -> None:
+    with gpu():
+        here, there = pair(oracle.tiny_bert())
+        batch = oracle.as_batch(oracle.make_tasks(ragged=True))
+        for _ in range(2):
+            oracle.assert_close(step(there, batch), step(here, batch))
+
+
+def test_evaluation_has_no_graph() -> None:
+    with gpu(), torch.no_grad():
+        _, there = pair(oracle.tiny_bert())
+        there(BATCHES[0].to("cuda"))
+        assert not there.replays.steps
+
+
+def test_dropout_runs_without_a_graph() -> None:
+    with gpu():
+        _, there = pair(oracle.tiny_bert(dropout=0.3))
+        with pytest.warns(RuntimeWarning, match="draws random numbers"):
+            first = there(BATCHES[0].to("cuda")).loss
+        assert float(on_cpu(first.detach())) != float(
+            on_cpu(there(BATCHES[0].to("cuda")).loss.detach())
+        )
+
+
+def test_a_copy_records_its_own() -> None:
+    with gpu():
+        _, there = pair(oracle.tiny_bert())
+        step(there, BATCHES[0])
+        assert not copy.deepcopy(there.replays).steps
+
+
+def test_not_on_a_cpu() -> None:
+    with pytest.raises(ValueError, match="needs a model on a GPU, got one on cpu"):
+        learner_of(oracle.tiny_bert(), compile="cudagraph")
