@@ -42,7 +42,7 @@ class Case:
     trained: tuple[str, ...] | None = None
     lengths: tuple[int, ...] | None = None
 
-    def model(self) -> nn.Module:
+    def model(self, device: str = "cpu") -> nn.Module:
         torch.manual_seed(0)
         config = BertConfig(
             vocab_size=1000,
@@ -57,9 +57,9 @@ class Case:
         if self.trained is not None:
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(any(part in name for part in self.trained))
-        return model
+        return model.to(device)
 
-    def batch(self) -> fm.TaskBatch:
+    def batch(self, device: str = "cpu") -> fm.TaskBatch:
         generator = torch.Generator().manual_seed(1)
         sets = []
         for _ in range(2):
@@ -73,7 +73,7 @@ class Case:
                 mask = mask.to(ids.dtype)
             labels = (torch.arange(shape[1]) % WAYS).expand(shape[:2]).contiguous()
             sets.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
-        return fm.TaskBatch(*sets)
+        return fm.TaskBatch(*sets).to(device)
 
 
 CASES = {
@@ -108,5 +108,18 @@ CASES = {
     "memory": Case(
         "4-layer BERT h=256, T=8, 5-shot, L=32, all parameters",
         4, 256, 4, 8, 5, 32, 10, lambda: fm.Params("*"),
+    ),
+    # for GPUs
+    "small-1": Case(
+        "BERT-small (4 layers, h=512), T=64, 1-shot, L=32, K=5, all parameters",
+        4, 512, 8, 64, 1, 32, 5, lambda: fm.Params("*"),
+    ),
+    "small-5": Case(
+        "BERT-small (4 layers, h=512), T=64, 5-shot, L=64, K=5, all parameters",
+        4, 512, 8, 64, 5, 64, 5, lambda: fm.Params("*"),
+    ),
+    "small-lora": Case(
+        "BERT-small (4 layers, h=512), T=64, 1-shot, L=32, K=5, LoRA (r=8) + head",
+        4, 512, 8, 64, 1, 32, 5, lambda: fm.LoRA(r=8) + fm.Params("classifier.*"),
     ),
 }  # fmt: skip

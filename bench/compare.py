@@ -1,10 +1,11 @@
 """Compare meta-steps with other libraries, interleaved in one process; peak memory in its own.
 
-    python -m bench.compare [--rounds 5] [--out results.json]
+    python -m bench.compare [--rounds 5] [--out results.json] [--device cpu]
                             [--cases full,lora,last2,deep,minilm-lora,texts-lora,memory]
                             [--ways "torch.func.vmap;fastmeta, bfloat16"]
 
-Cases that are measured replace those of the file; others stay.
+On a GPU the cases are small-1, small-lora and small-5. Cases that are measured replace those of
+the file; others stay.
 
 `higher`, `torchopt` and `jax` take part where they are installed (``pip install fastmeta[bench]``).
 """
@@ -14,7 +15,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
-import platform
 import random
 import subprocess
 import sys
@@ -28,10 +28,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import fastmeta as fm
 from bench.baselines import BASELINES, math_attention, with_lora
 from bench.cases import CASES, LR
-from bench.comparison import peak_bytes
+from bench.comparison import machine, peak_bytes
 from bench.flops import counted  # noqa: F401  (the products inside our operators)
 from bench.jax_step import jax_step
-from bench.timing import gemm_rate
+from bench.timing import gemm_rate, synchronise
 
 PEERS = {
     "full": ["per-task loop", "torch.func.vmap", "higher", "torchopt", "JAX jit(vmap)"],
@@ -40,6 +40,9 @@ PEERS = {
     "deep": ["per-task loop", "JAX jit(vmap)"],
     "minilm-lora": ["per-task loop", "higher"],
     "texts-lora": ["per-task loop", "torch.func.vmap", "higher"],
+    "small-1": ["per-task loop", "torch.func.vmap", "higher"],
+    "small-lora": ["per-task loop", "higher"],
+    "small-5": ["per-task loop", "torch.func.vmap", "higher"],
 }
 
 MODES = {
@@ -50,19 +53,37 @@ MODES = {
     "fastmeta, captured chunks of 2": "unroll:captured:2",
     "fastmeta, bfloat16": "unroll:bf16",
 }
+GPU_MODES = {
+    "fastmeta": "unroll",
+    "fastmeta, CUDA graph": "unroll:graph",
+    "fastmeta, recompute": "recompute",
+    "fastmeta, bfloat16": "unroll:bf16",
+    "fastmeta, CUDA graph, bfloat16": "unroll:graph:bf16",
+}
 
 
-def fastmeta_step(name: str, memory: str, steps: int | None = None, order: int = 2):
+ALL = {
+    "cpu": "full,lora,last2,deep,minilm-lora,texts-lora,memory",
+    "cuda": "small-1,small-lora,small-5",
+}
+
+
+def fastmeta_step(
+    name: str, memory: str, steps: int | None = None, order: int = 2, device: str = "cpu"
+):
     """`memory` may name more: a chunk of tasks as in ``"unroll:2"``, captured steps as in
-    ``"unroll:captured"``, products in bfloat16 as in ``"unroll:bf16"``."""
+    ``"unroll:captured"``, a CUDA graph as in ``"unroll:graph"``, products in bfloat16 as in
+    ``"unroll:bf16"``."""
     case = CASES[name]
-    model, batch = case.model(), case.batch()
+    model, batch = case.model(device), case.batch(device)
     patched = fm.patch(model, case.spec())
     mode, *more = memory.split(":")
     settings: dict = {"memory": mode}
     for word in more:
         if word == "captured":
             settings["compile"] = True
+        elif word == "graph":
+            settings["compile"] = "cudagraph"
         elif word == "bf16":
             settings["compute_dtype"] = torch.bfloat16
         else:
@@ -79,9 +100,9 @@ def fastmeta_step(name: str, memory: str, steps: int | None = None, order: int =
     return step
 
 
-def peer_step(name: str, peer: str):
+def peer_step(name: str, peer: str, device: str = "cpu"):
     case = CASES[name]
-    model, batch = case.model(), case.batch()
+    model, batch = case.model(device), case.batch(device)
     if peer == "JAX jit(vmap)":
         return jax_step(model, batch, case.steps)
     patched = fm.patch(model, case.spec())
@@ -95,42 +116,58 @@ def peer_step(name: str, peer: str):
     return step
 
 
-def compare(name: str, rounds: int, ways: list[str]) -> dict:
-    """`ways`: labels of those that take part beside ours; all where there are none."""
+def ways_of(name: str, ways: list[str], device: str) -> dict:
+    """What takes part, by label: ours, and those of the others that are installed."""
     chunked = name == "deep"
 
     def wanted(label: str) -> bool:
         return not ways or label in ("fastmeta", *ways)
 
     everywhere = ("unroll", "recompute", "unroll:captured")
-    modes = {k: m for k, m in MODES.items() if wanted(k) and (chunked or m in everywhere)}
-    steps = {label: fastmeta_step(name, mode) for label, mode in modes.items()}
+    if device == "cuda":
+        modes = GPU_MODES
+    else:
+        modes = {k: m for k, m in MODES.items() if chunked or m in everywhere}
+    steps = {
+        label: fastmeta_step(name, mode, device=device)
+        for label, mode in modes.items()
+        if wanted(label)
+    }
     if name == "minilm-lora" and wanted("fastmeta, first order"):
         steps["fastmeta, first order"] = fastmeta_step(name, "unroll", order=1)
     for peer in filter(wanted, PEERS[name]):
         try:
-            steps[peer] = peer_step(name, peer)
+            steps[peer] = peer_step(name, peer, device)
         except ImportError:
             continue
+    return steps
+
+
+def compare(name: str, rounds: int, ways: list[str], device: str = "cpu") -> dict:
+    """`ways`: labels of those that take part beside ours; all where there are none."""
+    chunked, steps = name == "deep", ways_of(name, ways, device)
     losses, times = {}, {k: [] for k in steps}
     for label, step in list(steps.items()):
         try:
             losses[label] = step()  # first run: plans, caches, page faults
-        except ImportError:
-            print(f"{label} is not installed: left out", file=sys.stderr)
+        except (ImportError, torch.OutOfMemoryError) as error:
+            print(f"{label} is left out: {type(error).__name__}", file=sys.stderr)
             del steps[label], times[label]
     order = random.Random(0)
     for _ in range(rounds):
         # Another order every time: some ways slow down whichever comes next for a second or more.
         for label in order.sample(sorted(steps), len(steps)):
             step = steps[label]
-            step()  # once more, so that none pays for the heap and caches that another left
+            if device == "cpu":
+                step()  # so that none pays for the heap and caches that another left
+            synchronise(device)
             start = time.perf_counter()
             step()
+            synchronise(device)
             times[label].append(time.perf_counter() - start)
     with FlopCounterMode(display=False) as counter:
         steps["fastmeta"]()
-    flops, rate = counter.get_total_flops(), gemm_rate()
+    flops, rate = counter.get_total_flops(), gemm_rate(device)
     ours = median(times["fastmeta"])
     rows = {
         label: {
@@ -143,8 +180,12 @@ def compare(name: str, rounds: int, ways: list[str]) -> dict:
     }
     floor = flops / rate
     if chunked:
-        for label, mode in modes.items():
-            rows[label]["peak_mib"] = peak_memory(name, mode, CASES[name].steps)["peak_mib"]
+        for label in MODES.keys() & rows.keys():
+            peak = peak_memory(name, MODES[label], CASES[name].steps)["peak_mib"]
+            rows[label]["peak_mib"] = peak
+    elif device == "cuda":
+        for label, step in steps.items():
+            rows[label]["peak_mib"] = peak_bytes(step, device) / 2**20
     print(f"\n{CASES[name].title}")
     for label, row in rows.items():
         peak = f"   {row['peak_mib']:.0f} MiB" if "peak_mib" in row else ""
@@ -201,7 +242,8 @@ def memory_table() -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cases", default="full,lora,last2,deep,minilm-lora,texts-lora,memory")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--cases", help="names, separated by commas; default all of the device")
     parser.add_argument("--ways", help="only these beside ours, separated by semicolons")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
@@ -214,13 +256,16 @@ def main() -> None:
         return
     result: dict = json.loads(args.out.read_text()) if args.out and args.out.exists() else {}
     result |= {
-        "machine": platform.processor() or platform.machine(),
+        "machine": machine(args.device),
         "threads": args.threads,
         "torch": torch.__version__,
     }
     ways = args.ways.split(";") if args.ways else []
-    for name in args.cases.split(","):
-        found = memory_table() if name == "memory" else compare(name, args.rounds, ways)
+    for name in (args.cases or ALL[args.device]).split(","):
+        if name == "memory":
+            found = memory_table()
+        else:
+            found = compare(name, args.rounds, ways, args.device)
         result[name if not ways else f"{name}: {args.ways}"] = found
         if args.out:
             args.out.parent.mkdir(parents=True, exist_ok=True)

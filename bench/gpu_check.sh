@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Verifies and measures everything on a GPU, from a bare checkout, in under 8 minutes:
+# Verifies and measures everything on a GPU, from a bare checkout, in under 10 minutes:
 #
 #   bench/gpu_check.sh OUT_DIR
 #
@@ -14,8 +14,8 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$($python -c \
   'import torch; print("{}.{}".format(*torch.cuda.get_device_capability()))')}
-deadline=470 # seconds from the start
-parts=(build triton_tests info tests updates attention pairwise lstm lora)
+deadline=570 # seconds from the start
+parts=(build triton_tests info tests learners metasteps updates attention pairwise lstm lora)
 
 part() { # name, seconds at most, command...
   local name=$1 limit=$2 start=$SECONDS left=$((deadline - SECONDS)) status=124
@@ -46,6 +46,8 @@ part info 30 "$python" -m fastmeta.info
 run_tests tests 180 tests/test_ops.py tests/test_inner_update.py tests/test_inner_update_lists.py \
   tests/test_head_inner_loop.py tests/test_cuda_device.py \
   -k "(cuda and not emulated) or cuda_device"
+part learners 150 "$python" tests/gpu -o addopts= --import-mode=importlib -m "not slow" --durations=10
+part metasteps 200 "$python" -m bench.compare --device cuda --rounds 2 --out "$out/metasteps.json"
 part updates 100 "$python" -m bench.compare_updates --device cuda --out "$out/updates.json"
 part attention 120 $python -m bench.compare_attention --device cuda --out "$out/attention.json"
 part pairwise 100 "$python" -m bench.compare_pairwise --device cuda --out "$out/pairwise.json"
