@@ -211,7 +211,7 @@ class Now:
 
     def sum_of_rows(self, x: Tensor) -> Tensor:
         """``[T, M, N] -> [T, 1, N]``."""
-        return x.sum(1, keepdim=True)
+        return x.sum(1, keepdim=True, dtype=x.dtype)  # autocast on a GPU would widen it
 
     def run(self) -> None:
         pass

@@ -49,6 +49,8 @@ def set_up() -> None:
     torch.cuda.Stream = torch.cuda.current_stream = _Stream
     torch.cuda.stream = lambda stream: nullcontext()
     torch.cuda.graph_pool_handle = object
+    torch.cuda.amp.common.amp_definitely_not_available = lambda: False
+    torch.cuda.is_bf16_supported = lambda *args: True
     torch.cuda.is_current_stream_capturing = _recording
     torch.cuda.CUDAGraph, torch.cuda.graph = Graph, _recorded
     torch._C._set_only_lift_cpu_tensors(True)  # so that torch.tensor(..., device) is seen here
@@ -142,6 +144,8 @@ def _run(func, args: tuple, kwargs: dict, given: list[Tensor], graph: Graph | No
     args, kwargs = tree_map(lambda t: t.values if isinstance(t, OnGpu) else t, (args, kwargs))
     if made_there:
         kwargs["device"] = torch.device("cpu")
+    if func.namespace == _library.NAMESPACE:
+        func = _wide(func)
     found = func(*args, **kwargs)
     if graph is not None:
         graph.calls.append((func, args, kwargs, found))
@@ -155,6 +159,27 @@ def _run(func, args: tuple, kwargs: dict, given: list[Tensor], graph: Graph | No
         return known[id(t)] if id(t) in known else OnGpu(t)
 
     return tree_map(wrapped, found)
+
+
+def _wide(func):
+    """The operator for any dtype: kernels for the CPU take float32 and float64."""
+
+    def call(*args, **kwargs):
+        narrow = [t for t in _tensors((args, kwargs)) if t.dtype in (torch.bfloat16, torch.float16)]
+        if not narrow:
+            return func(*args, **kwargs)
+        like = func(
+            *tree_map(lambda t: t.to("meta") if isinstance(t, Tensor) else t, (args)), **kwargs
+        )
+        args = tree_map(
+            lambda t: t.float() if isinstance(t, Tensor) and t.is_floating_point() else t, args
+        )
+        return tree_map(
+            lambda t, m: t.to(m.dtype) if isinstance(t, Tensor) else t, func(*args, **kwargs), like
+        )
+
+    call.is_view = False
+    return call
 
 
 def _refuse(func, given: list[Tensor], ours: list[Tensor]) -> None:

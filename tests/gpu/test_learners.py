@@ -91,15 +91,19 @@ CLASSIFIERS = [
 ]
 
 
+def texts_of(name: str) -> fm.TaskBatch:
+    """Two tasks of three padded texts each."""
+    labels = torch.arange(3).expand(2, 3).contiguous()
+    sets = [families.inputs(name, 2, 3, padding="right", seed=seed) for seed in (1, 2)]
+    return fm.TaskBatch(*({**each, "labels": labels} for each in sets))
+
+
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_families(name: str) -> None:
-    sets = [families.inputs(name, 2, 3, padding="right", seed=seed) for seed in (1, 2)]
-    for each in sets:
-        each["labels"] = torch.arange(3).expand(2, 3).contiguous()
     check(
         lambda model: fm.MAML(fm.patch(model, EVERYTHING), lr=0.1, steps=2),
         families.build(name),
-        fm.TaskBatch(*sets),
+        texts_of(name),
     )
 
 
@@ -118,3 +122,43 @@ OTHERS = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_learners(name: str) -> None:
     check(OTHERS[name], batch=oracle.as_batch(metric.make_tasks(3)))
+
+
+BFLOAT16 = {
+    "all": (EVERYTHING, {}),
+    "biases": (ADAPTERS + fm.Bias(), {}),
+    "recompute": (ADAPTERS, {"memory": "recompute"}),
+    "captured": (EVERYTHING, {"compile": "trace"}),
+    "cudagraph": (EVERYTHING, {"compile": "cudagraph"}),
+}
+
+
+def near_in_bfloat16(
+    model: torch.nn.Module, batch: fm.TaskBatch, spec: fm.Spec, settings: dict
+) -> None:
+    """Products in bfloat16: near the exact meta-gradient, everything else in float32."""
+    common = {"lr": 0.01, "steps": 2, "memory": "unroll"}
+    model = model.float()
+    exact = outcome(fm.MAML(fm.patch(copy.deepcopy(model), spec), **common), batch)
+    with gpu():
+        there = fm.patch(on_gpu(model), spec)
+        learner = fm.MAML(there, compute_dtype=torch.bfloat16, **(common | settings))
+        found = outcome(learner, batch.to("cuda"))
+    assert {t.dtype for t in found.values()} == {torch.float32}
+    names = [n for n in exact if n != "losses"]
+    a, b = (torch.cat([each[n].flatten() for n in names]) for each in (found, exact))
+    assert torch.cosine_similarity(a, b, dim=0) > 0.999
+    assert not torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", BFLOAT16)
+def test_bfloat16(name: str) -> None:
+    batch = oracle.as_batch(oracle.make_tasks())
+    near_in_bfloat16(oracle.tiny_bert(), batch, *BFLOAT16[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in NO_CLASSIFIERS])
+def test_families_in_bfloat16(name: str) -> None:
+    if FAMILIES[name].kind in ("encoder", "decoder"):
+        near_in_bfloat16(families.build(name), texts_of(name), EVERYTHING, {})
