@@ -27,7 +27,7 @@ KERNELS = {  # raw operators by file of kernels/; the launcher of each has its n
     "attention": ("attention", "attention_backward"),
     "attention_second": ("attention_double_backward",),
     "squares": ("pairwise_squares_",),
-    "classes": ("class_sums", "class_gather"),
+    "classes": ("class_sums", "class_gather", "take_rows"),
     "prototypical": ("prototypical", "prototypical_backward", "prototypical_rows_"),
     "nearest": ("nearest_select_",),
     "coordinate_lstm": (

@@ -1,4 +1,5 @@
-"""Triton kernels of the sums over classes and their adjoint, ``fastmeta.ops._classes``."""
+"""Triton kernels of the sums over classes and their adjoint, ``fastmeta.ops._classes``, which
+gathers rows in any order too, ``fastmeta.ops.take_rows``."""
 
 from __future__ import annotations
 
@@ -106,3 +107,8 @@ def class_gather(v: Tensor, labels: Tensor) -> Tensor:
         v, labels, out, rows, classes, d, BN=bn, BD=bd, num_warps=4,
     )  # fmt: skip
     return out
+
+
+def take_rows(x: Tensor, index: Tensor) -> Tensor:
+    """Row ``index[s]`` of ``[R, C]`` for each s, zeros for -1: ``[S, C]``."""
+    return class_gather(x.unsqueeze(0), index.unsqueeze(0)).squeeze(0)

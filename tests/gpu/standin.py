@@ -15,7 +15,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from fastmeta import _library, _triton
 
@@ -162,21 +162,15 @@ def _run(func, args: tuple, kwargs: dict, given: list[Tensor], graph: Graph | No
 
 
 def _wide(func):
-    """The operator for any dtype: kernels for the CPU take float32 and float64."""
+    """One of our operators for any dtype: kernels for the CPU take float32 and float64."""
 
     def call(*args, **kwargs):
-        narrow = [t for t in _tensors((args, kwargs)) if t.dtype in (torch.bfloat16, torch.float16)]
-        if not narrow:
+        if not any(t.dtype in (torch.bfloat16, torch.float16) for t in _tensors((args, kwargs))):
             return func(*args, **kwargs)
-        like = func(
-            *tree_map(lambda t: t.to("meta") if isinstance(t, Tensor) else t, (args)), **kwargs
-        )
-        args = tree_map(
-            lambda t: t.float() if isinstance(t, Tensor) and t.is_floating_point() else t, args
-        )
-        return tree_map(
-            lambda t, m: t.to(m.dtype) if isinstance(t, Tensor) else t, func(*args, **kwargs), like
-        )
+        like = func(*tree_map_only(Tensor, lambda t: t.to("meta"), args), **kwargs)
+        wide = tree_map_only(Tensor, lambda t: t.float() if t.is_floating_point() else t, args)
+        found = func(*wide, **kwargs)
+        return tree_map(lambda t, m: t.to(m.dtype) if isinstance(t, Tensor) else t, found, like)
 
     call.is_view = False
     return call

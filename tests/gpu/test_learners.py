@@ -147,7 +147,7 @@ def near_in_bfloat16(
     assert {t.dtype for t in found.values()} == {torch.float32}
     names = [n for n in exact if n != "losses"]
     a, b = (torch.cat([each[n].flatten() for n in names]) for each in (found, exact))
-    assert torch.cosine_similarity(a, b, dim=0) > 0.999
+    assert torch.cosine_similarity(a, b, dim=0) > 0.99
     assert not torch.equal(a, b)
 
 

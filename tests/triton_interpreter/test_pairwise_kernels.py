@@ -12,6 +12,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from fastmeta import _library, ops
 from fastmeta.ops import use_impl
 from fastmeta.reference import pairwise as reference
+from fastmeta.reference import rows as rows_reference
 from fastmeta.reference.pairwise import ABSOLUTE, MAXIMUM, POWER, PRODUCT, SQUARES
 from fastmeta.testing.tolerance import assert_within_budget, shake
 
@@ -174,6 +175,15 @@ def test_squares_by_products_keep_their_digits(dtype):
     finite = exact.isfinite() & expected.isfinite()
     close(dots[finite].double(), exact[finite], rtol=600 * eps, atol=0)
     close(dots[~finite], expected[~finite])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_take_rows(dtype: torch.dtype):
+    for rows, taken, columns in ((7, 5, 3), (40, 60, 33), (3, 4, 1), (0, 2, 4), (2, 0, 3)):
+        x = torch.randn(rows, columns).to(dtype)
+        index = torch.randint(-1, max(rows, 1), (taken,)) if rows else torch.full((taken,), -1)
+        found = kernel("take_rows")(x, index)
+        assert torch.equal(found, rows_reference.take_rows(x, index)) and found.is_contiguous()
 
 
 def test_class_sums_and_gather():
