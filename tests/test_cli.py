@@ -363,6 +363,10 @@ WRONG = [
     (["train", "--outer-lr=nan"], "outer_lr: expected a finite number"),
     (["train", "--method=mamll"], "expected one of maml, fomaml, anil"),
     (["train", "--order=3"], "order: expected one of 1, 2, got 3"),
+    (
+        ["train", "--compile=jit"],
+        "compile: expected one of False, True, trace, inductor, cudagraph",
+    ),
     (["train", "--method=fomaml", "--order=2"], "fomaml is first-order: expected order 1, got 2"),
     (["train", "--dropout=maybe"], "dropout: expected true or false, got 'maybe'"),
     (["train", "--task-chunk=0"], "task_chunk: expected null, 'auto' or an integer"),

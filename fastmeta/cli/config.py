@@ -15,7 +15,9 @@ from fastmeta.algorithms.comparison import PRECISIONS
 from fastmeta.algorithms.embedding import POOLINGS
 from fastmeta.algorithms.relationnet import LOSSES
 from fastmeta.cli.errors import UserError, near
+from fastmeta.engine.capture import HOW
 from fastmeta.engine.learned import KINDS
+from fastmeta.engine.replays import WHOLE
 from fastmeta.ops.pairwise import METRICS
 
 GRADIENT = ("maml", "fomaml", "anil", "reptile", "metasgd", "imaml", "lstmmeta", "learnedopt")
@@ -99,7 +101,12 @@ class Config:
     memory_budget: int | str | None = _key(
         None, "memory of an outer step beyond the model: bytes or a text such as 8GiB"
     )
-    compile: bool = _key(False, "capture inner steps as graphs (gradient-based methods)")
+    compile: bool | str = _key(
+        False,
+        "capture inner steps as graphs: true, trace or inductor; cudagraph: whole outer steps "
+        "(gradient-based methods)",
+        choices=(False, True, *HOW, WHOLE),
+    )
     truncate: int | None = _key(None, "differentiate the last this many inner steps", least=0)
     lam: float = _key(1.0, "imaml: strength of the pull to the initial values", above=0)
     cg_steps: int = _key(5, "imaml: iterations of conjugate gradients", least=1)

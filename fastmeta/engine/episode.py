@@ -71,7 +71,8 @@ def run_episode(loop: InnerLoop, packed: Tensor, batch: TaskBatch, plan: MemoryP
     """
     results = _run(loop, packed, batch, plan)
     good = _finite(results)
-    some, every = bool(good.any()), bool(good.all())
+    every = bool(good.all())
+    some = every or bool(good.any())
     if not every:
         results = results.detach()  # lets go of the graph before another one is built
         if some and torch.is_grad_enabled():

@@ -33,13 +33,17 @@ def build() -> Path:
     return target
 
 
-def main() -> int:
+def prepare() -> None:
+    """Before torch is imported: puts the stand-in there, if torch was built for the CPU."""
     if re.search(r"^cuda.*= None$", (TORCH / "version.py").read_text(), re.M):
-        # built for the CPU: there is no GPU to run on
         library = build()
         for name in ("libtorch_global_deps.so", "libc10.so", "libtorch_cpu.so"):
             ctypes.CDLL(str(TORCH / "lib" / name), mode=ctypes.RTLD_GLOBAL)
         ctypes.CDLL(str(library))
+
+
+def main() -> int:
+    prepare()
     import pytest
 
     return pytest.main([str(HERE), "-q", "-p", "no:cacheprovider", *sys.argv[1:]])
