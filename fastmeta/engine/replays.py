@@ -154,13 +154,10 @@ class _Recorded:
             for own, given in zip(self._reads(), _values(batch, tokens, start), strict=True):
                 own.copy_(given)
             self.graph.replay()
-            if not bool(self.finite):
-                return None
-            results, gradients = self.found  # overwritten by the next replay
-            return (
-                [t.clone() for t in results],
-                [g if g is None else g.clone() for g in gradients],
-            )
+            results, gradients = self.found  # overwritten by the next replay, on any stream
+            results = [t.clone() for t in results]
+            gradients = [g if g is None else g.clone() for g in gradients]
+            return (results, gradients) if bool(self.finite) else None  # waits for all of this
 
     def _reads(self) -> list[Tensor]:
         return _values(self.batch, self.tokens, self.start)

@@ -7,7 +7,7 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 
-if torch._C._accelerator_getAccelerator() is None:
+if torch.accelerator.current_accelerator() is None:
     collect_ignore_glob = ["*"]
 else:
     sys.path.insert(0, str(HERE))

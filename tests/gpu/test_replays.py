@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import episode_oracle as oracle
+import metric_oracle as metric
 import pytest
 import torch
 from standin import gpu, on_cpu, on_gpu
@@ -58,6 +59,28 @@ def test_exact_for_every_batch(spec: str, name: str) -> None:
         assert len(steps) == 1 and None not in steps.values()
         # labels and padding of both sets are asked about before, and who diverged after
         assert len([w for w in device.waits if "copy" not in w]) <= 7
+
+
+OTHERS = {
+    "anil": (fm.ANIL, fm.Head(), {}),
+    "metasgd": (fm.MetaSGD, ADAPTERS, {}),
+    "imaml": (fm.IMAML, ADAPTERS, {"cg_steps": 2}),
+    "protomaml": (fm.ProtoMAML, ADAPTERS, {}),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_learners(name: str) -> None:
+    kind, spec, settings = OTHERS[name]
+    settings = {"lr": 0.1, "steps": 2, "memory": "unroll", **settings}
+    batch = oracle.as_batch(metric.make_tasks(3))
+    with gpu():
+        model = oracle.tiny_bert()
+        here = kind(fm.patch(copy.deepcopy(model), spec), **settings)
+        there = kind(fm.patch(on_gpu(model), spec), compile="cudagraph", **settings)
+        for _ in range(2):
+            oracle.assert_close(step(there, batch), step(here, batch))
+        assert len(there.replays.steps) == 1 and None not in there.replays.steps.values()
 
 
 def test_weights_that_changed_are_read() -> None:
