@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastmeta.batch import IGNORE_INDEX
 from fastmeta.engine.inner import InnerLoop, Support, inner_step
@@ -145,6 +145,5 @@ def step_rows(labels: Tensor, batch_sizes: Sequence[int | None], step: int, seed
 def _rates(rate: Tensor, patched: Patched, like: Tensor) -> Rates:
     """Rates ``[T]`` as the inner loop takes them."""
     rates = Rates(LearnedRate(per="task", num_tasks=len(rate)), patched.layout, 1, like)
-    rates.values.data = rate
-    rates.requires_grad_(False)
+    rates.values = nn.Parameter(rate, requires_grad=False)
     return rates

@@ -53,6 +53,7 @@ def set_up() -> None:
     torch.cuda.is_bf16_supported = lambda *args: True
     torch.cuda.is_current_stream_capturing = _recording
     torch.cuda.CUDAGraph, torch.cuda.graph = Graph, _recorded
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
     torch._C._set_only_lift_cpu_tensors(True)  # so that torch.tensor(..., device) is seen here
     _triton.register("cuda", winner=True)  # the kernels that are picked; never launched
 
@@ -81,6 +82,9 @@ class OnGpu(Tensor):
 
     def data_ptr(self) -> int:
         return self.values.data_ptr()
+
+    def tolist(self) -> list:
+        return on_cpu(self).tolist()
 
     def __deepcopy__(self, memo: dict) -> Tensor:
         there = OnGpu(self.values.detach().clone())

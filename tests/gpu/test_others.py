@@ -1,0 +1,140 @@
+"""Everything that is no gradient-based learner: adapting, choosing, generating, searching."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import episode_oracle as oracle
+import metric_oracle as metric
+import pytest
+import search_oracle
+import torch
+from standin import gpu, on_cpu, on_gpu
+from torch import Tensor, nn
+
+import fastmeta as fm
+from fastmeta.training import Trainer
+
+BATCH = oracle.as_batch(metric.make_tasks(3))
+
+
+def on_both(
+    run: Callable[[nn.Module, fm.TaskBatch], dict[str, Tensor]],
+    model: nn.Module | None = None,
+    batch: fm.TaskBatch = BATCH,
+    rtol: float = 1e-9,
+) -> None:
+    """`run` gives the same on a GPU as on a CPU."""
+    model = oracle.tiny_bert() if model is None else model
+    torch.manual_seed(0)
+    expected = run(copy.deepcopy(model), batch)
+    with gpu():
+        torch.manual_seed(0)
+        found = run(on_gpu(model), batch.to("cuda"))
+    oracle.assert_close(on_cpu(found), expected, rtol)
+
+
+def gradients_of(learner: nn.Module, batch: fm.TaskBatch) -> dict[str, Tensor]:
+    out = learner(batch)
+    return {"losses": out.task_losses.detach(), **oracle.gradients(learner, out.loss)}
+
+
+@pytest.mark.parametrize("spec", [fm.Params("*"), fm.LoRA(r=2) + fm.Head(), fm.Head()], ids=str)
+def test_adapt(spec: fm.Spec) -> None:
+    def run(model: nn.Module, batch: fm.TaskBatch) -> dict[str, Tensor]:
+        patched = fm.patch(model, spec)
+        adapted = fm.adapt(patched, batch.support, steps=3, lr=0.1, optimizer="adam")
+        query = {k: v for k, v in batch.query.items() if k != "labels"}
+        with torch.no_grad():
+            logits = patched(adapted.params, **query).logits
+        return {"params": adapted.params.packed, "losses": adapted.support_losses, "logits": logits}
+
+    on_both(run)
+
+
+def test_select_models() -> None:
+    def run(model: nn.Module, batch: fm.TaskBatch) -> dict[str, Tensor]:
+        patched = fm.patch(model, fm.Head())
+        grid = fm.Candidate.grid(lr=[0.05, 0.4], steps=[2, 3])
+        found = fm.select_models(
+            patched, batch.support, grid, query=batch.query, criterion="medoid"
+        )
+        return {"chosen": found.chosen.double(), "ensemble": found.ensemble}
+
+    on_both(run)
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_hypernetwork(steps: int) -> None:
+    def run(model: nn.Module, batch: fm.TaskBatch) -> dict[str, Tensor]:
+        patched = fm.patch(model, fm.LoRA(r=2) + fm.Head())
+        learner = fm.HyperNetwork(patched, latent=4, hidden=6, steps=steps, train_encoder=True)
+        with torch.no_grad():
+            for p in learner.parameters():
+                p.add_(0.01 * torch.arange(p.numel(), device=p.device).view(p.shape).cos())
+        return gradients_of(learner, batch)
+
+    on_both(run)
+
+
+@pytest.mark.parametrize("kind", ["lstm", "mlp"])
+def test_learned_optimizer(kind: str) -> None:
+    def run(model: nn.Module, batch: fm.TaskBatch) -> dict[str, Tensor]:
+        torch.manual_seed(3)
+        rule = fm.LearnedOptimizer(kind, hidden=4, layers=1).double()
+        patched = fm.patch(model, fm.Head())
+        if patched.device.type == "cuda":
+            rule = on_gpu(rule)
+        return gradients_of(fm.MAML(patched, optimizer=rule, lr=0.1, steps=2), batch)
+
+    on_both(run)
+
+
+def test_lstm_meta_learner() -> None:
+    def run(model: nn.Module, batch: fm.TaskBatch) -> dict[str, Tensor]:
+        return gradients_of(fm.LSTMMetaLearner(fm.patch(model, fm.Head()), steps=2), batch)
+
+    on_both(run)
+
+
+def test_training(tmp_path) -> None:
+    """The outer loop with its checkpoints and evaluations, from batches on the host."""
+    model, tokenizer = fm.data.tiny_bert(3, 16, 1, num_heads=2, dropout=0.0)
+
+    def run(model: nn.Module, _: fm.TaskBatch) -> dict[str, Tensor]:
+        learner = fm.MAML(fm.patch(model, fm.Params("*")), lr=0.1, steps=2, memory="unroll")
+        texts = {p: fm.data.Episodes(fm.data.builtin(p), tokenizer, 3, 1, 2, 3) for p in PARTS}
+        trainer = Trainer(
+            learner,
+            texts["train"],
+            torch.optim.AdamW(learner.parameters(), lr=1e-2),
+            valid=texts["valid"],
+            eval_every=2,
+            eval_episodes=4,
+            out=tmp_path / learner.device.type,
+            progress=False,
+            clip_norm=1.0,
+        )
+        records = trainer.fit(3)
+        losses = torch.tensor([r["loss"] for r in records])
+        return {"losses": losses, **{n: p.detach() for n, p in learner.named_parameters()}}
+
+    on_both(run, model.double())
+
+
+PARTS = ("train", "valid")
+
+
+def test_search() -> None:
+    model, tokenizer = search_oracle.tiny_bert()
+
+    def run(model: nn.Module, batch: fm.TaskBatch) -> dict[str, Tensor]:
+        space = fm.search.Space(
+            model, layers="each", widths=[1.0, 0.5], heads=[2, 1], lora=[0, 2], steps=[1, 2],
+            lr=fm.search.Range(0.05, 0.5, log=True),
+        )  # fmt: skip
+        found = fm.search.run(space, batch, evaluations=8, population=4, progress=False)
+        return {"losses": torch.tensor([s.losses for s in found.scores])}
+
+    on_both(run, model, search_oracle.batch_of(tokenizer))
