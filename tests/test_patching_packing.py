@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 from torch import Tensor
@@ -108,3 +110,13 @@ def test_weight_gradients_are_not_copied() -> None:
     weight = TASKS * WIDE * NARROW
     assert first == {"aten::copy_": small}
     assert copied.get("aten::cat", 0) == 0 and copied["aten::copy_"] < small + weight
+
+
+def test_segment_offsets_are_made_once_and_stay_in_their_process() -> None:
+    layout = ParamLayout(["w", "b"], [(4, 5), (3,)])
+    with torch.inference_mode():
+        found = layout.segment_offsets("cpu")
+    assert found.tolist() == [0, 32, 48] and not found.is_inference()
+    assert layout.segment_offsets("cpu") is found
+    twin = pickle.loads(pickle.dumps(layout))
+    assert torch.equal(twin.segment_offsets(), found) and twin.segment_offsets() is not found

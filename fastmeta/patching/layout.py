@@ -50,6 +50,9 @@ class ParamLayout:
         self.num_elements = sum(self.numels)
         self._starts: dict[str, Tensor] = {}
 
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_starts": {}}  # of the devices of one process
+
     def __len__(self) -> int:
         return len(self.names)
 

@@ -272,11 +272,11 @@ class Patched(nn.Module):
     def computed_tokens(self, inputs: Mapping[str, Any], rounded: bool = False) -> int | None:
         """Positions of each task that layers compute for inputs ``[T, N, ...]``; None where those
         are all, whatever the mask."""
-        plan, mask = self.plan(inputs), inputs.get(MASK)
-        if not plan.unpadded or not isinstance(mask, Tensor):
+        mask = inputs.get(MASK)
+        if not self.plan(inputs).unpadded or not isinstance(mask, Tensor):
             return None
-        unpadded = self._unpadded(plan, inputs, rounded)
-        return mask[0].numel() if unpadded is None else unpadded.tokens.width
+        tokens = self.tokens(inputs, rounded)
+        return mask[0].numel() if tokens is None else tokens.width
 
     def _unpadded(
         self, plan: Plan, inputs: Mapping[str, Any], rounded: bool = False
