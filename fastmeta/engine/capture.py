@@ -7,8 +7,6 @@ depend on K. What differs between steps (update rule, learned rates, frozen task
 from __future__ import annotations
 
 import os
-import threading
-import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -26,6 +24,7 @@ from tqdm import tqdm
 
 from fastmeta import _backend
 from fastmeta.engine import graphs
+from fastmeta.engine.by_signature import BySignature
 from fastmeta.engine.graph_function import GraphFunction
 from fastmeta.engine.inner import InnerLoop, Support, gradient
 from fastmeta.patching import Patched
@@ -74,7 +73,7 @@ class Unsuited(Exception):
     """Another graph serves, or eager code should: no reason for a warning."""
 
 
-class Capture:
+class Capture(BySignature):
     """The captured gradients of one patched model.
 
     Args:
@@ -85,10 +84,8 @@ class Capture:
     """
 
     def __init__(self, how: str, folder: str | None) -> None:
+        super().__init__(_MOST, "an inner step could not be captured and runs eagerly")
         self.how, self.folder = how, folder
-        self.steps: dict[Hashable, Any] = {}  # None: runs eagerly
-        self.lock = threading.Lock()
-        self.warned = False
 
     @property
     def by_leaf(self) -> bool:
@@ -109,21 +106,16 @@ class Capture:
         if loop.proximal:
             operands.append(support.start)
         key = (create_graph, *signature(loop, support, operands, shared))
-        step = self.find(key, partial(_Step.make, loop, support, operands, shared, create_graph))
+        step = self.captured(
+            key, partial(_Step.make, loop, support, operands, shared, create_graph)
+        )
         return None if step is None else step.run(operands)
 
-    def find(self, key: Hashable, make: Callable[[graphs.Compiler | None], Any]) -> Any:
+    def captured(self, key: Hashable, make: Callable[[graphs.Compiler | None], Any]) -> Any:
         """What was captured for a signature, by `make` if it is new; None where that fails."""
-        if key not in self.steps:
-            with self.lock:
-                if key not in self.steps:
-                    self.steps[key] = self._captured(make)
-        return self.steps[key]
+        return self.find(key, partial(self._captured, make))
 
     def _captured(self, make: Callable[[graphs.Compiler | None], Any]) -> Any:
-        if len(self.steps) >= _MOST:
-            self._warn(f"{_MOST} graphs are captured already; pad texts to a few lengths")
-            return None
         total = 2 if self.how == "inductor" else None
         try:
             with (
@@ -133,18 +125,6 @@ class Capture:
                 return make(None if self.how == "trace" else partial(self._compile, bar))
         except Unsuited:
             return None
-        except Exception as error:  # whatever a model, a loss or a compiler may raise
-            self._warn(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
-            return None
-
-    def _warn(self, reason: str) -> None:
-        if not self.warned:
-            self.warned = True
-            warnings.warn(
-                f"an inner step could not be captured and runs eagerly ({reason})",
-                RuntimeWarning,
-                stacklevel=2,
-            )
 
     def _compile(self, bar: tqdm, graph: fx.GraphModule, examples: Callable) -> Callable:
         bar.update()

@@ -155,7 +155,7 @@ def _captured(
     layout = (*params.leaves, *((len(written), len(read)) for written, read in states))
     key = (kind, loop.steps, layout, *signature(loop, support, operands.joined(), shared))
     make = partial(_Graph.make, operands, params, support, shared, compute)
-    graph = loop.capture.find(key, make)
+    graph = loop.capture.captured(key, make)
     return None if graph is None else graph.run(params, operands)
 
 

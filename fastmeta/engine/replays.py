@@ -9,15 +9,16 @@ all tasks stayed finite); where a task diverged, the episode runs again without 
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from fastmeta import _backend
 from fastmeta.batch import TaskBatch
+from fastmeta.engine.by_signature import BySignature
 from fastmeta.engine.conditions import Conditions
 from fastmeta.engine.graphs import masks_unread
 from fastmeta.engine.inner import InnerLoop, model_inputs
@@ -50,14 +51,14 @@ def replays_of(patched: Patched, compile: bool | str) -> Replays | None:
     return Replays()
 
 
-class Replays:
+class Replays(BySignature):
     """The recorded meta-steps of one learner."""
 
     def __init__(self) -> None:
-        self.steps: dict[Hashable, _Recorded | None] = {}  # None: runs without a graph
-        self.lock = threading.Lock()
+        failed = "a meta-step could not be recorded and runs without a CUDA graph"
+        super().__init__(_MOST, failed, is_out_of_memory)
+        self.one_at_a_time = threading.Lock()  # a graph has one batch's memory
         self.pool = None
-        self.warned = False
 
     def __reduce__(self):
         return Replays, ()  # graphs hold the memory of one process
@@ -82,36 +83,14 @@ class Replays:
         """
         tokens = _tokens(loop, batch)
         key = _signature(loop, mode, batch, tokens, start, weights)
-        with self.lock:  # a graph has one batch's memory
-            if key not in self.steps:
-                self.steps[key] = self._recorded(loop, batch, start, step)
-            recorded = self.steps[key]
+        with self.one_at_a_time:
+            recorded = self.find(key, partial(self._recorded, loop, batch, start, step))
             return None if recorded is None else recorded.replay(batch, tokens, start)
 
-    def _recorded(
-        self, loop: InnerLoop, batch: TaskBatch, start: Tensor, step: Step
-    ) -> _Recorded | None:
-        if len(self.steps) >= _MOST:
-            self._warn(f"{_MOST} graphs are recorded already; pad texts to a few lengths")
-            return None
+    def _recorded(self, loop: InnerLoop, batch: TaskBatch, start: Tensor, step: Step) -> _Recorded:
         if self.pool is None:
             self.pool = torch.cuda.graph_pool_handle()
-        try:
-            return _Recorded(loop, batch, start, step, self.pool)
-        except Exception as error:  # whatever a model or a driver may raise
-            if is_out_of_memory(error):
-                raise
-            self._warn(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
-            return None
-
-    def _warn(self, reason: str) -> None:
-        if not self.warned:
-            self.warned = True
-            warnings.warn(
-                f"a meta-step could not be recorded and runs without a CUDA graph ({reason})",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+        return _Recorded(loop, batch, start, step, self.pool)
 
 
 class _Recorded:
