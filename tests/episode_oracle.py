@@ -36,11 +36,13 @@ def with_varied_rates(learner: fm.MAML) -> fm.MAML:
     return learner
 
 
-def tiny_bert(seed: int = 0, layers: int = 1, dropout: float = 0.0, classes: int = 3) -> nn.Module:
+def tiny_bert(
+    seed: int = 0, layers: int = 1, dropout: float = 0.0, classes: int = 3, words: int = 20
+) -> nn.Module:
     """A float64 BERT classifier of width 16, every parameter perturbed."""
     torch.manual_seed(seed)
     config = tf.BertConfig(
-        vocab_size=20,
+        vocab_size=words,
         hidden_size=16,
         num_hidden_layers=layers,
         num_attention_heads=2,

@@ -121,13 +121,13 @@ def test_chunks_are_kept_by_leaf_too(compile: bool, monkeypatch) -> None:
         found.append(
             oracle.gradients(learner, out.loss + weighted + out.params.packed.tanh().sum())
         )
-    assert served == [T, 2, 1, 1, 2]  # forward, and backward from the last
+    assert served == [T, 2, 1, 2, 1]  # forward, and backward
     assert_same(*found)
 
 
 def test_tables_of_many_tokens(monkeypatch) -> None:
     """A small vocabulary and many rows: tasks have tables of their own."""
-    monkeypatch.setattr("fastmeta.patching.fast_weights._TABLE_ROWS", 0)
+    monkeypatch.setattr("fastmeta.patching.words._WORTH", 0.0)
     found = [
         run(oracle.tiny_bert, monkeypatch, by_leaf, batch(), lr=0.1, steps=3)
         for by_leaf in (True, False)

@@ -138,13 +138,13 @@ class Run:
                 None if ways is None else _repeated(ways, len(group)),
                 numbers,
             )
-            return found.params, found.active
+            return found.params.packed, found.active
         every = {k: _repeated(v, len(group)) for k, v in inputs.items()}
         pieces = [
             adapt_tasks(loop, start[s], {k: v[s] for k, v in every.items()}, "unroll", numbers[s])
             for s in split(slice(0, count), self.task_chunk)
         ]
-        return torch.cat([q.params for q in pieces]), torch.cat([q.active for q in pieces])
+        return torch.cat([q.params.packed for q in pieces]), torch.cat([q.active for q in pieces])
 
     def _features(self, model: Patched, inputs: Mapping[str, Tensor]) -> Tensor | None:
         """What a head that alone adapts reads, ``[T, N, D]``: the same for every candidate."""

@@ -375,8 +375,7 @@ class HyperNetwork(GradientLearner):
             return params
         batch = self._with_ways(TaskBatch(support, support, ways))
         with computing(self.device, self.compute_dtype):
-            found = adapt_tasks(loop, params.packed, with_ways(batch)[0], "unroll").params
-        return TaskParams(self.patched.layout, found)
+            return adapt_tasks(loop, params.packed, with_ways(batch)[0], "unroll").params
 
     def predict(
         self, params: TaskParams, *, ways: Tensor | None = None, **inputs: Tensor

@@ -170,8 +170,7 @@ class ProtoMAML(GradientLearner):
         self.check(batch)
         start = self.patched.init(batch.num_tasks).packed
         loop = self.inner_loop()
-        params = adapt_tasks(loop, start, with_ways(batch)[0], "unroll").params
-        return TaskParams(self.patched.layout, params)
+        return adapt_tasks(loop, start, with_ways(batch)[0], "unroll").params
 
     def predict(
         self, params: TaskParams, *, ways: Tensor | None = None, **inputs: Tensor

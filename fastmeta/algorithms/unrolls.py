@@ -156,7 +156,8 @@ class _Unrolls(nn.Module):
                 loop, at.step + step, packed, state, given, active,
                 create_graph=torch.is_grad_enabled() and loop.create_graph(step),
             )  # fmt: skip
-            after, outputs = task_losses(loop, packed, query, self.prefixes[1])
+            params = TaskParams(self.patched.layout, packed)
+            after, outputs = task_losses(loop, params, query, self.prefixes[1])
             active = active & torch.isfinite(after.detach())
             found.append(after)
             before.append(losses)

@@ -21,6 +21,7 @@ from fastmeta.engine.memory import check_memory
 from fastmeta.engine.optimizers import UpdateRule, resolve_rule
 from fastmeta.engine.rates import LearnedRate, Rates
 from fastmeta.patching import Patched, TaskParams
+from fastmeta.patching.word_rows import joined
 
 
 @dataclass
@@ -124,7 +125,7 @@ def adapt(
             for s in split(slice(0, tasks), task_chunk)
         ]
     return Adapted(
-        TaskParams(patched.layout, torch.cat([p.params for p in pieces])),
+        joined([p.params for p in pieces]),
         torch.cat([torch.stack(p.losses) for p in pieces], dim=1),
         ~torch.cat([p.active for p in pieces]),
     )

@@ -17,6 +17,7 @@ from fastmeta.engine.optimizers import FusedRule
 from fastmeta.engine.recompute import add, backpropagate
 from fastmeta.patching import TaskParams
 from fastmeta.patching.task_params import shared_row
+from fastmeta.patching.word_rows import held_apart, joined
 
 
 class TaskResults(NamedTuple):
@@ -24,18 +25,14 @@ class TaskResults(NamedTuple):
 
     losses: Tensor
     """Query losses ``[T]``."""
-    params: Tensor | TaskParams
-    """Adapted fast weights ``[T, P]``, or what can be packed to them where tasks run at once."""
+    params: TaskParams
+    """Adapted fast weights."""
     logits: Tensor
     """Query logits ``[T, Q, ...]``; ``[T, 0]`` where the model has none."""
     active: Tensor
     """bool ``[T]``: the support losses and gradients of every step were finite."""
     support_losses: Tensor
     """``[T, K]``."""
-
-    def detach(self) -> TaskResults:
-        params = self.params.packed if isinstance(self.params, TaskParams) else self.params
-        return TaskResults(*(t.detach() for t in self._replace(params=params)))
 
 
 Run = Callable[[slice, Tensor, str], TaskResults]
@@ -70,22 +67,22 @@ def run_chunks(
         replay = None
     if whole and replay is None and not _may_shrink(loop, packed, plan):
         return run(pieces[0], packed, plan.mode)
-    if torch.is_grad_enabled():
-        weights = [*loop.added_parameters(), *loop.patched.shared_parameters()]
-        row = None if whole and replay is None else shared_row(packed)
-        if row is not None:  # tasks that start from one row may be kept by leaf
-            starts = [row] * len(pieces)
-        else:
-            starts = packed.split([s.stop - s.start for s in pieces])
-        results = [
-            TaskResults(*_Chunk.apply(loop, run, plan, s, whole, replay, weights, start, *weights))
-            for s, start in zip(pieces, starts, strict=True)
-        ]
-    else:
-        results = [run(s, packed[s], plan.mode) for s in pieces]
-    if whole:
-        return results[0]
-    return TaskResults(*(torch.cat(tensors) for tensors in zip(*results, strict=True)))
+    if not torch.is_grad_enabled():
+        return _joined([run(tasks, packed[tasks], plan.mode) for tasks in pieces])
+    weights = [*loop.added_parameters(), *loop.patched.shared_parameters()]
+    row, forms = shared_row(packed), []
+    start = packed if row is None else row
+    found = _Chunks.apply(loop, run, plan, pieces, replay, forms, weights, start, *weights)
+    losses, compact, *others = found
+    return TaskResults(losses, forms[0].again(start, compact), *others)
+
+
+def _joined(parts: list[TaskResults]) -> TaskResults:
+    """The results of the tasks of all parts."""
+    if len(parts) == 1:
+        return parts[0]
+    losses, params, *others = zip(*parts, strict=True)
+    return TaskResults(torch.cat(losses), joined(params), *map(torch.cat, others))
 
 
 def split(tasks: slice, size: int | None) -> list[slice]:
@@ -120,38 +117,52 @@ def _closed(loop: InnerLoop) -> bool:
     return own and loop.loss_fn in (classification, causal_lm)
 
 
-class _Chunk(torch.autograd.Function):
-    """``run(tasks, packed, plan.mode)``: its graph kept, or its gradient, or built again.
+class _Chunks(torch.autograd.Function):
+    """``run(tasks, packed, plan.mode)``, piece after piece of the tasks.
 
-    The initial fast weights are the rows ``[T, P]`` of these tasks, or the one row ``[P]`` of all.
+    The graph of all at once is kept; of pieces their gradient, or their graphs are built again.
+
+    The initial fast weights are the rows ``[T, P]`` of tasks, or the one row ``[P]`` of all.
     """
 
     @staticmethod
-    def forward(ctx, loop, run, plan, tasks, keep, replay, weights, start, *_):
-        ctx.loop, ctx.run, ctx.plan, ctx.tasks, ctx.weights = loop, run, plan, tasks, weights
-        ctx.conditions = Conditions(loop.patched, start.device)
+    def forward(ctx, loop, run, plan, pieces, replay, forms, weights, start, *_):
+        ctx.loop, ctx.run, ctx.plan, ctx.pieces, ctx.weights = loop, run, plan, pieces, weights
         # The weights are saved only so that changing them before backward() raises.
         ctx.save_for_backward(start, *weights)
         ctx.set_materialize_grads(False)
-        ctx.kept = ctx.ahead = None
-        found = None if replay is None else replay(start, weights)
-        if found is not None:
-            results, ctx.ahead = found
-        elif keep:
-            ctx.kept = _with_graph(run, tasks, plan.mode, start)
-            results = ctx.kept[1].detach()
-        elif plan.ahead:
-            results, ctx.ahead = with_gradient(run, tasks, plan.mode, start, weights)
-        else:
-            results = run(tasks, _rows_of(start, tasks), plan.mode)
-        ctx.conditions.finish()
-        ctx.mark_non_differentiable(results.active, results.support_losses)
-        return tuple(results)
+        ctx.conditions, ctx.kept, ctx.ahead = [], None, None
+        gradients, parts = _Gradients(start, weights), []
+        for tasks in pieces:
+            ctx.conditions.append(Conditions(loop.patched, start.device))
+            found = None if replay is None else replay(start, weights)
+            if found is None and len(pieces) == 1:
+                alias, results = _with_graph(run, tasks, plan.mode, start)
+            elif found is None and not plan.ahead:
+                results = run(tasks, _rows_of(start, tasks), plan.mode)
+            else:
+                if found is None:
+                    found = with_gradient(run, tasks, plan.mode, start, weights)
+                results = found[0]
+                gradients.add(tasks, found[1])
+            ctx.conditions[-1].finish()
+            parts.append(results._replace(params=held_apart(results.params)))
+        results = _joined(parts)
+        ctx.form = results.params.detach()
+        forms.append(ctx.form)
+        tensors = list(results._replace(params=results.params.compact))
+        if gradients.pieces == len(pieces):
+            ctx.ahead = gradients.together()
+        elif len(pieces) == 1:
+            ctx.kept = alias, tensors
+        outputs = [t.detach() for t in tensors]
+        ctx.mark_non_differentiable(*outputs[3:])
+        return tuple(outputs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *gradients: Tensor | None):
-        whole, plan, start = ctx.tasks, ctx.plan, ctx.saved_tensors[0]
+        plan, start = ctx.plan, ctx.saved_tensors[0]
         if ctx.ahead is not None:
             found, retain = ctx.ahead, torch._C._autograd._get_current_graph_task_keep_graph()
             ctx.ahead = ctx.ahead if retain else None
@@ -159,45 +170,67 @@ class _Chunk(torch.autograd.Function):
                 scale = gradients[0][0]
                 return *[None] * 7, *(g if g is None else g * scale for g in found)
             plan.ahead = False
-        random = ctx.conditions.random is not None
-        pending = [whole] if random else split(whole, plan.task_chunk)
-        d_start: list[Tensor] = []
-        d_weights: list[Tensor | None] = [None] * len(ctx.weights)
+        total = _Gradients(start, ctx.weights)
+        pending = []
+        for tasks, conditions in zip(ctx.pieces, ctx.conditions, strict=True):
+            parts = [tasks] if conditions.random is not None else split(tasks, plan.task_chunk)
+            pending += [(part, conditions) for part in parts]
         while pending:
-            tasks, mode = pending[0], plan.mode
-            rows = slice(tasks.start - whole.start, tasks.stop - whole.start)
-            size = tasks.stop - tasks.start
-            mine = start[rows] if start.dim() == 2 else start
+            (tasks, conditions), mode = pending[0], plan.mode
+            mine = [g if g is None else g[tasks] for g in gradients]
             try:
-                found = _pull_back(
-                    ctx, tasks, mine, [g if g is None else g[rows] for g in gradients]
-                )
+                found = _pull_back(ctx, tasks, conditions, start, mine)
             except (RuntimeError, MemoryError) as error:
-                if not (is_out_of_memory(error) and plan.shrink(size)):
+                if not (is_out_of_memory(error) and plan.shrink(tasks.stop - tasks.start)):
                     raise
-                if random and plan.mode == mode:
+                if conditions.random is not None and plan.mode == mode:
                     raise
                 found = None  # try again outside this block, which holds the failed graph
-            if found is None:
-                pending[:1] = [tasks] if random else split(tasks, plan.task_chunk)
-                continue
-            pending.pop(0)
-            d_start.append(torch.zeros_like(mine) if found[0] is None else found[0])
-            d_weights = [add(a, b) for a, b in zip(d_weights, found[1:], strict=True)]
-        together = torch.cat(d_start) if start.dim() == 2 else sum(d_start)
-        return *[None] * 7, together, *d_weights
+            if found is not None:
+                pending.pop(0)
+                total.add(tasks, found)
+            elif conditions.random is None:
+                pending[:1] = [(part, conditions) for part in split(tasks, plan.task_chunk)]
+        return *[None] * 7, *total.together()
+
+
+class _Gradients:
+    """Gradients of initial fast weights and other weights, piece by piece.
+
+    Attributes:
+        pieces: How many were added.
+    """
+
+    def __init__(self, start: Tensor, weights: list[Tensor]) -> None:
+        self.start, self.pieces = start, 0
+        self.rows: list[Tensor] = []  # where tasks start from rows of their own
+        self.shared: list[Tensor | None] = [None] * (len(weights) + (start.dim() == 1))
+
+    def add(self, tasks: slice, found: list[Tensor | None]) -> None:
+        if self.start.dim() == 2:
+            mine, *found = found
+            self.rows.append(torch.zeros_like(self.start[tasks]) if mine is None else mine)
+        self.shared = [add(a, b) for a, b in zip(self.shared, found, strict=True)]
+        self.pieces += 1
+
+    def together(self) -> list[Tensor | None]:
+        if self.start.dim() == 2:
+            return [torch.cat(self.rows), *self.shared]
+        return self.shared
 
 
 def _rows_of(start: Tensor, tasks: slice) -> Tensor:
-    """The initial fast weights ``[T, P]``."""
-    return start if start.dim() == 2 else start.expand(tasks.stop - tasks.start, -1)
+    """The initial fast weights ``[T, P]`` of some tasks."""
+    return start[tasks] if start.dim() == 2 else start.expand(tasks.stop - tasks.start, -1)
 
 
 def _with_graph(run: Run, tasks: slice, mode: str, start: Tensor) -> tuple[Tensor, TaskResults]:
-    """What stands for `start` in the results' graph, and the results."""
-    alias = start.detach().requires_grad_()
+    """What stands for these tasks' `start` in the results' graph, and the results."""
+    own = start[tasks] if start.dim() == 2 else start
+    alias = own.detach().requires_grad_()
     with torch.enable_grad():
-        return alias, run(tasks, _rows_of(alias, tasks), mode)
+        rows = alias if own.dim() == 2 else _rows_of(alias, tasks)
+        return alias, run(tasks, rows, mode)
 
 
 def with_gradient(run: Run, tasks: slice, mode: str, start: Tensor, weights: list[Tensor]) -> Ahead:
@@ -205,7 +238,7 @@ def with_gradient(run: Run, tasks: slice, mode: str, start: Tensor, weights: lis
     alias, results = _with_graph(run, tasks, mode, start)
     ones = [torch.ones_like(results.losses), *[None] * (len(results) - 1)]
     found = backpropagate(results, ones, [alias, *weights])
-    return results.detach(), found
+    return results._replace(params=held_apart(results.params).detach()), found
 
 
 def _alike(gradients: tuple[Tensor | None, ...]) -> bool:
@@ -217,23 +250,22 @@ def _alike(gradients: tuple[Tensor | None, ...]) -> bool:
 
 
 def _pull_back(
-    ctx, tasks: slice, start: Tensor, gradients: list[Tensor | None]
+    ctx, tasks: slice, conditions: Conditions, start: Tensor, gradients: list[Tensor | None]
 ) -> list[Tensor | None]:
     """Gradients of `start` and the weights, by the graph of these tasks: kept, or built now."""
     if ctx.kept is not None:
-        alias, results = ctx.kept
+        alias, tensors = ctx.kept
         retain = torch._C._autograd._get_current_graph_task_keep_graph()
         if not retain:
             ctx.kept = None
         wanted = [alias, *ctx.weights]
         try:
-            return backpropagate(results, gradients, wanted, retain_graph=retain)
+            return backpropagate(tensors, gradients, wanted, retain_graph=retain)
         except (RuntimeError, MemoryError):
             ctx.kept = None  # spent
             raise
-    alias = start.detach().requires_grad_()
-    with ctx.conditions.restored(ctx.loop.patched):
-        results = ctx.run(tasks, _rows_of(alias, tasks), ctx.plan.mode)
-        if isinstance(results.params, TaskParams) and gradients[1] is not None:
-            results = results._replace(params=results.params.packed)
-        return backpropagate(results, gradients, [alias, *ctx.weights])
+    with conditions.restored(ctx.loop.patched):
+        alias, results = _with_graph(ctx.run, tasks, ctx.plan.mode, start)
+        compact = None if gradients[1] is None else ctx.form.compact_of(results.params)
+        tensors = results._replace(params=compact)
+        return backpropagate(tensors, gradients, [alias, *ctx.weights])

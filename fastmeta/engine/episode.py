@@ -25,6 +25,7 @@ from fastmeta.engine.inner import (
 )
 from fastmeta.engine.losses import WAYS, accuracy, classification
 from fastmeta.engine.memory import MemoryPlan
+from fastmeta.engine.narrow import narrowed
 from fastmeta.engine.recompute import joined, recompute, slices
 from fastmeta.patching import TaskParams
 from fastmeta.patching.leaf_params import LeafParams
@@ -74,7 +75,9 @@ def run_episode(loop: InnerLoop, packed: Tensor, batch: TaskBatch, plan: MemoryP
     every = bool(good.all())
     some = every or bool(good.any())
     if not every:
-        results = results.detach()  # lets go of the graph before another one is built
+        # lets go of the graph before another one is built
+        params = TaskParams(loop.patched.layout, results.params.packed)
+        results = TaskResults(*(t.detach() for t in results._replace(params=params)))
         if some and torch.is_grad_enabled():
             results, good = _without(loop, packed, batch, plan, results, good)
             some = bool(good.any())
@@ -84,9 +87,6 @@ def run_episode(loop: InnerLoop, packed: Tensor, batch: TaskBatch, plan: MemoryP
         loss = (results.losses if every else results.losses[good]).mean()
     else:
         loss = zero_loss([packed, *loop.added_parameters(), *loop.patched.shared_parameters()])
-    params = results.params
-    if isinstance(params, Tensor):
-        params = TaskParams(loop.patched.layout, params)
     logits = results.logits if results.logits.numel() else None
     scores = None
     if logits is not None and loop.loss_fn is classification:
@@ -95,7 +95,7 @@ def run_episode(loop: InnerLoop, packed: Tensor, batch: TaskBatch, plan: MemoryP
         loss=loss,
         task_losses=results.losses,
         logits=logits,
-        params=params,
+        params=results.params,
         diverged=~good,
         support_losses=results.support_losses.t(),
         accuracy=scores,
@@ -117,13 +117,20 @@ def _without(
         again = _run(loop, packed[index], batch.select(index), plan, index)
         still = _finite(again)
         if bool(still.all()):
-            frozen = TaskResults(
-                *(old.index_copy(0, index, new) for old, new in zip(frozen, again, strict=True))
-            )
+            frozen = _put(frozen, index, again)
             break
         # Other dropout masks, another task lost: fewer tasks each time, so this ends.
         good = good.index_copy(0, index, still)
     return frozen._replace(losses=_nan_where(~good, frozen.losses)), good
+
+
+def _put(old: TaskResults, index: Tensor, new: TaskResults) -> TaskResults:
+    """Results with those of some tasks replaced."""
+    layout = old.params.layout
+    before, after = (r._replace(params=r.params.packed) for r in (old, new))
+    pairs = zip(before, after, strict=True)
+    losses, packed, *others = (a.index_copy(0, index, b) for a, b in pairs)
+    return TaskResults(losses, TaskParams(layout, packed), *others)
 
 
 def zero_loss(meta: list[Tensor]) -> Tensor:
@@ -179,11 +186,15 @@ def _replay(
 
     def step(own: TaskBatch, index: Tensor, start: Tensor):
         run = _runner(recorded, own, plan, index)
-        return with_gradient(run, slice(0, own.num_tasks), plan.mode, start, weights)
+        results, gradients = with_gradient(run, slice(0, own.num_tasks), plan.mode, start, weights)
+        return results._replace(params=results.params.packed), gradients
 
     mode = (plan.mode, plan.keep)
     found = loop.replays.run(recorded, mode, batch, start, weights, step)
-    return None if found is None else (TaskResults(*found[0]), found[1])
+    if found is None:
+        return None
+    (losses, packed, *others), gradients = found
+    return TaskResults(losses, TaskParams(loop.patched.layout, packed), *others), gradients
 
 
 def adapt_tasks(
@@ -210,39 +221,39 @@ def adapt_tasks(
     differentiated = torch.is_grad_enabled()
     if loop.steps == 0:
         active = torch.ones(packed.shape[0], dtype=torch.bool, device=packed.device)
-        return Trajectory(packed, active, [])
+        return Trajectory(TaskParams(loop.patched.layout, packed), active, [])
     if head_may_serve(loop):
         support = _support(loop, packed, inputs, tasks)
         trajectory = adapt_head(loop, TaskParams(loop.patched.layout, packed), support)
         if trajectory is not None:
             return trajectory
     if mode == "recompute" and loop.second_order and differentiated and not loop.implicit:
-        parts = slices(loop, packed.shape[0])
-        rows = packed.split([part.stop - part.start for part in parts])
-        found = []
-        for part, mine in zip(parts, rows, strict=True):
+        row, found = shared_row(packed), []
+        for part in slices(loop, packed.shape[0]):
+            mine = packed[part] if row is None else row.expand(part.stop - part.start, -1)
             texts = {k: v[part] for k, v in inputs.items()}
             support = _support(loop, mine, texts, None if tasks is None else tasks[part])
+            mine, support = narrowed(loop, mine, support)
             start = with_prototypes(loop, mine, support)
             found.append(recompute(loop, start, support, shared, keep))
         return joined(found)
     support = _support(loop, packed, inputs, tasks)
-    if loop.implicit and differentiated:
-        with torch.no_grad():
-            trajectory = unroll(loop, packed, support)
-        return replace(
-            trajectory, params=implicit(loop, packed, trajectory.params, support, shared)
-        )
     row = shared_row(packed)
     if row is not None and loop.head is None and may_serve(loop, packed):
         trajectory = unroll_by_leaf(loop, row, packed.shape[0], support)
         if trajectory is not None:
             return trajectory
-    return unroll(loop, with_prototypes(loop, packed, support), support)
+    start, support = narrowed(loop, packed, support)
+    if loop.implicit and differentiated:
+        with torch.no_grad():
+            trajectory = unroll(loop, start, support)
+        adapted = implicit(loop, start, trajectory.params.compact, support, shared)
+        return replace(trajectory, params=support.after(loop, adapted))
+    return unroll(loop, with_prototypes(loop, start, support), support)
 
 
 def _judge(
-    loop: InnerLoop, params: Tensor | TaskParams, inputs: Mapping[str, Tensor]
+    loop: InnerLoop, params: TaskParams, inputs: Mapping[str, Tensor]
 ) -> tuple[Tensor, Tensor | None]:
     """Losses ``[T]`` and logits of a query set."""
     if loop.capture is not None and isinstance(params, LeafParams):
@@ -252,10 +263,7 @@ def _judge(
             return found
     prefix = None
     if not loop.asks:  # then numbers of tokens are rounded
-        given = params
-        if isinstance(given, Tensor):
-            given = TaskParams(loop.patched.layout, given)
-        prefix = loop.patched.record_prefix(given, model_inputs(inputs), rounded=loop.rounded)
+        prefix = loop.patched.record_prefix(params, model_inputs(inputs), rounded=loop.rounded)
     losses, outputs = task_losses(loop, params, inputs, prefix)
     return losses, getattr(outputs, "logits", None)
 

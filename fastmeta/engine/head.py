@@ -90,7 +90,7 @@ def head_steps(
     if bias is not None:
         found[bias] = new_bias
     packed = start.layout.pack([found[slot] for slot in range(len(start.layout))])
-    return Trajectory(packed, active, list(losses.unbind(1)))
+    return Trajectory(TaskParams(start.layout, packed), active, list(losses.unbind(1)))
 
 
 def with_prototypes(loop: InnerLoop, packed: Tensor, support: Support) -> Tensor:
@@ -100,11 +100,11 @@ def with_prototypes(loop: InnerLoop, packed: Tensor, support: Support) -> Tensor
     """
     if loop.head is None:
         return packed
-    start = TaskParams(loop.patched.layout, packed)
+    start = support.params(loop, packed)
     inputs = model_inputs(support.inputs)
     features = read_by(loop.patched, loop.head.name, start, inputs, support.prefix)
-    views = loop.head.put(start.views, features, support.inputs["labels"])
-    return start.layout.pack(views)
+    held = TaskParams(support.layout(loop), packed)
+    return held.layout.pack(loop.head.put(held.views, features, support.inputs["labels"]))
 
 
 def _rule(loop: InnerLoop) -> dict[str, float] | None:

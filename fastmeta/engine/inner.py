@@ -14,8 +14,9 @@ from fastmeta.engine.losses import WAYS, LossFn
 from fastmeta.engine.optimizers import State, UpdateRule
 from fastmeta.engine.prototype_head import PrototypeHead
 from fastmeta.engine.rates import Rates
-from fastmeta.patching import Patched, TaskParams
+from fastmeta.patching import ParamLayout, Patched, TaskParams
 from fastmeta.patching.prefix import PrefixCache
+from fastmeta.patching.word_rows import Narrowing, NarrowParams, SupportRows
 
 if TYPE_CHECKING:
     from fastmeta.engine.capture import Capture
@@ -93,20 +94,48 @@ class Support:
         tasks: Which tasks of the learner's batch these are, int64 ``[T]`` (for rates learned per
             task), or None for all.
         start: ``[T, P]`` that a proximal term pulls towards, or None.
+        narrowing: How fast weights ``[T, P]`` hold an embedding's table, or None.
+        rows: What of that table stays the same, where there is one.
     """
 
     inputs: Mapping[str, Tensor]
     prefix: PrefixCache | None = None
     tasks: Tensor | None = None
     start: Tensor | None = None
+    narrowing: Narrowing | None = None
+    rows: SupportRows | None = None
+
+    def params(self, loop: InnerLoop, packed: Tensor) -> TaskParams:
+        """Fast weights ``[T, P]`` as the model reads them on this set."""
+        if self.narrowing is None:
+            return TaskParams(loop.patched.layout, packed)
+        return NarrowParams(self.narrowing, packed, self.rows)
+
+    def after(self, loop: InnerLoop, packed: Tensor) -> TaskParams:
+        """Adapted fast weights ``[T, P]`` as the model reads them on any texts."""
+        if self.narrowing is None:
+            return TaskParams(loop.patched.layout, packed)
+        return NarrowParams(self.narrowing, packed)
+
+    def layout(self, loop: InnerLoop) -> ParamLayout:
+        """Of fast weights ``[T, P]``."""
+        return loop.patched.layout if self.narrowing is None else self.narrowing.narrow
 
     def stored(self) -> list[Tensor]:
-        """Every tensor of the stored prefix, in a fixed order."""
+        """Every tensor that all steps read alike, in a fixed order: of the stored prefix, of an
+        embedding's table."""
         leaves = [] if self.prefix is None else tree_flatten(self.prefix.outputs)[0]
-        return [t for t in leaves if isinstance(t, Tensor)]
+        found = [t for t in leaves if isinstance(t, Tensor)]
+        return found if self.rows is None else [*found, self.rows.base, self.rows.rows]
 
     def with_stored(self, tensors: Sequence[Tensor | None]) -> Support:
         """This support set with others in place of :meth:`stored`; None leaves a hole."""
+        if self.rows is not None:
+            *tensors, base, rows = tensors
+            return replace(self, rows=SupportRows(base, rows))._with_prefix(tensors)
+        return self._with_prefix(tensors)
+
+    def _with_prefix(self, tensors: Sequence[Tensor | None]) -> Support:
         if self.prefix is None:
             return self
         leaves, spec = tree_flatten(self.prefix.outputs)
@@ -124,12 +153,12 @@ class Trajectory:
     """Where the inner loop went.
 
     Attributes:
-        params: ``[T, P]`` after the last step, or fast weights that can be packed.
+        params: After the last step.
         active: bool ``[T]``; False from the step on at which a loss or gradient was not finite.
         losses: Support losses before each step, K tensors ``[T]``.
     """
 
-    params: Tensor | TaskParams
+    params: TaskParams
     active: Tensor
     losses: list[Tensor]
 
@@ -139,12 +168,8 @@ def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k: v for k, v in batch.items() if k != WAYS}
 
 
-def task_losses(
-    loop: InnerLoop, params: Tensor | TaskParams, batch: Mapping[str, Tensor], prefix=None
-):
-    """Losses ``[T]`` and outputs of the model at fast weights, packed ``[T, P]`` or not."""
-    if isinstance(params, Tensor):
-        params = TaskParams(loop.patched.layout, params)
+def task_losses(loop: InnerLoop, params: TaskParams, batch: Mapping[str, Tensor], prefix=None):
+    """Losses ``[T]`` and outputs of the model."""
     outputs = loop.patched(params, prefix_cache=prefix, **model_inputs(batch))
     losses = loop.loss_fn(outputs, batch)
     if not isinstance(losses, Tensor) or losses.shape != (params.num_tasks,):
@@ -166,7 +191,8 @@ def gradient(
     with torch.enable_grad():
         if not create_graph:
             packed = packed.detach().requires_grad_()
-        losses, _ = task_losses(loop, packed, support.inputs, support.prefix)
+        params = support.params(loop, packed)
+        losses, _ = task_losses(loop, params, support.inputs, support.prefix)
         total = losses
         if loop.proximal:
             total = losses + 0.5 * loop.proximal * (packed - support.start).square().sum(1)
@@ -208,7 +234,7 @@ def inner_step(
         loop.rates.at(step, support.tasks),
         step,
         active=_mask(active),
-        segments=loop.rates.segments,
+        segments=None if loop.rates.segments is None else support.layout(loop),
         clip_norm=loop.clip_norm,
         in_place=in_place,
         losses=losses,
@@ -229,7 +255,7 @@ def unroll(loop: InnerLoop, packed: Tensor, support: Support) -> Trajectory:
             in_place=step > 0 and not differentiable,  # the first step reads the caller's weights
         )  # fmt: skip
         all_losses.append(losses)
-    return Trajectory(packed, active, all_losses)
+    return Trajectory(support.after(loop, packed), active, all_losses)
 
 
 def _mask(active: Tensor) -> Tensor | None:

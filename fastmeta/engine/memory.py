@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from fastmeta.batch import TaskBatch
 from fastmeta.engine.budget import budget_bytes, readable
-from fastmeta.engine.inner import InnerLoop, model_inputs
+from fastmeta.engine.inner import InnerLoop, Support, model_inputs
 from fastmeta.engine.meter import PeakMemory
+from fastmeta.engine.narrow import narrowed
 from fastmeta.engine.recompute import SLICES
 from fastmeta.patching.task_params import shared_row
 from fastmeta.patching.unpadded import MASK
@@ -220,7 +223,8 @@ class Need:
         per_step: Share of `per_task` that every differentiated step adds.
         row: Fast weights of one task.
         others: What a task takes while others are run.
-        shared: Gradients of shared weights.
+        shared: Gradients of what all tasks share.
+        ends: What even one task needs when gradients of the initial values are made.
     """
 
     fixed: float
@@ -230,10 +234,11 @@ class Need:
     row: int = 0
     others: int = 0
     shared: int = 0
+    ends: int = 0
 
     def bytes(self, tasks: int) -> int:
         """Of a batch of so many tasks."""
-        return int(self.fixed + self.per_task * max(tasks, self.least))
+        return max(int(self.fixed + self.per_task * max(tasks, self.least)), self.ends)
 
     def chunk(self, tasks: int, total: int) -> int:
         """Of a batch of `total` tasks, so many at a time: also what is there of all the others
@@ -250,7 +255,9 @@ def predict(loop: InnerLoop, batch: TaskBatch, mode: str) -> Need:
     The peak is linear in tasks and in steps. One and two tasks give the one slope (``recompute``
     works in two slices: two tasks and four); the other is measured from a step more (``unroll``),
     or known (``recompute`` stores weights and state). The global random state and ``.grad`` are
-    left alone. Without gradients a step's memory is free for the next.
+    left alone. Without gradients a step's memory is free for the next. Gradients of an embedding's
+    whole table, where steps hold few rows of it, would hide what few tasks take: they are counted
+    apart.
 
     Args:
         loop: The inner loop in question.
@@ -268,27 +275,44 @@ def predict(loop: InnerLoop, batch: TaskBatch, mode: str) -> Need:
             few = SLICES
     for task_set in (batch.support, batch.query):
         loop.patched.plan(model_inputs(task_set))  # made once, and not part of an episode
-    row = loop.patched.init(1).packed
-    base = _measure(loop, batch, mode, few, steps)
+    row, apart = _start(loop, batch)
+    measure = partial(_measure, loop, batch, mode, apart)
+    first = measure(few, steps)
+    base = first.others
     if mode == "unroll" or not exact:
-        per_step = _measure(loop, batch, mode, 1, steps + 1) - base if all_steps > 1 else 0
+        per_step = measure(1, steps + 1).others - base if all_steps > 1 else 0
         if not torch.is_grad_enabled():
             base, all_steps = base + max(per_step, 0), steps
     else:
         per_step = row.nbytes + sum(t.nbytes for t in loop.rule.init(row))
     per_task = base / few
     if batch.num_tasks >= 2 * few:
-        per_task = (_measure(loop, batch, mode, 2 * few, steps) - base) / few
+        per_task = (measure(2 * few, steps).others - base) / few
     more = (all_steps - steps) * per_step
     others, shared = row.nbytes, 0
     if torch.is_grad_enabled():
         others *= 1 + loop.own_rows
         shared = sum(p.nbytes for p in loop.patched.shared_parameters())
-    return Need(base - few * per_task, per_task + more, few, per_step, row.nbytes, others, shared)
+        shared += 0 if loop.own_rows else loop.patched.layout.num_params * row.itemsize
+    fixed = base - few * per_task + first.apart_then
+    ends = first.peak if apart else 0
+    return Need(fixed, per_task + more, few, per_step, row.nbytes, others, shared, ends)
 
 
-def _measure(loop: InnerLoop, batch: TaskBatch, mode: str, tasks: int, steps: int) -> int:
-    """Peak bytes of one episode, with its backward pass where gradients are enabled."""
+def _start(loop: InnerLoop, batch: TaskBatch) -> tuple[Tensor, set[int]]:
+    """The initial fast weights of one task, as steps of the general loop hold them; the bytes of a
+    table and of all initial weights, where those leave rows of it out."""
+    with torch.no_grad():
+        row = loop.patched.init(1).packed
+        start, support = narrowed(loop, row, Support(batch[:1].support))
+    held = support.narrowing
+    return start, set() if held is None else {row.nbytes, held.table.numel() * row.itemsize}
+
+
+def _measure(
+    loop: InnerLoop, batch: TaskBatch, mode: str, apart: set[int], tasks: int, steps: int
+) -> PeakMemory:
+    """The memory of one episode, with its backward pass where gradients are enabled."""
     from fastmeta.engine.episode import run_episode
 
     patched = loop.patched
@@ -298,14 +322,14 @@ def _measure(loop: InnerLoop, batch: TaskBatch, mode: str, tasks: int, steps: in
         loop, steps=steps, second_order=exact, capture=None, by_leaf=by_leaf, replays=None
     )
     devices = [patched.device] if patched.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), PeakMemory() as meter:
+    with torch.random.fork_rng(devices=devices), PeakMemory(apart) as meter:
         packed = patched.init(tasks).packed
         meta = [*patched.shared_parameters(), *loop.added_parameters()]
         out = run_episode(small, packed, batch[:tasks], MemoryPlan(mode))
         if torch.is_grad_enabled():
             wanted = [t for t in (shared_row(packed), *meta) if t is not None and t.requires_grad]
             torch.autograd.grad(out.loss, wanted, allow_unused=True)
-    return meter.peak
+    return meter
 
 
 def free_bytes(device: torch.device) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastmeta.engine.conditions import Conditions
 from fastmeta.engine.inner import InnerLoop, Support, Trajectory, inner_step
+from fastmeta.patching import word_rows
 from fastmeta.patching.prefix import is_random
 
 SLICES = 2
@@ -39,7 +40,7 @@ def joined(parts: Sequence[Trajectory]) -> Trajectory:
     if len(parts) == 1:
         return parts[0]
     return Trajectory(
-        torch.cat([p.params for p in parts]),
+        word_rows.joined([p.params for p in parts]),
         torch.cat([p.active for p in parts]),
         [torch.cat(losses) for losses in zip(*(p.losses for p in parts), strict=True)],
     )
@@ -72,7 +73,7 @@ def recompute(
         *weights,
         *carrying,
     )
-    return Trajectory(params, active, losses)
+    return Trajectory(support.after(loop, params), active, losses)
 
 
 class _Recompute(torch.autograd.Function):

@@ -18,10 +18,7 @@ from torch import Tensor
 
 from fastmeta.ops._adapted_linear import Descent, Gate, Gathering, adapted_linear, descend
 from fastmeta.ops.batched_linear import affine
-
-_TABLE_ROWS = 100
-"""Tokens that a table's steps may have, squared, per word of the table: comparing every token with
-every other is then cheaper than a table of each task's own."""
+from fastmeta.patching.words import Words, are_few, collect, take
 
 
 class FastMatrix:
@@ -145,61 +142,60 @@ class FastMatrix:
 class FastTable:
     """The weight ``[V, D]`` of an embedding for T tasks, after some steps on the same ids.
 
-    A step adds its rows' gradients to the words of their ids. Few rows are kept as they are, summed
-    over steps: a lookup adds those of its word.
+    A step adds its rows' gradients to the words of their ids. Where those are few, what is added is
+    kept apart (`fastmeta.patching.words`); else every task has a table of its own.
     """
 
     def __init__(self, weight: Tensor, tasks: int, padding_idx: int | None) -> None:
         self.weight, self.tasks, self.padding_idx = weight, tasks, padding_idx
         self.own: Tensor | None = None
-        self.ids: Tensor | None = None
-        self.sum: Tensor | None = None
+        self.words: Words | None = None
+        self.added: Tensor | None = None  # [T, M + 1, D]
         self.recording = self.with_bias = False
         self.calls: list[tuple[Tensor, Tensor]] = []
-        self.rows: Tensor | None = None  # of the weight, where recording
+        # where recording: rows of the weight, and of what is added
+        self.base: Tensor | None = None
+        self.rows: Tensor | None = None
 
     def __call__(self, ids: Tensor) -> Tensor:
         """Rows of each task's table for task-major ids ``[T * N, ...]``."""
         mine = ids.reshape(self.tasks, -1)
+        again = self.recording and not self.calls  # every step's first call is of the same ids
         if self.own is not None:
             y = self.own[self._task(), mine]
             if self.padding_idx is not None:
                 y = torch.where((mine == self.padding_idx).unsqueeze(-1), y.detach(), y)
         else:
-            y = self._shared_rows(mine)
-            if self.sum is not None:
-                same = mine.unsqueeze(2) == self.ids.unsqueeze(1)
-                y = affine(same.to(y.dtype), self.sum, y, nt=False, exact=True)
+            if again and self.base is None:  # once: its gradient is as large as the table
+                self.base = F.embedding(mine, self.weight, self.padding_idx)
+            y = self.base if again else F.embedding(mine, self.weight, self.padding_idx)
+            if self.added is not None:
+                y = y + take(self.added, self.rows if again else self.words.rows(mine))
         if self.recording:
             self.calls.append((mine, y))
         return y.view(*ids.shape, -1)
 
-    def _shared_rows(self, ids: Tensor) -> Tensor:
-        """Those of all tasks' weight, once for all steps, whose ids are the same: their gradient is
-        as large as the table."""
-        if not self.recording or self.calls:  # called again in one pass, with any ids
-            return F.embedding(ids, self.weight, self.padding_idx)
-        if self.rows is None:
-            self.rows = F.embedding(ids, self.weight, self.padding_idx)
-        return self.rows
-
     def descend(self, g: Tensor, second_order: bool) -> None:
-        """Take a step: g is the output's gradient times the negative rate, ``[T, Q, D]``."""
+        """Take a step: g is the output's gradient times the negative rate, ``[T, M, D]``."""
         ((ids, _),) = self.calls
-        if self.padding_idx is not None:
-            padding = ids == self.padding_idx
-            ids = ids.masked_fill(padding, -1)  # the padding word has no gradient
-        if self.own is None and ids.shape[1] ** 2 <= _TABLE_ROWS * self.weight.shape[0]:
-            self.ids, self.sum = ids, g if self.sum is None else self.sum + g
+        places = ids.shape[1]
+        if self.own is None and are_few(places, self.weight.shape[0]):
+            if self.words is None:
+                self.words = Words.of(ids, self.padding_idx)
+                self.rows = self.words.rows(ids)
+            more = collect(g, self.rows, places)
+            self.added = more if self.added is None else self.added + more
             return
-        if self.padding_idx is not None:
-            g = g.masked_fill(padding.unsqueeze(-1), 0.0)
-        self.own = self._plus(g, ids)
+        if self.padding_idx is not None:  # the padding word has no gradient
+            g = g.masked_fill((ids == self.padding_idx).unsqueeze(-1), 0.0)
+        table = self.weight.expand(self.tasks, -1, -1) if self.own is None else self.own
+        self.own = table.index_put((self._task(), ids), g, accumulate=True)
 
     def state(self) -> tuple[list[Tensor], list[Tensor]]:
         """As that of :class:`FastMatrix`."""
-        written = [t for t in (self.sum, self.own) if t is not None]
-        return written, [self.weight, *(t for t in (self.ids, self.rows) if t is not None)]
+        written = [t for t in (self.added, self.own) if t is not None]
+        words = [] if self.words is None else [*self.words.tensors(), self.rows]
+        return written, [self.weight, *([] if self.base is None else [self.base]), *words]
 
     def landings(self) -> list[Gathering | None]:
         """As those of :class:`FastMatrix`."""
@@ -209,8 +205,11 @@ class FastTable:
         """This table with other tensors in place of those of :meth:`state`."""
         other, written, read = copy.copy(self), iter(written), iter(read)
         other.weight = next(read)
-        other.sum, other.own = (t if t is None else next(written) for t in (self.sum, self.own))
-        other.ids, other.rows = (t if t is None else next(read) for t in (self.ids, self.rows))
+        other.added, other.own = (t if t is None else next(written) for t in (self.added, self.own))
+        other.base = self.base if self.base is None else next(read)
+        if self.words is not None:
+            *words, other.rows = read
+            other.words = Words(*words, self.padding_idx)
         other.calls = []
         return other
 
@@ -218,19 +217,12 @@ class FastTable:
         """``[T, V, D]``."""
         if self.own is not None:
             return self.own
-        if self.sum is None:
+        if self.added is None:
             return self.weight.expand(self.tasks, -1, -1)
-        rows = self.sum
-        if self.padding_idx is not None:
-            rows = rows.masked_fill((self.ids < 0).unsqueeze(-1), 0.0)
-        return self._plus(rows, self.ids)
+        return self.words.written_out(self.weight, self.added)
 
     def _task(self) -> Tensor:
         return torch.arange(self.tasks, device=self.weight.device).unsqueeze(1)
-
-    def _plus(self, rows: Tensor, ids: Tensor) -> Tensor:
-        table = self.weight.expand(self.tasks, -1, -1) if self.own is None else self.own
-        return table.index_put((self._task(), ids.clamp_min(0)), rows, accumulate=True)
 
 
 Leaf = FastMatrix | FastTable

@@ -74,7 +74,7 @@ def read_by(
     """
     flat, tasks, rows = patched._flatten(params, inputs)
     plan = patched.plan(inputs)
-    call = patched.call(params.views, inputs, prefix_cache=prefix)
+    call = patched.call(params.bound(plan), inputs, prefix_cache=prefix)
     call.tap = tap = Tap()
     with running(call):
         out = plan.run(flat)

@@ -49,9 +49,20 @@ class ParamLayout:
         self.num_params = position
         self.num_elements = sum(self.numels)
         self._starts: dict[str, Tensor] = {}
+        self._with_rows: dict[tuple[int, int], ParamLayout] = {}
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_starts": {}}  # of the devices of one process
+        # the first are of the devices of one process
+        return self.__dict__ | {"_starts": {}, "_with_rows": {}}
+
+    def with_rows(self, slot: int, rows: int) -> ParamLayout:
+        """The layout with another number of rows of one parameter."""
+        found = self._with_rows.get((slot, rows))
+        if found is None:
+            shapes = list(self.shapes)
+            shapes[slot] = (rows, *shapes[slot][1:])
+            found = self._with_rows[slot, rows] = ParamLayout(self.names, shapes)
+        return found
 
     def __len__(self) -> int:
         return len(self.names)

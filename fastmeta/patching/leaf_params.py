@@ -1,10 +1,12 @@
-"""Fast weights of T tasks, some of them kept by leaf: which, and how the rules read them."""
+"""Fast weights of T tasks, some of them kept in another form: by leaf, which those are, and how the
+rules read them."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,26 +20,29 @@ if TYPE_CHECKING:
     from fastmeta.patching.plan import Plan
 
 
-class LeafParams(TaskParams):
-    """Fast weights of T tasks of which some are :class:`FastMatrix` and :class:`FastTable`.
+class UnpackedParams(TaskParams):
+    """Fast weights of T tasks of which some are kept in another form.
 
-    Its packed buffer is made where somebody reads it.
+    The packed buffer is made where somebody reads it.
 
     Args:
         layout: Of all adapted parameters.
-        rest: Those that are no leaves, of a layout of their own.
-        leaves: Slot -> what it is kept as.
+        rest: Those that are packed, of a layout of their own.
     """
 
-    def __init__(self, layout: ParamLayout, rest: TaskParams, leaves: dict[int, Leaf]) -> None:
-        self.layout, self.rest, self.leaves = layout, rest, leaves
+    def __init__(self, layout: ParamLayout, rest: TaskParams) -> None:
+        self.layout, self.rest = layout, rest
         self._views: list[Tensor] | None = None
         self._packed: Tensor | None = None
+
+    def written_out(self) -> list[Tensor]:
+        """Every adapted parameter ``[T, *shape]``."""
+        raise NotImplementedError
 
     @property
     def packed(self) -> Tensor:  # type: ignore[override]
         if self._packed is None:
-            self._packed = self.layout.pack(self._slots(lambda leaf: leaf.written_out()))
+            self._packed = self.layout.pack(self.written_out())
         return self._packed
 
     @property
@@ -48,12 +53,30 @@ class LeafParams(TaskParams):
     def device(self) -> torch.device:
         return self.rest.device
 
+
+class LeafParams(UnpackedParams):
+    """Fast weights of T tasks of which some are :class:`FastMatrix` and :class:`FastTable`.
+
+    Args:
+        layout: Of all adapted parameters.
+        rest: Those that are no leaves, of a layout of their own.
+        leaves: Slot -> what it is kept as.
+    """
+
+    def __init__(self, layout: ParamLayout, rest: TaskParams, leaves: dict[int, Leaf]) -> None:
+        super().__init__(layout, rest)
+        self.leaves = leaves
+
+    def written_out(self) -> list[Tensor]:
+        return self.slots(lambda leaf: leaf.written_out())
+
     def bound(self, plan: Plan) -> list:
         if not self.leaves.keys() <= leaf_slots(plan).keys():
             return self.views
-        return self._slots(lambda leaf: leaf)
+        return self.slots(lambda leaf: leaf)
 
-    def _slots(self, of_leaf) -> list:
+    def slots(self, of_leaf: Callable[[Leaf], Any]) -> list:
+        """By slot what is made of a leaf, or the packed tensor ``[T, *shape]``."""
         rest = iter(self.rest.views)
         return [
             of_leaf(self.leaves[slot]) if slot in self.leaves else next(rest)

@@ -50,6 +50,7 @@ class Plan:
         modes: Adapted module, or shared method, -> one of :data:`MODES`.
         prefix: Modules whose outputs do not depend on the fast weights, in the order they run.
         fused_attention: Whether the model calls torch's fused attention past the registries.
+        word_table: The embedding that is called once, on the model's ``input_ids``, or None.
         shortened: The layer that returns its first token alone, or None.
         unpadded: Layers that can leave out padding.
         padding_word: Id that this padding must hold, or None where any may.
@@ -72,6 +73,7 @@ class Plan:
         self.pristine = prepared_copy(model, slots)
         self.prefix: list[str] = []
         self.fused_attention = False
+        self.word_table: str | None = None
         self.shortened: str | None = None
         self.unpadded: list[str] = []
         self.padding_word: int | None = None

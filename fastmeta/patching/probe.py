@@ -107,6 +107,33 @@ def record(structure: nn.Module, trace: Trace, keep_outputs: bool = False) -> It
             handle.remove()
 
 
+@contextmanager
+def word_tables(structure: nn.Module, ids: Any) -> Iterator[list[str]]:
+    """The embeddings that are called once while the structure runs, on these ids."""
+    calls: dict[str, list[bool]] = {}
+
+    def note(name: str):
+        def hook(module, args):
+            given = args[0] if args else None
+            same = isinstance(ids, Tensor) and isinstance(given, Tensor) and torch.equal(given, ids)
+            calls.setdefault(name, []).append(same)
+
+        return hook
+
+    found: list[str] = []
+    handles = [
+        module.register_forward_pre_hook(note(name))
+        for name, module in structure.named_modules()
+        if isinstance(module, nn.Embedding)
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+        found += [name for name, same in calls.items() if same == [True]]
+
+
 def _lead(leaf: Any) -> int | None:
     return leaf.shape[0] if isinstance(leaf, Tensor) and leaf.dim() > 0 else None
 

@@ -24,7 +24,7 @@ from fastmeta.ops.batched_linear import affine
 from fastmeta.patching.activations import normalised
 from fastmeta.patching.bind import bind
 from fastmeta.patching.context import Call
-from fastmeta.patching.fast_weights import FastMatrix, FastTable
+from fastmeta.patching.fast_weights import FastMatrix
 from fastmeta.patching.packing import landing_of
 
 
@@ -140,7 +140,7 @@ def lora_delta(module: nn.Module, adapted: Adapted, call: Call) -> Tensor:
 def embedding(module: nn.Embedding, adapted: Adapted, call: Call, ids: Tensor) -> Tensor:
     """nn.Embedding: one gather from the stacked tables, ids offset by task."""
     table = adapted.view(call, "weight")
-    return table(ids) if isinstance(table, FastTable) else _gather(table, ids, module.padding_idx)
+    return _gather(table, ids, module.padding_idx) if isinstance(table, Tensor) else table(ids)
 
 
 FEW_WORDS = 64

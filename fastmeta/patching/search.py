@@ -67,6 +67,7 @@ def make_plan(
             break
     if not boundaries:
         plan = search.try_first_token(plan)
+    plan.word_table = search.word_table
     search.leave_out_padding(plan)
     for name, mode in plan.modes.items():
         if mode == "loop":
@@ -134,6 +135,7 @@ class _Search:
                 torch.no_grad(),
                 running(one),
                 probe.record(self.reference, traces[-1]),
+                probe.word_tables(self.reference, flat.get(unpadded.IDS)) as tables,
                 watch,
             ):
                 try:
@@ -144,6 +146,7 @@ class _Search:
                         f"{sorted(flat)} ({type(e).__name__}: {e})"
                     ) from e
             self.fused_attention = watch.seen
+            self.word_table = tables[0] if len(tables) == 1 else None
         return traces
 
     def _per_task(self, inputs: Mapping, record: list[Trace] | None = None) -> list[Any]:

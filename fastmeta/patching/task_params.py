@@ -39,6 +39,19 @@ class TaskParams(Mapping[str, Tensor]):
     def device(self) -> torch.device:
         return self.packed.device
 
+    @property
+    def compact(self) -> Tensor:
+        """One buffer ``[T, P']`` of what tasks have of their own."""
+        return self.packed
+
+    def again(self, start: Tensor, compact: Tensor) -> TaskParams:
+        """Such fast weights of another :attr:`compact`, from initial ones ``[P]`` or ``[T, P]``."""
+        return TaskParams(self.layout, compact)
+
+    def compact_of(self, params: TaskParams) -> Tensor:
+        """The :attr:`compact` of other fast weights, in this form."""
+        return params.packed
+
     def bound(self, plan: Plan) -> list:
         """What the rules of a plan read, by slot."""
         return self.views
@@ -80,7 +93,10 @@ class TaskParams(Mapping[str, Tensor]):
 
 def shared_row(packed: Tensor) -> Tensor | None:
     """The one row ``[P]`` that ``packed`` repeats for every task, as `Patched.init` makes it; None
-    where tasks may differ."""
+    where tasks may differ, or where its gradient would not reach that row."""
+    differentiated = packed.requires_grad and torch.is_grad_enabled()
+    if not differentiated and (packed.shape[0] == 1 or packed.stride(0) == 0):
+        return packed[0]
     base = packed._base
     expanded = packed.grad_fn is not None and packed.grad_fn.name() == "ExpandBackward0"
     return base if expanded and base is not None and base.dim() == 1 else None

@@ -12,6 +12,7 @@ from fastmeta.batch import TaskBatch
 from fastmeta.engine.inner import InnerLoop, Support, inner_step, task_losses
 from fastmeta.engine.losses import WAYS, classification
 from fastmeta.engine.optimizers import RULES
+from fastmeta.patching import TaskParams
 from fastmeta.search.controller import Controller
 from fastmeta.search.decisions import Decision
 from fastmeta.search.lstm import leave_one_out
@@ -116,7 +117,8 @@ class DifferentiableController(Controller):
                 loop, step, params, state, Support(support, gates), active, create_graph=True
             )
             if step + 1 in share:
-                losses, _ = task_losses(loop, params, query, gates)
+                after = TaskParams(net.layout, params)
+                losses, _ = task_losses(loop, after, query, gates)
                 good = active & torch.isfinite(losses.detach())
                 mean = losses.masked_fill(~good, 0.0).sum() / good.sum().clamp_min(1)
                 total = total + share[step + 1] * mean

@@ -1,0 +1,197 @@
+"""Packed fast weights without the rows of an embedding's table that no inner step changes.
+
+A word without a gradient stays where it is under every rule without weight decay. So the packed
+buffer need not hold tables ``[V, D]``: it holds what is added to the rows of each task's words
+(`fastmeta.patching.words`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastmeta.patching.fast_weights import FastTable
+from fastmeta.patching.layout import ParamLayout
+from fastmeta.patching.leaf_params import LeafParams, UnpackedParams, leaf_slots
+from fastmeta.patching.task_params import TaskParams
+from fastmeta.patching.unpadded import IDS
+from fastmeta.patching.words import Words, are_few, take
+
+if TYPE_CHECKING:
+    from fastmeta.patching.patched import Patched
+    from fastmeta.patching.plan import Plan
+
+
+@dataclass(frozen=True)
+class SupportRows:
+    """A table as the inner loop reads it, on the same ids at every step.
+
+    Attributes:
+        base: Rows of the initial table, ``[T * N, ..., D]``.
+        rows: See :meth:`Words.rows`.
+    """
+
+    base: Tensor
+    rows: Tensor
+
+    def __call__(self, ids: Tensor, *, added: Tensor) -> Tensor:
+        if ids.numel() != self.rows.numel():
+            raise RuntimeError(
+                f"the model looks up {list(ids.shape)} words where its inputs have "
+                f"{list(self.rows.shape)}"
+            )
+        return (self.base + take(added, self.rows)).view(*ids.shape, -1)
+
+
+@dataclass(frozen=True)
+class WordTable:
+    """A table after the inner loop, for any ids.
+
+    Attributes:
+        table: The initial one ``[V, D]``, of all tasks.
+        words: Those that may have changed.
+    """
+
+    table: Tensor
+    words: Words
+
+    def __call__(self, ids: Tensor, *, added: Tensor) -> Tensor:
+        base = F.embedding(ids, self.table, self.words.padding)
+        return base + take(added, self.words.rows(ids))
+
+
+@dataclass(frozen=True)
+class Narrowing:
+    """How fast weights are held while tasks adapt on some support set.
+
+    Attributes:
+        layout, narrow: Of all adapted parameters, and with added rows in place of a table.
+        slot: The table's.
+        table: The initial one ``[V, D]``.
+        words: Those of the support set.
+    """
+
+    layout: ParamLayout
+    narrow: ParamLayout
+    slot: int
+    table: Tensor
+    words: Words
+
+    def start(self, row: Tensor) -> Tensor:
+        """Initial fast weights ``[T, P']`` from those of all tasks ``[P]``."""
+        parts = [part[0] for part in self.layout.unpack(row.unsqueeze(0))]
+        parts[self.slot] = row.new_zeros(self.narrow.shapes[self.slot])
+        return self.narrow.pack(parts).expand(len(self.words.ids), -1)
+
+    def support_rows(self) -> SupportRows:
+        """How the table is read on the support set."""
+        ids = self.words.ids
+        return SupportRows(F.embedding(ids, self.table, self.words.padding), self.words.rows(ids))
+
+    def table_of(self, row: Tensor) -> Tensor:
+        """The initial table of fast weights ``[P]``."""
+        return self.layout.unpack(row.unsqueeze(0))[self.slot][0]
+
+
+class NarrowParams(UnpackedParams):
+    """Fast weights of T tasks with added rows in place of one embedding's table.
+
+    Args:
+        narrowing: How they are held.
+        compact: The narrow buffer ``[T, P']``.
+        rows: How the table is read on the support set; None: on any texts.
+    """
+
+    def __init__(
+        self, narrowing: Narrowing, compact: Tensor, rows: SupportRows | None = None
+    ) -> None:
+        super().__init__(narrowing.layout, TaskParams(narrowing.narrow, compact))
+        self.narrowing, self.rows = narrowing, rows
+
+    @property
+    def compact(self) -> Tensor:
+        return self.rest.packed
+
+    def again(self, start: Tensor, compact: Tensor) -> NarrowParams:
+        row = start if start.dim() == 1 else start[0]
+        return NarrowParams(replace(self.narrowing, table=self.narrowing.table_of(row)), compact)
+
+    def compact_of(self, params: TaskParams) -> Tensor:
+        return held_apart(params).compact
+
+    def detach(self) -> NarrowParams:
+        held = replace(self.narrowing, table=self.narrowing.table.detach())
+        return NarrowParams(held, self.compact.detach(), self.rows)
+
+    def bound(self, plan: Plan) -> list:
+        slot = self.narrowing.slot
+        if word_slot(plan) != slot:
+            return self.views
+        table = self.rows or WordTable(self.narrowing.table, self.narrowing.words)
+        return self._with(partial(table, added=self.rest.views[slot]))
+
+    def written_out(self) -> list[Tensor]:
+        held, added = self.narrowing, self.rest.views[self.narrowing.slot]
+        return self._with(held.words.written_out(held.table, added))
+
+    def _with(self, table: object) -> list:
+        views = list(self.rest.views)
+        views[self.narrowing.slot] = table
+        return views
+
+
+def joined(parts: Sequence[TaskParams]) -> TaskParams:
+    """Fast weights of the tasks of all parts, which start from one row."""
+    if len(parts) == 1:
+        return parts[0]
+    if all(isinstance(part, NarrowParams) for part in parts):
+        words = [part.narrowing.words for part in parts]
+        all_words = Words.of(torch.cat([w.ids for w in words]), words[0].padding)
+        narrowing = replace(parts[0].narrowing, words=all_words)
+        return NarrowParams(narrowing, torch.cat([part.compact for part in parts]))
+    return TaskParams(parts[0].layout, torch.cat([part.packed for part in parts]))
+
+
+def narrowing(patched: Patched, row: Tensor, inputs: Mapping[str, Any]) -> Narrowing | None:
+    """How fast weights that start from `row` ``[P]`` are best held while tasks adapt on `inputs`
+    ``[T, N, ...]``; None: as they are."""
+    plan, ids = patched.plan(inputs), inputs.get(IDS)
+    slot = word_slot(plan)
+    if slot is None:
+        return None
+    ids, layout = ids.flatten(1), patched.layout
+    module = plan.structure.get_submodule(plan.word_table)
+    if not are_few(ids.shape[1], module.num_embeddings):
+        return None
+    narrow = layout.with_rows(slot, ids.shape[1] + 1)
+    table = layout.unpack(row.unsqueeze(0))[slot][0]
+    return Narrowing(layout, narrow, slot, table, Words.of(ids, module.padding_idx))
+
+
+def held_apart(params: TaskParams) -> TaskParams:
+    """Fast weights whose :attr:`TaskParams.compact` holds no whole table, where they know what was
+    added to one."""
+    if not isinstance(params, LeafParams):
+        return params
+    tables = [(s, t) for s, t in params.leaves.items() if isinstance(t, FastTable)]
+    tables = [(s, t) for s, t in tables if t.added is not None]
+    if not tables:
+        return params
+    slot, table = max(tables, key=lambda pair: len(pair[1].weight))
+    narrow = params.layout.with_rows(slot, table.added.shape[1])
+    views = params.slots(lambda leaf: leaf.added if leaf is table else leaf.written_out())
+    held = Narrowing(params.layout, narrow, slot, table.weight, table.words)
+    return NarrowParams(held, narrow.pack(views))
+
+
+def word_slot(plan: Plan) -> int | None:
+    """The slot of the table that only the model's words read, or None."""
+    adapted = plan.owners.get(plan.word_table)
+    slot = None if adapted is None else adapted.slots.get("weight")
+    return slot if slot in leaf_slots(plan) else None
