@@ -178,6 +178,8 @@ def compare(name: str, rounds: int, ways: list[str], device: str = "cpu") -> dic
         for label, t in times.items()
     }
     floor = flops / rate
+    for label in rows.keys() & PEERS[name] if device == "cpu" else ():
+        rows[label]["alone_seconds"] = alone(name, label)
     if chunked:
         for label in MODES.keys() & rows.keys():
             peak = peak_memory(name, MODES[label], CASES[name].steps)["peak_mib"]
@@ -198,6 +200,24 @@ def compare(name: str, rounds: int, ways: list[str], device: str = "cpu") -> dic
         "floor_seconds": floor,
         "times_floor": ours / floor,
     }
+
+
+def alone(name: str, peer: str) -> float:
+    """Seconds of a peer's meta-step in a process without ours, whose heap is as its users have it:
+    a learner of ours has the C library keep large blocks, which serves everyone in its process."""
+    command = [sys.executable, "-m", "bench.compare", "--alone", name, peer]
+    out = subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(out.stdout.splitlines()[-1])
+
+
+def measure_alone(name: str, peer: str) -> None:
+    """Child of :func:`alone`."""
+    step, times = peer_step(name, peer), []
+    for _ in range(4):
+        start = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - start)
+    print(json.dumps(median(times[1:])))
 
 
 def peak_memory(name: str, mode: str, steps: int) -> dict:
@@ -248,11 +268,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--alone", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.measure:
-        measure(*args.measure[:2], int(args.measure[2]))
-        return
+        return measure(*args.measure[:2], int(args.measure[2]))
+    if args.alone:
+        return measure_alone(*args.alone)
     result: dict = json.loads(args.out.read_text()) if args.out and args.out.exists() else {}
     result |= {
         "machine": machine(args.device),

@@ -1,4 +1,4 @@
-"""Time and peak memory of a second-order meta-step against T, K, L and rank, beside the loop.
+"""Time and peak memory of a second-order meta-step against T, K, L, rank and vocabulary.
 
     python -m bench.growth [--rounds 2] [--out results/growth]
 
@@ -28,6 +28,7 @@ AXES = {
     "K, inner steps": ("steps", (1, 2, 4, 8)),
     "L, tokens": ("length", (8, 16, 32, 64)),
     "r, LoRA rank": ("rank", (1, 4, 16, 64)),
+    "V, words": ("words", (1000, 4000, 16000, 64000)),
 }
 WAYS = ("unroll", "recompute", "per-task loop")
 

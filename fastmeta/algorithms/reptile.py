@@ -12,7 +12,8 @@ from fastmeta.batch import TaskBatch, join_sets
 from fastmeta.engine.episode import MetaOutput, run_episode
 from fastmeta.engine.inner import InnerLoop
 from fastmeta.engine.memory import MemoryPlan
-from fastmeta.patching import Patched
+from fastmeta.patching import Patched, TaskParams
+from fastmeta.patching.task_params import shared_row
 
 
 class Reptile(GradientLearner):
@@ -47,12 +48,12 @@ class Reptile(GradientLearner):
         with torch.no_grad():
             out = run_episode(loop, start, batch, plan)
         if learning:
-            out.loss = out.loss + _pseudo_loss(start, out.params.packed, ~out.diverged)
+            out.loss = out.loss + _pseudo_loss(shared_row(start), out.params, ~out.diverged)
         return out
 
 
-def _pseudo_loss(start: Tensor, adapted: Tensor, good: Tensor) -> Tensor:
-    """Zero, with gradient ``mean over good tasks of (start - adapted)`` summed into the row."""
-    difference = torch.where(good.unsqueeze(1), start.detach() - adapted, 0.0)
-    surrogate = (start * difference).sum() / good.sum().clamp_min(1)
+def _pseudo_loss(row: Tensor, adapted: TaskParams, good: Tensor) -> Tensor:
+    """Zero, with gradient ``mean over good tasks of (row - adapted)``."""
+    difference = -adapted.change(row.detach(), good) / good.sum().clamp_min(1)
+    surrogate = (row * difference).sum()
     return surrogate - surrogate.detach()

@@ -21,7 +21,7 @@ from fastmeta.engine.memory import check_memory
 from fastmeta.engine.optimizers import UpdateRule, resolve_rule
 from fastmeta.engine.rates import LearnedRate, Rates
 from fastmeta.patching import Patched, TaskParams
-from fastmeta.patching.word_rows import joined
+from fastmeta.patching.narrow_params import joined
 
 
 @dataclass

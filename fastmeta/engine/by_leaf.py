@@ -12,6 +12,8 @@ Steps can be captured (`fastmeta.engine.captured_leaves`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,7 @@ from fastmeta.ops.batched_linear import rounds
 from fastmeta.patching import ParamLayout, TaskParams
 from fastmeta.patching.fast_weights import FastMatrix, FastTable, Leaf
 from fastmeta.patching.leaf_params import LeafParams, leaf_slots
+from fastmeta.patching.task_params import initial_parts
 
 
 def may_serve(loop: InnerLoop, packed: Tensor) -> bool:
@@ -54,13 +57,13 @@ def unroll_by_leaf(loop: InnerLoop, row: Tensor, tasks: int, support: Support) -
         tasks: T.
     """
     layout, gate = loop.patched.layout, Gate(bf16=rounds(row))
-    leaves = _leaves(loop, row, tasks, support, gate)
+    parts = initial_parts(layout, row)
+    leaves = _leaves(loop, parts, tasks, support, gate)
     if 2 * sum(layout.numels[slot] for slot in leaves) < layout.num_elements:
         return None  # what is packed would be most of it
     others = [slot for slot in range(len(layout)) if slot not in leaves]
     small = ParamLayout([layout.names[s] for s in others], [layout.shapes[s] for s in others])
-    parts = layout.unpack(row.unsqueeze(0))
-    rest = small.pack([parts[s][0] for s in others]) if others else row[:0]
+    rest = small.pack([parts[s] for s in others]) if others else row[:0]
     rest = rest.expand(tasks, -1)
     params = LeafParams(layout, TaskParams(small, rest), leaves)
     losses, finite = [], []
@@ -90,15 +93,14 @@ def unroll_by_leaf(loop: InnerLoop, row: Tensor, tasks: int, support: Support) -
 
 
 def _leaves(
-    loop: InnerLoop, row: Tensor, tasks: int, support: Support, gate: Gate
+    loop: InnerLoop, parts: Sequence[Tensor], tasks: int, support: Support, gate: Gate
 ) -> dict[int, Leaf]:
-    """Every weight that is kept by leaf, at its initial value."""
+    """Every weight that is kept by leaf, at its initial value among all `parts`."""
     plan = loop.patched.plan(model_inputs(support.inputs))
-    parts = loop.patched.layout.unpack(row.unsqueeze(0))
     found: dict[int, Leaf] = {}
     alike = loop.capture is not None
     for slot, leaf in leaf_slots(plan).items():
-        weight = parts[slot][0]
+        weight = parts[slot]
         if isinstance(leaf.module, torch.nn.Embedding):
             found[slot] = FastTable(weight, tasks, leaf.module.padding_idx)
         else:

@@ -16,8 +16,8 @@ from fastmeta.engine.memory import MemoryPlan, free_bytes, is_out_of_memory
 from fastmeta.engine.optimizers import FusedRule
 from fastmeta.engine.recompute import add, backpropagate
 from fastmeta.patching import TaskParams
+from fastmeta.patching.narrow_params import held_apart, joined
 from fastmeta.patching.task_params import shared_row
-from fastmeta.patching.word_rows import held_apart, joined
 
 
 class TaskResults(NamedTuple):
@@ -204,13 +204,20 @@ class _Gradients:
     def __init__(self, start: Tensor, weights: list[Tensor]) -> None:
         self.start, self.pieces = start, 0
         self.rows: list[Tensor] = []  # where tasks start from rows of their own
+        self.sums: set[int] = set()  # which of the others are tensors of our own
         self.shared: list[Tensor | None] = [None] * (len(weights) + (start.dim() == 1))
 
     def add(self, tasks: slice, found: list[Tensor | None]) -> None:
         if self.start.dim() == 2:
             mine, *found = found
             self.rows.append(torch.zeros_like(self.start[tasks]) if mine is None else mine)
-        self.shared = [add(a, b) for a, b in zip(self.shared, found, strict=True)]
+        for i, more in enumerate(found):
+            if i in self.sums and more is not None:
+                self.shared[i] += more
+            elif more is not None:
+                if self.shared[i] is not None:
+                    self.sums.add(i)
+                self.shared[i] = add(self.shared[i], more)
         self.pieces += 1
 
     def together(self) -> list[Tensor | None]:

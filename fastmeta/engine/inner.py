@@ -15,8 +15,8 @@ from fastmeta.engine.optimizers import State, UpdateRule
 from fastmeta.engine.prototype_head import PrototypeHead
 from fastmeta.engine.rates import Rates
 from fastmeta.patching import ParamLayout, Patched, TaskParams
+from fastmeta.patching.narrow_params import Narrowing, NarrowParams, SupportRows
 from fastmeta.patching.prefix import PrefixCache
-from fastmeta.patching.word_rows import Narrowing, NarrowParams, SupportRows
 
 if TYPE_CHECKING:
     from fastmeta.engine.capture import Capture
@@ -120,6 +120,13 @@ class Support:
     def layout(self, loop: InnerLoop) -> ParamLayout:
         """Of fast weights ``[T, P]``."""
         return loop.patched.layout if self.narrowing is None else self.narrowing.narrow
+
+    def rate(self, loop: InnerLoop, step: int) -> float | Tensor:
+        """The learning rate of a step, in a shape that update rules take."""
+        rate = loop.rates.at(step, self.tasks)
+        if self.narrowing is None or "param" not in loop.rates.axes:
+            return rate
+        return self.narrowing.per_entry(rate)
 
     def stored(self) -> list[Tensor]:
         """Every tensor that all steps read alike, in a fixed order: of the stored prefix, of an
@@ -231,7 +238,7 @@ def inner_step(
         packed,
         grad,
         state,
-        loop.rates.at(step, support.tasks),
+        support.rate(loop, step),
         step,
         active=_mask(active),
         segments=None if loop.rates.segments is None else support.layout(loop),

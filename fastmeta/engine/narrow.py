@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fastmeta.engine.inner import InnerLoop, Support, model_inputs
 from fastmeta.engine.optimizers import RULES
+from fastmeta.patching.narrow_params import narrowing
 from fastmeta.patching.task_params import shared_row
-from fastmeta.patching.word_rows import narrowing
 
 
 def narrowed(loop: InnerLoop, packed: Tensor, support: Support) -> tuple[Tensor, Support]:
@@ -19,10 +19,10 @@ def narrowed(loop: InnerLoop, packed: Tensor, support: Support) -> tuple[Tensor,
     row = shared_row(packed)
     if row is None or not may_narrow(loop):
         return packed, support
-    held = narrowing(loop.patched, row, model_inputs(support.inputs))
-    if held is None:
+    found = narrowing(loop.patched, row, model_inputs(support.inputs))
+    if found is None:
         return packed, support
-    start = held.start(row)
+    held, start = found
     pulled = start.detach() if loop.proximal else None
     return start, replace(support, start=pulled, narrowing=held, rows=held.support_rows())
 
@@ -31,5 +31,4 @@ def may_narrow(loop: InnerLoop) -> bool:
     """Whether a word without a gradient stays where it is."""
     decay = getattr(loop.rule, "weight_decay", None)
     known = type(loop.rule) in RULES.values() and isinstance(decay, float | int) and decay == 0
-    transformed = torch._C._are_functorch_transforms_active()
-    return known and "param" not in loop.rates.axes and not transformed
+    return known and not torch._C._are_functorch_transforms_active()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastmeta.engine.conditions import Conditions
 from fastmeta.engine.inner import InnerLoop, Support, Trajectory, inner_step
-from fastmeta.patching import word_rows
+from fastmeta.patching import narrow_params
 from fastmeta.patching.prefix import is_random
 
 SLICES = 2
@@ -40,7 +40,7 @@ def joined(parts: Sequence[Trajectory]) -> Trajectory:
     if len(parts) == 1:
         return parts[0]
     return Trajectory(
-        word_rows.joined([p.params for p in parts]),
+        narrow_params.joined([p.params for p in parts]),
         torch.cat([p.active for p in parts]),
         [torch.cat(losses) for losses in zip(*(p.losses for p in parts), strict=True)],
     )

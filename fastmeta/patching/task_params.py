@@ -52,6 +52,11 @@ class TaskParams(Mapping[str, Tensor]):
         """The :attr:`compact` of other fast weights, in this form."""
         return params.packed
 
+    def change(self, row: Tensor, which: Tensor) -> Tensor:
+        """What tasks added to the initial weights ``[P]`` of all, summed over those where `which`
+        ``[T]`` is True."""
+        return torch.where(which.unsqueeze(1), self.packed - row, 0.0).sum(0)
+
     def bound(self, plan: Plan) -> list:
         """What the rules of a plan read, by slot."""
         return self.views
@@ -100,3 +105,9 @@ def shared_row(packed: Tensor) -> Tensor | None:
     base = packed._base
     expanded = packed.grad_fn is not None and packed.grad_fn.name() == "ExpandBackward0"
     return base if expanded and base is not None and base.dim() == 1 else None
+
+
+def initial_parts(layout: ParamLayout, row: Tensor) -> list[Tensor]:
+    """By slot what all tasks start from, of their weights ``[P]``; unpacked
+    once where it is differentiated, since every unpacking's gradient is as large as the row."""
+    return [part[0] for part in layout.unpack(row.unsqueeze(0))]

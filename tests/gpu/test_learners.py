@@ -75,6 +75,14 @@ def test_rules(rule) -> None:
     check(lambda m: fm.MAML(fm.patch(m, ADAPTERS), lr=rate, steps=2, optimizer=rule, clip_norm=1.0))
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum"])
+def test_texts_of_few_of_the_words(optimizer: str, mode: str) -> None:
+    settings = {"lr": 0.1, "steps": 2, "optimizer": optimizer, **MODES[mode]}
+    model = oracle.tiny_bert(words=100)
+    check(lambda model: fm.MAML(fm.patch(model, EVERYTHING), **settings), model)
+
+
 def test_ragged_tasks() -> None:
     batch = oracle.as_batch(oracle.make_tasks(ragged=True))
     check(lambda model: fm.MAML(fm.patch(model, EVERYTHING), lr=0.1, steps=2), batch=batch)

@@ -45,6 +45,15 @@ def step(learner: fm.MAML, batch: fm.TaskBatch, loss=lambda out: out.loss) -> di
     return on_cpu({n: t.detach() for n, t in (found | grads).items()})
 
 
+@pytest.mark.parametrize("name", ["unroll", "recompute", "first order", "learned rates", "adam"])
+def test_texts_of_few_of_the_words(name: str) -> None:
+    with gpu():
+        here, there = pair(oracle.tiny_bert(words=100), **SETTINGS[name])
+        for batch in BATCHES:
+            oracle.assert_close(step(there, batch), step(here, batch))
+        assert len(there.replays.steps) == 1 and None not in there.replays.steps.values()
+
+
 @pytest.mark.parametrize(
     ("spec", "name"),
     [*(("all", name) for name in SETTINGS), ("adapters", "unroll"), ("head", "unroll")],

@@ -19,7 +19,7 @@ from torch import Tensor
 from fastmeta.patching.fast_weights import FastTable
 from fastmeta.patching.layout import ParamLayout
 from fastmeta.patching.leaf_params import LeafParams, UnpackedParams, leaf_slots
-from fastmeta.patching.task_params import TaskParams
+from fastmeta.patching.task_params import TaskParams, initial_parts
 from fastmeta.patching.unpadded import IDS
 from fastmeta.patching.words import Words, are_few, take
 
@@ -83,10 +83,10 @@ class Narrowing:
     table: Tensor
     words: Words
 
-    def start(self, row: Tensor) -> Tensor:
-        """Initial fast weights ``[T, P']`` from those of all tasks ``[P]``."""
-        parts = [part[0] for part in self.layout.unpack(row.unsqueeze(0))]
-        parts[self.slot] = row.new_zeros(self.narrow.shapes[self.slot])
+    def start(self, parts: Sequence[Tensor]) -> Tensor:
+        """Initial fast weights ``[T, P']`` from those of all tasks, by slot."""
+        parts = list(parts)
+        parts[self.slot] = self.table.new_zeros(self.narrow.shapes[self.slot])
         return self.narrow.pack(parts).expand(len(self.words.ids), -1)
 
     def support_rows(self) -> SupportRows:
@@ -94,9 +94,15 @@ class Narrowing:
         ids = self.words.ids
         return SupportRows(F.embedding(ids, self.table, self.words.padding), self.words.rows(ids))
 
-    def table_of(self, row: Tensor) -> Tensor:
-        """The initial table of fast weights ``[P]``."""
-        return self.layout.unpack(row.unsqueeze(0))[self.slot][0]
+    def per_entry(self, values: Tensor) -> Tensor:
+        """Values of every adapted scalar, ``[1 or T, P]`` -> ``[T, P']``."""
+        tasks, ids = len(self.words.ids), self.words.ids
+        parts = self.layout.unpack(values)
+        table = parts[self.slot]
+        mine = F.embedding(ids, table[0]) if len(table) == 1 else table[self.words.task, ids]
+        parts = [part.expand(tasks, *part.shape[1:]) for part in parts]
+        parts[self.slot] = F.pad(mine, (0, 0, 0, 1))
+        return self.narrow.pack(parts)
 
 
 class NarrowParams(UnpackedParams):
@@ -120,10 +126,20 @@ class NarrowParams(UnpackedParams):
 
     def again(self, start: Tensor, compact: Tensor) -> NarrowParams:
         row = start if start.dim() == 1 else start[0]
-        return NarrowParams(replace(self.narrowing, table=self.narrowing.table_of(row)), compact)
+        table = initial_parts(self.layout, row)[self.narrowing.slot]
+        return NarrowParams(replace(self.narrowing, table=table), compact)
 
     def compact_of(self, params: TaskParams) -> Tensor:
         return held_apart(params).compact
+
+    def change(self, row: Tensor, which: Tensor) -> Tensor:
+        held, ids = self.narrowing, self.narrowing.words.ids
+        start = held.start(initial_parts(self.layout, row))
+        change = torch.where(which.unsqueeze(1), self.compact - start, 0.0)
+        parts = [part[0] for part in held.narrow.unpack(change.sum(0, keepdim=True))]
+        added = held.narrow.unpack(change)[held.slot][:, :-1]
+        parts[held.slot] = torch.zeros_like(held.table).index_put((ids,), added, accumulate=True)
+        return held.layout.pack(parts)
 
     def detach(self) -> NarrowParams:
         held = replace(self.narrowing, table=self.narrowing.table.detach())
@@ -150,7 +166,7 @@ def joined(parts: Sequence[TaskParams]) -> TaskParams:
     """Fast weights of the tasks of all parts, which start from one row."""
     if len(parts) == 1:
         return parts[0]
-    if all(isinstance(part, NarrowParams) for part in parts):
+    if all(isinstance(part, NarrowParams) for part in parts) and _alike(parts):
         words = [part.narrowing.words for part in parts]
         all_words = Words.of(torch.cat([w.ids for w in words]), words[0].padding)
         narrowing = replace(parts[0].narrowing, words=all_words)
@@ -158,9 +174,15 @@ def joined(parts: Sequence[TaskParams]) -> TaskParams:
     return TaskParams(parts[0].layout, torch.cat([part.packed for part in parts]))
 
 
-def narrowing(patched: Patched, row: Tensor, inputs: Mapping[str, Any]) -> Narrowing | None:
+def _alike(parts: Sequence[NarrowParams]) -> bool:
+    return len({part.narrowing.narrow for part in parts}) == 1
+
+
+def narrowing(
+    patched: Patched, row: Tensor, inputs: Mapping[str, Any]
+) -> tuple[Narrowing, Tensor] | None:
     """How fast weights that start from `row` ``[P]`` are best held while tasks adapt on `inputs`
-    ``[T, N, ...]``; None: as they are."""
+    ``[T, N, ...]``, and their start ``[T, P']``; None: as they are."""
     plan, ids = patched.plan(inputs), inputs.get(IDS)
     slot = word_slot(plan)
     if slot is None:
@@ -169,9 +191,9 @@ def narrowing(patched: Patched, row: Tensor, inputs: Mapping[str, Any]) -> Narro
     module = plan.structure.get_submodule(plan.word_table)
     if not are_few(ids.shape[1], module.num_embeddings):
         return None
-    narrow = layout.with_rows(slot, ids.shape[1] + 1)
-    table = layout.unpack(row.unsqueeze(0))[slot][0]
-    return Narrowing(layout, narrow, slot, table, Words.of(ids, module.padding_idx))
+    narrow, parts = layout.with_rows(slot, ids.shape[1] + 1), initial_parts(layout, row)
+    held = Narrowing(layout, narrow, slot, parts[slot], Words.of(ids, module.padding_idx))
+    return held, held.start(parts)
 
 
 def held_apart(params: TaskParams) -> TaskParams:
