@@ -53,10 +53,9 @@ def run_chunks(
     that weights its tasks alike only scales it; for any other the graph is built again in the
     backward pass, with the same random numbers. The graph of all tasks at once is kept. A chunk
     whose backward pass runs out of memory is split as the plan allows; under dropout it cannot be
-    split without changing its masks, and only the memory mode changes. Where all tasks at once
-    take but a small part of the memory, they may be kept by leaf, which no backward pass can split.
-    All tasks at once by a loss or an update rule that is not the library's own are left to
-    autograd, since they may hold meta-parameters of their own.
+    split without changing its masks, and only the memory mode changes. All tasks at once are left
+    to autograd where they take but a small part of the memory, and where the loss or the update
+    rule is not the library's own, since it may hold meta-parameters of its own.
 
     Args:
         replay: Runs all tasks at once, with that gradient, in another way.
@@ -245,7 +244,8 @@ def with_gradient(run: Run, tasks: slice, mode: str, start: Tensor, weights: lis
     alias, results = _with_graph(run, tasks, mode, start)
     ones = [torch.ones_like(results.losses), *[None] * (len(results) - 1)]
     found = backpropagate(results, ones, [alias, *weights])
-    return results._replace(params=held_apart(results.params).detach()), found
+    results = results._replace(params=held_apart(results.params))
+    return TaskResults(*(part.detach() for part in results)), found
 
 
 def _alike(gradients: tuple[Tensor | None, ...]) -> bool:
