@@ -213,7 +213,6 @@ def test_algorithms(algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     oracle.assert_close(*found)
 
 
-# deberta and t5 look other words up than their inputs', or look them up twice
 @pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "modernbert", "gpt2", "qwen2"])
 @pytest.mark.parametrize("memory", ["unroll", "recompute"])
 def test_families(family: str, memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
