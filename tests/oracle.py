@@ -15,7 +15,6 @@ from fastmeta.engine.inner import InnerLoop, Support
 from fastmeta.engine.optimizers import SGD
 from fastmeta.engine.rates import Rates
 from fastmeta.patching import Patched, TaskParams
-from fastmeta.patching.task_params import shared_row
 from fastmeta.testing.float64 import keep_float64
 
 Loss = Callable[[Tensor], Tensor]
@@ -116,8 +115,7 @@ def by_leaf(
     rates = Rates(lr, patched.layout, steps, patched.slots.initial[0])
     loop = InnerLoop(patched, SGD(), rates, steps, losses, second_order=steps)
     with keep_float64():
-        row = shared_row(patched.init(tasks).packed)
-        trajectory = unroll_by_leaf(loop, row, tasks, Support(support))
+        trajectory = unroll_by_leaf(loop, patched.initial(tasks), Support(support))
         if trajectory is None:
             return None
         logits = patched(trajectory.params, **query).logits

@@ -104,9 +104,12 @@ def test_without_kernels(make, monkeypatch) -> None:
 def test_chunks_are_kept_by_leaf_too(compile: bool, monkeypatch) -> None:
     """Also where their graphs are built again, for a loss that reads the fast weights."""
     served, original = [], episode.unroll_by_leaf
-    monkeypatch.setattr(
-        episode, "unroll_by_leaf", lambda *args: served.append(args[2]) or original(*args)
-    )
+
+    def by_leaf(loop, start, support):
+        served.append(start.num_tasks)
+        return original(loop, start, support)
+
+    monkeypatch.setattr(episode, "unroll_by_leaf", by_leaf)
     found = []
     for chunk in (None, 2):
         patched = fm.patch(oracle.tiny_bert(), fm.Params("*"))

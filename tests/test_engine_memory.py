@@ -187,12 +187,12 @@ class Limit:
         self.tried: list[tuple[str, int, str]] = []  # mode, tasks, pass
         original = episode.adapt_tasks
 
-        def limited(loop, packed, inputs, mode, tasks=None, *, keep=0):
+        def limited(loop, start, inputs, mode, tasks=None, *, keep=0):
             now = "forward" if torch._C._current_graph_task_id() == -1 else "backward"
-            self.tried.append((mode, len(packed), now))
-            if now == when and len(packed) > self.tasks * (2 if mode == "recompute" else 1):
+            self.tried.append((mode, start.num_tasks, now))
+            if now == when and start.num_tasks > self.tasks * (2 if mode == "recompute" else 1):
                 raise error
-            return original(loop, packed, inputs, mode, tasks, keep=keep)
+            return original(loop, start, inputs, mode, tasks, keep=keep)
 
         monkeypatch.setattr(episode, "adapt_tasks", limited)
 

@@ -126,13 +126,14 @@ class Run:
             second_order=0,
             clip_norm=first.clip_norm,
         )
+        params = TaskParams(model.layout, start)
         numbers = torch.arange(count, device=start.device)
         features = self._features(model, inputs) if head_may_serve(loop) else None
         if features is not None:
             labels, ways = inputs["labels"], inputs.get(WAYS)
             found = head_steps(
                 loop,
-                TaskParams(model.layout, start),
+                params,
                 _repeated(features, len(group)),
                 _repeated(labels, len(group)),
                 None if ways is None else _repeated(ways, len(group)),
@@ -140,10 +141,10 @@ class Run:
             )
             return found.params.packed, found.active
         every = {k: _repeated(v, len(group)) for k, v in inputs.items()}
-        pieces = [
-            adapt_tasks(loop, start[s], {k: v[s] for k, v in every.items()}, "unroll", numbers[s])
-            for s in split(slice(0, count), self.task_chunk)
-        ]
+        pieces = []
+        for s in split(slice(0, count), self.task_chunk):
+            texts = {k: v[s] for k, v in every.items()}
+            pieces.append(adapt_tasks(loop, params.select(s), texts, "unroll", numbers[s]))
         return torch.cat([q.params.packed for q in pieces]), torch.cat([q.active for q in pieces])
 
     def _features(self, model: Patched, inputs: Mapping[str, Tensor]) -> Tensor | None:

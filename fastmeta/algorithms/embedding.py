@@ -177,7 +177,7 @@ class Embedding(nn.Module):
             # All tasks share the initial values: one task of all rows.
             given = {k: v.unsqueeze(0) for k, v in flat.items()}
             more = {} if self.lead == "" else {"output_hidden_states": True}
-            out = self.patched(self.patched.init(1), **given, **more)
+            out = self.patched(self.patched.initial(1), **given, **more)
         states = out if isinstance(out, Tensor) else getattr(out, "last_hidden_state", None)
         if states is None and getattr(out, "hidden_states", None):
             states = out.hidden_states[-1]

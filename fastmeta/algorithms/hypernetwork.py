@@ -228,12 +228,12 @@ class HyperNetwork(GradientLearner):
         # Fast weights are made in their own dtype; an autocast of the caller's is left alone.
         lowered = self.compute_dtype is not None
         with torch.autocast(self.device.type, enabled=False) if lowered else nullcontext():
-            packed = self._packed(batch.support, batch.ways, description)
-        finite = packed.detach().isfinite().all(1)
+            params = self._params(batch.support, batch.ways, description)
+        finite = params.packed.detach().isfinite().all(1)
         if bool(finite.all()):
-            return run_episode(loop, packed, batch, plan)
+            return run_episode(loop, params, batch, plan)
         with torch.no_grad():
-            whole = run_episode(loop, packed.detach(), batch, plan)
+            whole = run_episode(loop, params.detach(), batch, plan)
         whole.diverged = whole.diverged | ~finite
         whole.task_losses = whole.task_losses.masked_fill(~finite, float("nan"))
         index = finite.nonzero().flatten()
@@ -249,7 +249,7 @@ class HyperNetwork(GradientLearner):
             if old is not None:
                 setattr(whole, name, old.index_copy(0, index, new))
         whole.support_losses = whole.support_losses.index_copy(1, index, part.support_losses)
-        filled = packed.detach().index_copy(0, index, part.params.packed)
+        filled = params.packed.detach().index_copy(0, index, part.params.packed)
         whole.params = TaskParams(self.patched.layout, filled)
         return whole
 
@@ -274,15 +274,14 @@ class HyperNetwork(GradientLearner):
             self.check(batch)
             support, ways = batch.support, batch.ways
         self._check_texts(support, description)
-        return TaskParams(self.patched.layout, self._packed(support, ways, description))
+        return self._params(support, ways, description)
 
-    def _packed(
+    def _params(
         self,
         support: Mapping[str, Tensor] | None,
         ways: Tensor | None,
         description: Mapping[str, Tensor] | None,
-    ) -> Tensor:
-        """``[T, P]``."""
+    ) -> TaskParams:
         features = labels = means = present = text = None
         if self.reads != "description":
             features, labels = self._features(support), support["labels"]
@@ -296,16 +295,16 @@ class HyperNetwork(GradientLearner):
         found = {} if self.generator is None else self.generator(z)
         layout, tasks = self.patched.layout, z.shape[0]
         check_generated(found, layout, tasks)
-        start = self.patched.init(tasks)
+        start = self.patched.initial(tasks)
         views = [
             view + found[name].to(view.dtype) if name in found else view
             for name, view in start.items()
         ]
         if self.head is not None:
             weight, bias = self.net["head"](means, present, z)
-            views[self.head.slots["weight"]] = weight.to(start.packed.dtype)
-            views[self.head.slots["bias"]] = bias.to(start.packed.dtype)
-        return layout.pack(views)
+            views[self.head.slots["weight"]] = weight.to(self.patched.dtype)
+            views[self.head.slots["bias"]] = bias.to(self.patched.dtype)
+        return TaskParams(layout, layout.pack(views))
 
     def _features(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """``[T, N, D]`` in the dtype of the fast weights."""
@@ -375,7 +374,7 @@ class HyperNetwork(GradientLearner):
             return params
         batch = self._with_ways(TaskBatch(support, support, ways))
         with computing(self.device, self.compute_dtype):
-            return adapt_tasks(loop, params.packed, with_ways(batch)[0], "unroll").params
+            return adapt_tasks(loop, params, with_ways(batch)[0], "unroll").params
 
     def predict(
         self, params: TaskParams, *, ways: Tensor | None = None, **inputs: Tensor

@@ -231,8 +231,7 @@ class GradientLearner(nn.Module):
             return self._with_memory(loop, batch, lambda plan: self._run(loop, batch, plan))
 
     def _run(self, loop: InnerLoop, batch: TaskBatch, plan: MemoryPlan) -> MetaOutput:
-        packed = self.patched.init(batch.num_tasks).packed
-        return run_episode(loop, packed, batch, plan)
+        return run_episode(loop, self.patched.initial(batch.num_tasks), batch, plan)
 
     def check(self, batch: TaskBatch) -> None:
         """Raise one clear sentence for a batch that this learner cannot take."""

@@ -168,7 +168,7 @@ class ProtoMAML(GradientLearner):
         """
         batch = self._with_ways(TaskBatch(support, support, ways))
         self.check(batch)
-        start = self.patched.init(batch.num_tasks).packed
+        start = self.patched.initial(batch.num_tasks)
         loop = self.inner_loop()
         return adapt_tasks(loop, start, with_ways(batch)[0], "unroll").params
 

@@ -13,7 +13,7 @@ from fastmeta.engine.episode import MetaOutput, run_episode
 from fastmeta.engine.inner import InnerLoop
 from fastmeta.engine.memory import MemoryPlan
 from fastmeta.patching import Patched, TaskParams
-from fastmeta.patching.task_params import shared_row
+from fastmeta.patching.initial_params import InitialParams
 
 
 class Reptile(GradientLearner):
@@ -39,7 +39,7 @@ class Reptile(GradientLearner):
         self.use_query = use_query
 
     def _run(self, loop: InnerLoop, batch: TaskBatch, plan: MemoryPlan) -> MetaOutput:
-        start = self.patched.init(batch.num_tasks).packed
+        start = self.patched.initial(batch.num_tasks)
         learning = torch.is_grad_enabled()
         if learning and self.use_query:
             pad = getattr(getattr(self.patched.model, "config", None), "pad_token_id", None)
@@ -48,12 +48,13 @@ class Reptile(GradientLearner):
         with torch.no_grad():
             out = run_episode(loop, start, batch, plan)
         if learning:
-            out.loss = out.loss + _pseudo_loss(shared_row(start), out.params, ~out.diverged)
+            out.loss = out.loss + _pseudo_loss(start, out.params, ~out.diverged)
         return out
 
 
-def _pseudo_loss(row: Tensor, adapted: TaskParams, good: Tensor) -> Tensor:
-    """Zero, with gradient ``mean over good tasks of (row - adapted)``."""
-    difference = -adapted.change(row.detach(), good) / good.sum().clamp_min(1)
-    surrogate = (row * difference).sum()
+def _pseudo_loss(start: InitialParams, adapted: TaskParams, good: Tensor) -> Tensor:
+    """Zero, with gradient ``mean over good tasks of (start - adapted)``."""
+    changes, count = adapted.change(start.detach(), good), good.sum().clamp_min(1)
+    terms = [(part * -change).sum() for part, change in zip(start.parts, changes, strict=True)]
+    surrogate = torch.stack(terms).sum() / count
     return surrogate - surrogate.detach()

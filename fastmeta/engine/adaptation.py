@@ -119,9 +119,9 @@ def adapt(
     )
     check_sets(patched, loop.loss_fn, {"support": support})
     with torch.no_grad(), computing(patched.device, compute_dtype):
-        start = (params or patched.init(tasks)).packed
+        start = patched.initial(tasks) if params is None else params
         pieces = [
-            adapt_tasks(loop, start[s], {k: v[s] for k, v in support.items()}, "unroll")
+            adapt_tasks(loop, start.select(s), {k: v[s] for k, v in support.items()}, "unroll")
             for s in split(slice(0, tasks), task_chunk)
         ]
     return Adapted(

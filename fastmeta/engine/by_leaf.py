@@ -25,12 +25,16 @@ from fastmeta.ops._adapted_linear import Gate
 from fastmeta.ops.batched_linear import rounds
 from fastmeta.patching import ParamLayout, TaskParams
 from fastmeta.patching.fast_weights import FastMatrix, FastTable, Leaf
+from fastmeta.patching.initial_params import InitialParams
 from fastmeta.patching.leaf_params import LeafParams, leaf_slots
-from fastmeta.patching.task_params import initial_parts
 
 
-def may_serve(loop: InnerLoop, packed: Tensor) -> bool:
-    """Whether the settings fit; a task that diverges asks for the general loop all the same."""
+def may_serve(loop: InnerLoop, start: TaskParams) -> bool:
+    """Whether the settings and the start fit; a task that diverges asks for the general loop all
+    the same."""
+    if not isinstance(start, InitialParams):
+        return False
+    like = start.parts[0]
     settings = not (loop.clip_norm or loop.proximal or loop.implicit)
     return (
         settings
@@ -40,30 +44,29 @@ def may_serve(loop: InnerLoop, packed: Tensor) -> bool:
         and type(loop.rule) is SGD
         and loop.rule.weight_decay == 0.0
         and set(loop.rates.axes) <= {"step", "task"}
-        and packed.dtype in (torch.float32, torch.float64)
+        and like.dtype in (torch.float32, torch.float64)
         and torch.is_grad_enabled()
         and not torch._C._are_functorch_transforms_active()
-        and (rounds(packed) or not torch.is_autocast_enabled(packed.device.type))
+        and (rounds(like) or not torch.is_autocast_enabled(like.device.type))
     )
 
 
-def unroll_by_leaf(loop: InnerLoop, row: Tensor, tasks: int, support: Support) -> Trajectory | None:
+def unroll_by_leaf(loop: InnerLoop, start: InitialParams, support: Support) -> Trajectory | None:
     """All K steps in the autograd graph, or None where the model or a task asks for the general
     loop.
 
     Args:
         loop: One that :func:`may_serve`.
-        row: The initial fast weights ``[P]`` of all tasks.
-        tasks: T.
+        start: Of T tasks.
     """
-    layout, gate = loop.patched.layout, Gate(bf16=rounds(row))
-    parts = initial_parts(layout, row)
+    layout, parts, tasks = loop.patched.layout, start.parts, start.num_tasks
+    gate = Gate(bf16=rounds(parts[0]))
     leaves = _leaves(loop, parts, tasks, support, gate)
     if 2 * sum(layout.numels[slot] for slot in leaves) < layout.num_elements:
         return None  # what is packed would be most of it
     others = [slot for slot in range(len(layout)) if slot not in leaves]
     small = ParamLayout([layout.names[s] for s in others], [layout.shapes[s] for s in others])
-    rest = small.pack([parts[s] for s in others]) if others else row[:0]
+    rest = small.pack([parts[s] for s in others]) if others else parts[0].new_zeros(0)
     rest = rest.expand(tasks, -1)
     params = LeafParams(layout, TaskParams(small, rest), leaves)
     losses, finite = [], []
@@ -71,7 +74,7 @@ def unroll_by_leaf(loop: InnerLoop, row: Tensor, tasks: int, support: Support) -
         create_graph = loop.create_graph(step)
         rate = loop.rates.at(step, support.tasks)
         if isinstance(rate, Tensor):
-            rate = rate[:, 0].to(row.dtype)  # [1 or T]
+            rate = rate[:, 0].to(rest.dtype)  # [1 or T]
         found = None
         if loop.capture is not None:
             found = captured_step(loop, rate, params, support, gate)

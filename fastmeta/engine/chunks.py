@@ -16,8 +16,8 @@ from fastmeta.engine.memory import MemoryPlan, free_bytes, is_out_of_memory
 from fastmeta.engine.optimizers import FusedRule
 from fastmeta.engine.recompute import add, backpropagate
 from fastmeta.patching import TaskParams
+from fastmeta.patching.initial_params import InitialParams
 from fastmeta.patching.narrow_params import held_apart, joined
-from fastmeta.patching.task_params import shared_row
 
 
 class TaskResults(NamedTuple):
@@ -35,17 +35,17 @@ class TaskResults(NamedTuple):
     """``[T, K]``."""
 
 
-Run = Callable[[slice, Tensor, str], TaskResults]
-"""``(tasks, their rows of the initial fast weights, memory mode) -> results``."""
+Run = Callable[[slice, TaskParams, str], TaskResults]
+"""``(tasks, their initial fast weights, memory mode) -> results``."""
 Ahead = tuple[TaskResults, list[Tensor | None]]
 """Results, and the gradients of their losses' sum."""
-Replay = Callable[[Tensor, list[Tensor]], Ahead | None]
+Replay = Callable[[TaskParams, list[Tensor]], Ahead | None]
 """``(initial fast weights, other weights) -> results and gradients``, of all tasks; None where they
 have to run."""
 
 
 def run_chunks(
-    loop: InnerLoop, run: Run, packed: Tensor, plan: MemoryPlan, replay: Replay | None = None
+    loop: InnerLoop, run: Run, start: TaskParams, plan: MemoryPlan, replay: Replay | None = None
 ) -> TaskResults:
     """Run all tasks, in chunks where the plan says so.
 
@@ -60,18 +60,17 @@ def run_chunks(
     Args:
         replay: Runs all tasks at once, with that gradient, in another way.
     """
-    pieces = split(slice(0, packed.shape[0]), plan.task_chunk)
+    pieces = split(slice(0, start.num_tasks), plan.task_chunk)
     whole = len(pieces) == 1
     if not (whole and _may_replay(loop, plan)):
         replay = None
-    if whole and replay is None and not _may_shrink(loop, packed, plan):
-        return run(pieces[0], packed, plan.mode)
+    if whole and replay is None and not _may_shrink(loop, start, plan):
+        return run(pieces[0], start, plan.mode)
     if not torch.is_grad_enabled():
-        return _joined([run(tasks, packed[tasks], plan.mode) for tasks in pieces])
+        return _joined([run(tasks, start.select(tasks), plan.mode) for tasks in pieces])
     weights = [*loop.added_parameters(), *loop.patched.shared_parameters()]
-    row, forms = shared_row(packed), []
-    start = packed if row is None else row
-    found = _Chunks.apply(loop, run, plan, pieces, replay, forms, weights, start, *weights)
+    given, forms = [*start.tensors(), *weights], []
+    found = _Chunks.apply(loop, run, plan, pieces, replay, forms, start, weights, *given)
     losses, compact, *others = found
     return TaskResults(losses, forms[0].again(start, compact), *others)
 
@@ -90,11 +89,11 @@ def split(tasks: slice, size: int | None) -> list[slice]:
     return [slice(i, min(i + size, tasks.stop)) for i in range(tasks.start, tasks.stop, size)]
 
 
-def _may_shrink(loop: InnerLoop, packed: Tensor, plan: MemoryPlan) -> bool:
+def _may_shrink(loop: InnerLoop, start: TaskParams, plan: MemoryPlan) -> bool:
     """Whether all tasks at once are to be split where a backward pass runs out of memory."""
     if not (torch.is_grad_enabled() and (plan.free_mode or plan.free_chunk) and _closed(loop)):
         return False
-    return plan.mode != "unroll" or not _ample(loop, packed, plan)
+    return plan.mode != "unroll" or not _ample(loop, start, plan)
 
 
 def _may_replay(loop: InnerLoop, plan: MemoryPlan) -> bool:
@@ -102,11 +101,11 @@ def _may_replay(loop: InnerLoop, plan: MemoryPlan) -> bool:
     return torch.is_grad_enabled() and plan.ahead and _closed(loop)
 
 
-def _ample(loop: InnerLoop, packed: Tensor, plan: MemoryPlan) -> bool:
+def _ample(loop: InnerLoop, start: TaskParams, plan: MemoryPlan) -> bool:
     """Whether weights can be kept by leaf, in less than half of what is free."""
-    if shared_row(packed) is None or not may_serve(loop, packed):
+    if not may_serve(loop, start):
         return False
-    return 0 < 2 * plan.predicted_bytes < free_bytes(packed.device)
+    return 0 < 2 * plan.predicted_bytes < free_bytes(start.device)
 
 
 def _closed(loop: InnerLoop) -> bool:
@@ -117,18 +116,17 @@ def _closed(loop: InnerLoop) -> bool:
 
 
 class _Chunks(torch.autograd.Function):
-    """``run(tasks, packed, plan.mode)``, piece after piece of the tasks.
+    """``run(tasks, start, plan.mode)``, piece after piece of the tasks.
 
     The graph of all at once is kept; of pieces their gradient, or their graphs are built again.
-
-    The initial fast weights are the rows ``[T, P]`` of tasks, or the one row ``[P]`` of all.
     """
 
     @staticmethod
-    def forward(ctx, loop, run, plan, pieces, replay, forms, weights, start, *_):
-        ctx.loop, ctx.run, ctx.plan, ctx.pieces, ctx.weights = loop, run, plan, pieces, weights
-        # The weights are saved only so that changing them before backward() raises.
-        ctx.save_for_backward(start, *weights)
+    def forward(ctx, loop, run, plan, pieces, replay, forms, start, weights, *given):
+        start = start.detach()
+        ctx.loop, ctx.run, ctx.plan, ctx.pieces = loop, run, plan, pieces
+        ctx.start, ctx.weights = start, weights
+        ctx.save_for_backward(*given)  # only so that changing them before backward() raises
         ctx.set_materialize_grads(False)
         ctx.conditions, ctx.kept, ctx.ahead = [], None, None
         gradients, parts = _Gradients(start, weights), []
@@ -136,9 +134,9 @@ class _Chunks(torch.autograd.Function):
             ctx.conditions.append(Conditions(loop.patched, start.device))
             found = None if replay is None else replay(start, weights)
             if found is None and len(pieces) == 1:
-                alias, results = _with_graph(run, tasks, plan.mode, start)
+                leaves, results = _with_graph(run, tasks, plan.mode, start)
             elif found is None and not plan.ahead:
-                results = run(tasks, _rows_of(start, tasks), plan.mode)
+                results = run(tasks, start.select(tasks), plan.mode)
             else:
                 if found is None:
                     found = with_gradient(run, tasks, plan.mode, start, weights)
@@ -153,7 +151,7 @@ class _Chunks(torch.autograd.Function):
         if gradients.pieces == len(pieces):
             ctx.ahead = gradients.together()
         elif len(pieces) == 1:
-            ctx.kept = alias, tensors
+            ctx.kept = leaves, tensors
         outputs = [t.detach() for t in tensors]
         ctx.mark_non_differentiable(*outputs[3:])
         return tuple(outputs)
@@ -161,15 +159,15 @@ class _Chunks(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *gradients: Tensor | None):
-        plan, start = ctx.plan, ctx.saved_tensors[0]
+        plan, _ = ctx.plan, ctx.saved_tensors
         if ctx.ahead is not None:
             found, retain = ctx.ahead, torch._C._autograd._get_current_graph_task_keep_graph()
             ctx.ahead = ctx.ahead if retain else None
             if _alike(gradients):
                 scale = gradients[0][0]
-                return *[None] * 7, *(g if g is None else g * scale for g in found)
+                return *[None] * 8, *(g if g is None else g * scale for g in found)
             plan.ahead = False
-        total = _Gradients(start, ctx.weights)
+        total = _Gradients(ctx.start, ctx.weights)
         pending = []
         for tasks, conditions in zip(ctx.pieces, ctx.conditions, strict=True):
             parts = [tasks] if conditions.random is not None else split(tasks, plan.task_chunk)
@@ -178,7 +176,7 @@ class _Chunks(torch.autograd.Function):
             (tasks, conditions), mode = pending[0], plan.mode
             mine = [g if g is None else g[tasks] for g in gradients]
             try:
-                found = _pull_back(ctx, tasks, conditions, start, mine)
+                found = _pull_back(ctx, tasks, conditions, mine)
             except (RuntimeError, MemoryError) as error:
                 if not (is_out_of_memory(error) and plan.shrink(tasks.stop - tasks.start)):
                     raise
@@ -190,7 +188,7 @@ class _Chunks(torch.autograd.Function):
                 total.add(tasks, found)
             elif conditions.random is None:
                 pending[:1] = [(part, conditions) for part in split(tasks, plan.task_chunk)]
-        return *[None] * 7, *total.together()
+        return *[None] * 8, *total.together()
 
 
 class _Gradients:
@@ -200,16 +198,18 @@ class _Gradients:
         pieces: How many were added.
     """
 
-    def __init__(self, start: Tensor, weights: list[Tensor]) -> None:
+    def __init__(self, start: TaskParams, weights: list[Tensor]) -> None:
         self.start, self.pieces = start, 0
+        self.alike = isinstance(start, InitialParams)
         self.rows: list[Tensor] = []  # where tasks start from rows of their own
         self.sums: set[int] = set()  # which of the others are tensors of our own
-        self.shared: list[Tensor | None] = [None] * (len(weights) + (start.dim() == 1))
+        summed = len(weights) + (len(start.tensors()) if self.alike else 0)
+        self.shared: list[Tensor | None] = [None] * summed
 
     def add(self, tasks: slice, found: list[Tensor | None]) -> None:
-        if self.start.dim() == 2:
+        if not self.alike:
             mine, *found = found
-            self.rows.append(torch.zeros_like(self.start[tasks]) if mine is None else mine)
+            self.rows.append(torch.zeros_like(self.start.packed[tasks]) if mine is None else mine)
         for i, more in enumerate(found):
             if i in self.sums and more is not None:
                 self.shared[i] += more
@@ -220,30 +220,26 @@ class _Gradients:
         self.pieces += 1
 
     def together(self) -> list[Tensor | None]:
-        if self.start.dim() == 2:
-            return [torch.cat(self.rows), *self.shared]
-        return self.shared
+        return self.shared if self.alike else [torch.cat(self.rows), *self.shared]
 
 
-def _rows_of(start: Tensor, tasks: slice) -> Tensor:
-    """The initial fast weights ``[T, P]`` of some tasks."""
-    return start[tasks] if start.dim() == 2 else start.expand(tasks.stop - tasks.start, -1)
-
-
-def _with_graph(run: Run, tasks: slice, mode: str, start: Tensor) -> tuple[Tensor, TaskResults]:
-    """What stands for these tasks' `start` in the results' graph, and the results."""
-    own = start[tasks] if start.dim() == 2 else start
-    alias = own.detach().requires_grad_()
+def _with_graph(
+    run: Run, tasks: slice, mode: str, start: TaskParams
+) -> tuple[list[Tensor], TaskResults]:
+    """What stands for these tasks' tensors of `start` in the results' graph, and the results."""
+    own = start.select(tasks)
+    leaves = [t.detach().requires_grad_() for t in own.tensors()]
     with torch.enable_grad():
-        rows = alias if own.dim() == 2 else _rows_of(alias, tasks)
-        return alias, run(tasks, rows, mode)
+        return leaves, run(tasks, own.like(leaves), mode)
 
 
-def with_gradient(run: Run, tasks: slice, mode: str, start: Tensor, weights: list[Tensor]) -> Ahead:
+def with_gradient(
+    run: Run, tasks: slice, mode: str, start: TaskParams, weights: list[Tensor]
+) -> Ahead:
     """The results, and the gradients of their losses' sum to `start` and the weights."""
-    alias, results = _with_graph(run, tasks, mode, start)
+    leaves, results = _with_graph(run, tasks, mode, start)
     ones = [torch.ones_like(results.losses), *[None] * (len(results) - 1)]
-    found = backpropagate(results, ones, [alias, *weights])
+    found = backpropagate(results, ones, [*leaves, *weights])
     results = results._replace(params=held_apart(results.params))
     return TaskResults(*(part.detach() for part in results)), found
 
@@ -257,22 +253,22 @@ def _alike(gradients: tuple[Tensor | None, ...]) -> bool:
 
 
 def _pull_back(
-    ctx, tasks: slice, conditions: Conditions, start: Tensor, gradients: list[Tensor | None]
+    ctx, tasks: slice, conditions: Conditions, gradients: list[Tensor | None]
 ) -> list[Tensor | None]:
-    """Gradients of `start` and the weights, by the graph of these tasks: kept, or built now."""
+    """Gradients of the start and the weights, by the graph of these tasks: kept, or built now."""
     if ctx.kept is not None:
-        alias, tensors = ctx.kept
+        leaves, tensors = ctx.kept
         retain = torch._C._autograd._get_current_graph_task_keep_graph()
         if not retain:
             ctx.kept = None
-        wanted = [alias, *ctx.weights]
+        wanted = [*leaves, *ctx.weights]
         try:
             return backpropagate(tensors, gradients, wanted, retain_graph=retain)
         except (RuntimeError, MemoryError):
             ctx.kept = None  # spent
             raise
     with conditions.restored(ctx.loop.patched):
-        alias, results = _with_graph(ctx.run, tasks, ctx.plan.mode, start)
+        leaves, results = _with_graph(ctx.run, tasks, ctx.plan.mode, ctx.start)
         compact = None if gradients[1] is None else ctx.form.compact_of(results.params)
         tensors = results._replace(params=compact)
-        return backpropagate(tensors, gradients, [alias, *ctx.weights])
+        return backpropagate(tensors, gradients, [*leaves, *ctx.weights])

@@ -29,7 +29,6 @@ from fastmeta.engine.narrow import narrowed
 from fastmeta.engine.recompute import joined, recompute, slices
 from fastmeta.patching import TaskParams
 from fastmeta.patching.leaf_params import LeafParams
-from fastmeta.patching.task_params import shared_row
 
 
 @dataclass
@@ -64,13 +63,15 @@ def with_ways(batch: TaskBatch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return {**batch.support, **extra}, {**batch.query, **extra}
 
 
-def run_episode(loop: InnerLoop, packed: Tensor, batch: TaskBatch, plan: MemoryPlan) -> MetaOutput:
-    """Adapt and judge T tasks from initial fast weights ``[T, P]``.
+def run_episode(
+    loop: InnerLoop, start: TaskParams, batch: TaskBatch, plan: MemoryPlan
+) -> MetaOutput:
+    """Adapt and judge T tasks from initial fast weights.
 
     A task that diverges is frozen; if any did, the others are run again without it, so that its
     NaNs cannot reach the gradient of weights that all tasks share.
     """
-    results = _run(loop, packed, batch, plan)
+    results = _run(loop, start, batch, plan)
     good = _finite(results)
     every = bool(good.all())
     some = every or bool(good.any())
@@ -79,14 +80,16 @@ def run_episode(loop: InnerLoop, packed: Tensor, batch: TaskBatch, plan: MemoryP
         params = TaskParams(loop.patched.layout, results.params.packed)
         results = TaskResults(*(t.detach() for t in results._replace(params=params)))
         if some and torch.is_grad_enabled():
-            results, good = _without(loop, packed, batch, plan, results, good)
+            results, good = _without(loop, start, batch, plan, results, good)
             some = bool(good.any())
         else:
             results = results._replace(losses=_nan_where(~good, results.losses))
     if some:
         loss = (results.losses if every else results.losses[good]).mean()
     else:
-        loss = zero_loss([packed, *loop.added_parameters(), *loop.patched.shared_parameters()])
+        loss = zero_loss(
+            [*start.tensors(), *loop.added_parameters(), *loop.patched.shared_parameters()]
+        )
     logits = results.logits if results.logits.numel() else None
     scores = None
     if logits is not None and loop.loss_fn is classification:
@@ -104,7 +107,7 @@ def run_episode(loop: InnerLoop, packed: Tensor, batch: TaskBatch, plan: MemoryP
 
 def _without(
     loop: InnerLoop,
-    packed: Tensor,
+    start: TaskParams,
     batch: TaskBatch,
     plan: MemoryPlan,
     frozen: TaskResults,
@@ -114,7 +117,7 @@ def _without(
     loop = replace(loop, capture=None)  # a number of tasks that is not worth graphs of its own
     while bool(good.any()):
         index = good.nonzero().flatten()
-        again = _run(loop, packed[index], batch.select(index), plan, index)
+        again = _run(loop, start.select(index), batch.select(index), plan, index)
         still = _finite(again)
         if bool(still.all()):
             frozen = _put(frozen, index, again)
@@ -149,7 +152,7 @@ def _nan_where(bad: Tensor, losses: Tensor) -> Tensor:
 
 def _run(
     loop: InnerLoop,
-    packed: Tensor,
+    start: TaskParams,
     batch: TaskBatch,
     plan: MemoryPlan,
     index: Tensor | None = None,
@@ -157,17 +160,17 @@ def _run(
     """The episode of all tasks in `batch`; `index` is where they are in the learner's batch."""
     replay = None
     if index is None:
-        index = torch.arange(batch.num_tasks, device=packed.device)
+        index = torch.arange(batch.num_tasks, device=start.device)
         if loop.replays is not None:
             replay = partial(_replay, loop, batch, plan)
-    return run_chunks(loop, _runner(loop, batch, plan, index), packed, plan, replay)
+    return run_chunks(loop, _runner(loop, batch, plan, index), start, plan, replay)
 
 
 def _runner(loop: InnerLoop, batch: TaskBatch, plan: MemoryPlan, index: Tensor) -> Run:
-    def run(tasks: slice, packed: Tensor, mode: str) -> TaskResults:
+    def run(tasks: slice, start: TaskParams, mode: str) -> TaskResults:
         whole = tasks.stop - tasks.start == batch.num_tasks
         support_inputs, query_inputs = with_ways(batch if whole else batch[tasks])
-        trajectory = adapt_tasks(loop, packed, support_inputs, mode, index[tasks], keep=plan.keep)
+        trajectory = adapt_tasks(loop, start, support_inputs, mode, index[tasks], keep=plan.keep)
         losses, logits = _judge(loop, trajectory.params, query_inputs)
         if logits is None:
             logits = losses.new_zeros(losses.shape[0], 0)
@@ -179,12 +182,12 @@ def _runner(loop: InnerLoop, batch: TaskBatch, plan: MemoryPlan, index: Tensor) 
 
 
 def _replay(
-    loop: InnerLoop, batch: TaskBatch, plan: MemoryPlan, start: Tensor, weights: list[Tensor]
+    loop: InnerLoop, batch: TaskBatch, plan: MemoryPlan, start: TaskParams, weights: list[Tensor]
 ) -> tuple[TaskResults, list[Tensor | None]] | None:
     """The episode of all tasks with the gradient of its losses' sum, by a CUDA graph."""
     recorded = replace(loop, replays=None, asks=False)
 
-    def step(own: TaskBatch, index: Tensor, start: Tensor):
+    def step(own: TaskBatch, index: Tensor, start: TaskParams):
         run = _runner(recorded, own, plan, index)
         results, gradients = with_gradient(run, slice(0, own.num_tasks), plan.mode, start, weights)
         return results._replace(params=results.params.packed), gradients
@@ -199,7 +202,7 @@ def _replay(
 
 def adapt_tasks(
     loop: InnerLoop,
-    packed: Tensor,
+    start: TaskParams,
     inputs: Mapping[str, Tensor],
     mode: str,
     tasks: Tensor | None = None,
@@ -211,7 +214,7 @@ def adapt_tasks(
     Where only a plain linear head adapts, by SGD on its cross-entropy, one operator runs all steps.
 
     Args:
-        packed: Initial fast weights ``[T, P]``.
+        start: Initial fast weights of T tasks.
         inputs: The support set, each ``[T, N, ...]``.
         mode: ``"unroll"`` or ``"recompute"``.
         tasks: Where these tasks are in the learner's batch, int64 ``[T]``.
@@ -220,36 +223,34 @@ def adapt_tasks(
     shared = loop.patched.shared_parameters()
     differentiated = torch.is_grad_enabled()
     if loop.steps == 0:
-        active = torch.ones(packed.shape[0], dtype=torch.bool, device=packed.device)
-        return Trajectory(TaskParams(loop.patched.layout, packed), active, [])
+        active = torch.ones(start.num_tasks, dtype=torch.bool, device=start.device)
+        return Trajectory(start, active, [])
     if head_may_serve(loop):
-        support = _support(loop, packed, inputs, tasks)
-        trajectory = adapt_head(loop, TaskParams(loop.patched.layout, packed), support)
+        trajectory = adapt_head(loop, start, _support(loop, start, inputs, tasks))
         if trajectory is not None:
             return trajectory
     if mode == "recompute" and loop.second_order and differentiated and not loop.implicit:
-        row, found = shared_row(packed), []
-        for part in slices(loop, packed.shape[0]):
-            mine = packed[part] if row is None else row.expand(part.stop - part.start, -1)
+        found = []
+        for part in slices(loop, start.num_tasks):
             texts = {k: v[part] for k, v in inputs.items()}
+            mine = start.select(part)
             support = _support(loop, mine, texts, None if tasks is None else tasks[part])
-            mine, support = narrowed(loop, mine, support)
-            start = with_prototypes(loop, mine, support)
-            found.append(recompute(loop, start, support, shared, keep))
+            packed, support = narrowed(loop, mine, support)
+            packed = with_prototypes(loop, packed, support)
+            found.append(recompute(loop, packed, support, shared, keep))
         return joined(found)
-    support = _support(loop, packed, inputs, tasks)
-    row = shared_row(packed)
-    if row is not None and loop.head is None and may_serve(loop, packed):
-        trajectory = unroll_by_leaf(loop, row, packed.shape[0], support)
+    support = _support(loop, start, inputs, tasks)
+    if loop.head is None and may_serve(loop, start):
+        trajectory = unroll_by_leaf(loop, start, support)
         if trajectory is not None:
             return trajectory
-    start, support = narrowed(loop, packed, support)
+    packed, support = narrowed(loop, start, support)
     if loop.implicit and differentiated:
         with torch.no_grad():
-            trajectory = unroll(loop, start, support)
-        adapted = implicit(loop, start, trajectory.params.compact, support, shared)
+            trajectory = unroll(loop, packed, support)
+        adapted = implicit(loop, packed, trajectory.params.compact, support, shared)
         return replace(trajectory, params=support.after(loop, adapted))
-    return unroll(loop, with_prototypes(loop, start, support), support)
+    return unroll(loop, with_prototypes(loop, packed, support), support)
 
 
 def _judge(
@@ -269,9 +270,8 @@ def _judge(
 
 
 def _support(
-    loop: InnerLoop, packed: Tensor, inputs: Mapping[str, Tensor], tasks: Tensor | None
+    loop: InnerLoop, start: TaskParams, inputs: Mapping[str, Tensor], tasks: Tensor | None
 ) -> Support:
     """The support set with its frozen prefix, run once."""
-    start = TaskParams(loop.patched.layout, packed)
     prefix = loop.patched.record_prefix(start, model_inputs(inputs), rounded=loop.rounded)
-    return Support(inputs, prefix, tasks, packed.detach() if loop.proximal else None)
+    return Support(inputs, prefix, tasks)

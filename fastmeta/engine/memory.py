@@ -16,7 +16,6 @@ from fastmeta.engine.inner import InnerLoop, Support, model_inputs
 from fastmeta.engine.meter import PeakMemory
 from fastmeta.engine.narrow import narrowed
 from fastmeta.engine.recompute import SLICES
-from fastmeta.patching.task_params import shared_row
 from fastmeta.patching.unpadded import MASK
 
 MODES = ("unroll", "recompute", "auto")
@@ -255,7 +254,7 @@ def predict(loop: InnerLoop, batch: TaskBatch, mode: str) -> Need:
     The peak is linear in tasks and in steps. One and two tasks give the one slope (``recompute``
     works in two slices: two tasks and four); the other is measured from a step more (``unroll``),
     or known (``recompute`` stores weights and state). The global random state and ``.grad`` are
-    left alone. Without gradients a step's memory is free for the next. Gradients of an embedding's
+    left alone. Gradients of an embedding's
     whole table, where steps hold few rows of it, would hide what few tasks take: they are counted
     apart.
 
@@ -266,12 +265,12 @@ def predict(loop: InnerLoop, batch: TaskBatch, mode: str) -> Need:
     """
     few = 1
     exact = torch.is_grad_enabled() and loop.second_order > 0
-    if mode == "unroll" or not exact:
-        steps, all_steps = 1, loop.second_order or loop.steps
+    if mode == "unroll" and exact:
+        steps, all_steps = 1, loop.second_order
     else:
-        # From the second step on, gradients of two steps meet.
+        # From the second step on, gradients of two steps meet, and tasks have their own weights.
         steps, all_steps = min(2, loop.steps), loop.steps
-        if batch.num_tasks >= 2 * SLICES:
+        if exact and batch.num_tasks >= 2 * SLICES:
             few = SLICES
     for task_set in (batch.support, batch.query):
         loop.patched.plan(model_inputs(task_set))  # made once, and not part of an episode
@@ -279,12 +278,12 @@ def predict(loop: InnerLoop, batch: TaskBatch, mode: str) -> Need:
     measure = partial(_measure, loop, batch, mode, apart)
     first = measure(few, steps)
     base = first.others
-    if mode == "unroll" or not exact:
-        per_step = measure(1, steps + 1).others - base if all_steps > 1 else 0
-        if not torch.is_grad_enabled():
-            base, all_steps = base + max(per_step, 0), steps
-    else:
+    if mode == "recompute" and exact:
         per_step = row.nbytes + sum(t.nbytes for t in loop.rule.init(row))
+    elif torch.is_grad_enabled() and all_steps > steps:
+        per_step = measure(1, steps + 1).others - base
+    else:
+        per_step = 0  # a step's memory is free for the next
     per_task = base / few
     if batch.num_tasks >= 2 * few:
         per_task = (measure(2 * few, steps).others - base) / few
@@ -301,12 +300,10 @@ def predict(loop: InnerLoop, batch: TaskBatch, mode: str) -> Need:
 
 def _start(loop: InnerLoop, batch: TaskBatch) -> tuple[Tensor, set[int]]:
     """The initial fast weights of one task, as steps of the general loop hold them; the bytes of a
-    table and of all initial weights, where those leave rows of it out."""
+    table of which those leave rows out."""
     with torch.no_grad():
-        row = loop.patched.init(1).packed
-        start, support = narrowed(loop, row, Support(batch[:1].support))
-    held = support.narrowing
-    return start, set() if held is None else {row.nbytes, held.table.numel() * row.itemsize}
+        start, support = narrowed(loop, loop.patched.initial(1), Support(batch[:1].support))
+    return start, set() if support.narrowing is None else {support.narrowing.table.nbytes}
 
 
 def _measure(
@@ -323,11 +320,11 @@ def _measure(
     )
     devices = [patched.device] if patched.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), PeakMemory(apart) as meter:
-        packed = patched.init(tasks).packed
-        meta = [*patched.shared_parameters(), *loop.added_parameters()]
-        out = run_episode(small, packed, batch[:tasks], MemoryPlan(mode))
+        start = patched.initial(tasks)
+        meta = [*start.tensors(), *patched.shared_parameters(), *loop.added_parameters()]
+        out = run_episode(small, start, batch[:tasks], MemoryPlan(mode))
         if torch.is_grad_enabled():
-            wanted = [t for t in (shared_row(packed), *meta) if t is not None and t.requires_grad]
+            wanted = [t for t in meta if t.requires_grad]
             torch.autograd.grad(out.loss, wanted, allow_unused=True)
     return meter
 

@@ -9,22 +9,23 @@ from torch import Tensor
 
 from fastmeta.engine.inner import InnerLoop, Support, model_inputs
 from fastmeta.engine.optimizers import RULES
+from fastmeta.patching import TaskParams
+from fastmeta.patching.initial_params import InitialParams
 from fastmeta.patching.narrow_params import narrowing
-from fastmeta.patching.task_params import shared_row
 
 
-def narrowed(loop: InnerLoop, packed: Tensor, support: Support) -> tuple[Tensor, Support]:
-    """Initial fast weights ``[T, P]`` and the support set, without rows of an embedding's table
-    that no step changes where there is one."""
-    row = shared_row(packed)
-    if row is None or not may_narrow(loop):
-        return packed, support
-    found = narrowing(loop.patched, row, model_inputs(support.inputs))
+def narrowed(loop: InnerLoop, start: TaskParams, support: Support) -> tuple[Tensor, Support]:
+    """Initial fast weights as the general loop holds them, ``[T, P]``, and the support set as it
+    reads it: without rows of an embedding's table that no step changes, where there is one."""
+    found = None
+    if isinstance(start, InitialParams) and may_narrow(loop):
+        found = narrowing(loop.patched, start, model_inputs(support.inputs))
     if found is None:
-        return packed, support
-    held, start = found
-    pulled = start.detach() if loop.proximal else None
-    return start, replace(support, start=pulled, narrowing=held, rows=held.support_rows())
+        packed = start.packed
+    else:
+        held, packed = found
+        support = replace(support, narrowing=held, rows=held.support_rows())
+    return packed, replace(support, start=packed.detach() if loop.proximal else None)
 
 
 def may_narrow(loop: InnerLoop) -> bool:

@@ -23,7 +23,8 @@ from fastmeta.engine.conditions import Conditions
 from fastmeta.engine.graphs import masks_unread
 from fastmeta.engine.inner import InnerLoop, model_inputs
 from fastmeta.engine.memory import is_out_of_memory
-from fastmeta.patching import Patched
+from fastmeta.patching import Patched, TaskParams
+from fastmeta.patching.initial_params import InitialParams
 from fastmeta.patching.unpadded import Tokens
 
 WHOLE = "cudagraph"
@@ -34,7 +35,7 @@ _WARM_UP = 2
 
 Found = tuple[Sequence[Tensor], list[Tensor | None]]
 """Results, and the gradient of their losses' sum."""
-Step = Callable[[TaskBatch, Tensor, Tensor], Found]
+Step = Callable[[TaskBatch, Tensor, TaskParams], Found]
 """``(batch, places of its tasks, initial fast weights) -> found``."""
 
 
@@ -68,7 +69,7 @@ class Replays(BySignature):
         loop: InnerLoop,
         mode: Hashable,
         batch: TaskBatch,
-        start: Tensor,
+        start: TaskParams,
         weights: Sequence[Tensor],
         step: Step,
     ) -> Found | None:
@@ -78,7 +79,7 @@ class Replays(BySignature):
             loop: What runs, part of the signature like all that follows but the values.
             mode: The memory mode.
             batch: All tasks.
-            start: Initial fast weights ``[P]`` or ``[T, P]``.
+            start: Initial fast weights; those of all tasks are read where they are too.
             weights: What else a gradient is taken of; read where they are.
         """
         tokens = _tokens(loop, batch)
@@ -87,7 +88,9 @@ class Replays(BySignature):
             recorded = self.find(key, partial(self._recorded, loop, batch, start, step))
             return None if recorded is None else recorded.replay(batch, tokens, start)
 
-    def _recorded(self, loop: InnerLoop, batch: TaskBatch, start: Tensor, step: Step) -> _Recorded:
+    def _recorded(
+        self, loop: InnerLoop, batch: TaskBatch, start: TaskParams, step: Step
+    ) -> _Recorded:
         if self.pool is None:
             self.pool = torch.cuda.graph_pool_handle()
         return _Recorded(loop, batch, start, step, self.pool)
@@ -97,11 +100,11 @@ class _Recorded:
     """A meta-step of one signature: the memory it reads, its graph, and what that writes."""
 
     def __init__(
-        self, loop: InnerLoop, batch: TaskBatch, start: Tensor, step: Step, pool: object
+        self, loop: InnerLoop, batch: TaskBatch, start: TaskParams, step: Step, pool: object
     ) -> None:
         with torch.no_grad():
             self.batch = batch.map(torch.clone)
-            self.start = start.detach().clone()
+            self.start = start if _alike(start) else start.clone()
             self.tokens = _tokens(loop, self.batch)  # found again while the step is recorded
         places = torch.arange(batch.num_tasks, device=start.device)
 
@@ -126,7 +129,7 @@ class _Recorded:
                 self.found, self.finite = run()
 
     def replay(
-        self, batch: TaskBatch, tokens: Sequence[Tokens | None], start: Tensor
+        self, batch: TaskBatch, tokens: Sequence[Tokens | None], start: TaskParams
     ) -> Found | None:
         """What the step computes for these values, None where a task diverged."""
         with torch.no_grad():
@@ -142,10 +145,15 @@ class _Recorded:
         return _values(self.batch, self.tokens, self.start)
 
 
-def _values(batch: TaskBatch, tokens: Sequence[Tokens | None], start: Tensor) -> list[Tensor]:
+def _alike(start: TaskParams) -> bool:
+    """Whether all tasks start from the model's own weights."""
+    return isinstance(start, InitialParams)
+
+
+def _values(batch: TaskBatch, tokens: Sequence[Tokens | None], start: TaskParams) -> list[Tensor]:
     """Every tensor that differs from batch to batch."""
     positions = [t for each in tokens if each is not None for t in each.tensors]
-    return [*batch.tensors(), *positions, start.detach()]
+    return [*batch.tensors(), *positions, *([] if _alike(start) else start.tensors())]
 
 
 def _tokens(loop: InnerLoop, batch: TaskBatch) -> tuple[Tokens | None, ...]:
@@ -161,11 +169,12 @@ def _signature(
     mode: Hashable,
     batch: TaskBatch,
     tokens: Sequence[Tokens | None],
-    start: Tensor,
+    start: TaskParams,
     weights: Sequence[Tensor],
 ) -> Hashable:
     """Everything that a recording fixes."""
     device, model = start.device.type, loop.patched.model
+    weights = [*weights, *(start.tensors() if _alike(start) else [])]
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     return (
         loop,

@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmeta.patching.fast_weights import FastTable
+from fastmeta.patching.initial_params import InitialParams
 from fastmeta.patching.layout import ParamLayout
 from fastmeta.patching.leaf_params import LeafParams, UnpackedParams, leaf_slots
-from fastmeta.patching.task_params import TaskParams, initial_parts
+from fastmeta.patching.task_params import TaskParams
 from fastmeta.patching.unpadded import IDS
 from fastmeta.patching.words import Words, are_few, take
 
@@ -124,22 +125,20 @@ class NarrowParams(UnpackedParams):
     def compact(self) -> Tensor:
         return self.rest.packed
 
-    def again(self, start: Tensor, compact: Tensor) -> NarrowParams:
-        row = start if start.dim() == 1 else start[0]
-        table = initial_parts(self.layout, row)[self.narrowing.slot]
+    def again(self, start: InitialParams, compact: Tensor) -> NarrowParams:
+        table = start.parts[self.narrowing.slot]
         return NarrowParams(replace(self.narrowing, table=table), compact)
 
     def compact_of(self, params: TaskParams) -> Tensor:
         return held_apart(params).compact
 
-    def change(self, row: Tensor, which: Tensor) -> Tensor:
+    def change(self, start: InitialParams, which: Tensor) -> list[Tensor]:
         held, ids = self.narrowing, self.narrowing.words.ids
-        start = held.start(initial_parts(self.layout, row))
-        change = torch.where(which.unsqueeze(1), self.compact - start, 0.0)
+        change = torch.where(which.unsqueeze(1), self.compact - held.start(start.parts), 0.0)
         parts = [part[0] for part in held.narrow.unpack(change.sum(0, keepdim=True))]
         added = held.narrow.unpack(change)[held.slot][:, :-1]
         parts[held.slot] = torch.zeros_like(held.table).index_put((ids,), added, accumulate=True)
-        return held.layout.pack(parts)
+        return parts
 
     def detach(self) -> NarrowParams:
         held = replace(self.narrowing, table=self.narrowing.table.detach())
@@ -179,10 +178,10 @@ def _alike(parts: Sequence[NarrowParams]) -> bool:
 
 
 def narrowing(
-    patched: Patched, row: Tensor, inputs: Mapping[str, Any]
+    patched: Patched, start: InitialParams, inputs: Mapping[str, Any]
 ) -> tuple[Narrowing, Tensor] | None:
-    """How fast weights that start from `row` ``[P]`` are best held while tasks adapt on `inputs`
-    ``[T, N, ...]``, and their start ``[T, P']``; None: as they are."""
+    """How fast weights are best held while tasks adapt on `inputs` ``[T, N, ...]``, and their
+    start ``[T, P']``; None: as they are."""
     plan, ids = patched.plan(inputs), inputs.get(IDS)
     slot = word_slot(plan)
     if slot is None:
@@ -191,9 +190,9 @@ def narrowing(
     module = plan.structure.get_submodule(plan.word_table)
     if not are_few(ids.shape[1], module.num_embeddings):
         return None
-    narrow, parts = layout.with_rows(slot, ids.shape[1] + 1), initial_parts(layout, row)
-    held = Narrowing(layout, narrow, slot, parts[slot], Words.of(ids, module.padding_idx))
-    return held, held.start(parts)
+    narrow, words = layout.with_rows(slot, ids.shape[1] + 1), Words.of(ids, module.padding_idx)
+    held = Narrowing(layout, narrow, slot, start.parts[slot], words)
+    return held, held.start(start.parts)
 
 
 def held_apart(params: TaskParams) -> TaskParams:

@@ -13,6 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from fastmeta.patching import prefix, probe
 from fastmeta.patching.context import Call, running
+from fastmeta.patching.initial_params import InitialParams, with_zeros
 from fastmeta.patching.plan import Plan
 from fastmeta.patching.search import make_plan
 from fastmeta.patching.slots import Slots, make_slots
@@ -140,10 +141,18 @@ class Patched(nn.Module):
         Returns:
             Parameters over one ``[T, P]`` buffer; all rows share memory until the first update.
         """
+        return TaskParams(self.layout, self.initial(num_tasks).packed)
+
+    def initial(self, num_tasks: int) -> InitialParams:
+        """As :meth:`init`, without the packed buffer: the weights themselves, for passes and loops
+        that end before those change.
+
+        Args:
+            num_tasks: T, at least 1.
+        """
         if num_tasks < 1:
             raise ValueError(f"num_tasks must be at least 1, got {num_tasks}")
-        row = self.layout.pack(self.slots.leaves())
-        return TaskParams(self.layout, row.expand(num_tasks, -1))
+        return InitialParams(self.layout, with_zeros(self.slots.leaves()), num_tasks)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Patched:
         raise RuntimeError(

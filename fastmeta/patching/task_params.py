@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -44,18 +44,27 @@ class TaskParams(Mapping[str, Tensor]):
         """One buffer ``[T, P']`` of what tasks have of their own."""
         return self.packed
 
-    def again(self, start: Tensor, compact: Tensor) -> TaskParams:
-        """Such fast weights of another :attr:`compact`, from initial ones ``[P]`` or ``[T, P]``."""
+    def again(self, start: TaskParams, compact: Tensor) -> TaskParams:
+        """Such fast weights of another :attr:`compact`, which started from `start`."""
         return TaskParams(self.layout, compact)
 
     def compact_of(self, params: TaskParams) -> Tensor:
         """The :attr:`compact` of other fast weights, in this form."""
         return params.packed
 
-    def change(self, row: Tensor, which: Tensor) -> Tensor:
-        """What tasks added to the initial weights ``[P]`` of all, summed over those where `which`
+    def change(self, start: TaskParams, which: Tensor) -> list[Tensor]:
+        """By slot, what tasks added to the initial weights of all, summed over those where `which`
         ``[T]`` is True."""
-        return torch.where(which.unsqueeze(1), self.packed - row, 0.0).sum(0)
+        added = torch.where(which.unsqueeze(1), self.packed - start.packed, 0.0).sum(0)
+        return [part[0] for part in self.layout.unpack(added.unsqueeze(0))]
+
+    def tensors(self) -> list[Tensor]:
+        """What these fast weights are made of."""
+        return [self.packed]
+
+    def like(self, tensors: Sequence[Tensor]) -> TaskParams:
+        """Fast weights with others in place of :meth:`tensors`."""
+        return TaskParams(self.layout, *tensors)
 
     def bound(self, plan: Plan) -> list:
         """What the rules of a plan read, by slot."""
@@ -78,7 +87,7 @@ class TaskParams(Mapping[str, Tensor]):
         return len(self.layout)
 
     def select(self, index: Tensor | slice) -> TaskParams:
-        """The fast weights of some tasks."""
+        """The fast weights of some tasks, in the order of an index, where a mask is True."""
         return TaskParams(self.layout, self.packed[index])
 
     def task(self, t: int) -> dict[str, Tensor]:
@@ -94,20 +103,3 @@ class TaskParams(Mapping[str, Tensor]):
     def __repr__(self) -> str:
         shapes = {n: list(v.shape) for n, v in zip(self.layout.names, self.views, strict=True)}
         return f"TaskParams(tasks={self.num_tasks}, {shapes})"
-
-
-def shared_row(packed: Tensor) -> Tensor | None:
-    """The one row ``[P]`` that ``packed`` repeats for every task, as `Patched.init` makes it; None
-    where tasks may differ, or where its gradient would not reach that row."""
-    differentiated = packed.requires_grad and torch.is_grad_enabled()
-    if not differentiated and (packed.shape[0] == 1 or packed.stride(0) == 0):
-        return packed[0]
-    base = packed._base
-    expanded = packed.grad_fn is not None and packed.grad_fn.name() == "ExpandBackward0"
-    return base if expanded and base is not None and base.dim() == 1 else None
-
-
-def initial_parts(layout: ParamLayout, row: Tensor) -> list[Tensor]:
-    """By slot what all tasks start from, of their weights ``[P]``; unpacked
-    once where it is differentiated, since every unpacking's gradient is as large as the row."""
-    return [part[0] for part in layout.unpack(row.unsqueeze(0))]

@@ -94,7 +94,7 @@ def evaluate_unadapted(patched: Patched, episodes: Loader, count: int = 600) -> 
     """Accuracy at the initial values, before any inner step."""
 
     def predict(batch: TaskBatch) -> Tensor:
-        logits = patched(patched.init(batch.num_tasks), **inputs_of(batch.query)).logits
+        logits = patched(patched.initial(batch.num_tasks), **inputs_of(batch.query)).logits
         if batch.ways is None:
             return logits.argmax(-1)
         beyond = torch.arange(logits.shape[-1], device=logits.device) >= batch.ways[:, None]
