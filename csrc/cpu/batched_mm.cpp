@@ -8,6 +8,8 @@ namespace {
 
 // Columns of a product that one unit of work takes: one task alone keeps several threads busy.
 constexpr int64_t kColumns = 512;
+// Rows that a sum over tasks takes at once: fewer write the result too often, more leave a cache.
+constexpr int64_t kRows = 768;
 // In `which` of batched_mms_: nothing is added to a product, or what lies where it is written.
 constexpr int64_t kNothing = -2, kItself = -1;
 
@@ -26,6 +28,7 @@ struct Batch {
         base_task(base ? stride(*base, 0) : 0),
         to_task(stride(to, 0)),
         sums(to.size(0) < tasks),
+        group(sums ? grouped(a, b) : 1),
         width(sums ? share(n) : kColumns),
         parts(ceil_div(n, width)),
         bf16(bf16),
@@ -49,10 +52,18 @@ struct Batch {
     return t.size(axis) == 1 ? 0 : t.stride(axis);
   }
 
-  // Columns for each thread, where one unit of work has all tasks.
+  // Columns of a unit of work that has all tasks: as many units for every thread.
   static int64_t share(int64_t n) {
-    const int64_t each = ceil_div(n, torch::stable::get_num_threads());
-    return least(kColumns, ceil_div(each, 32) * 32);
+    const int64_t threads = torch::stable::get_num_threads();
+    const int64_t units = threads * ceil_div(n, threads * kColumns);
+    return ceil_div(ceil_div(n, units), 32) * 32;
+  }
+
+  // Tasks of a sum that count as one, whose rows lie one after the other.
+  static int64_t grouped(const Tensor& a, const Tensor& b) {
+    const int64_t k = a.size(2);
+    const bool adjacent = a.stride(0) == k * a.stride(2) && b.stride(0) == k * b.stride(1);
+    return adjacent ? most(1, kRows / most(k, 1)) : 1;
   }
 
   bool empty() const { return tasks == 0 || m == 0 || n == 0; }
@@ -72,21 +83,23 @@ struct Batch {
   // What the part of a task's product reads, where its numbers lie together.
   batched::Ahead operands(int64_t t, int64_t part) const {
     batched::Ahead ahead;
-    const int64_t from = part * width;
+    const int64_t from = part * width, rows = k * least(group, tasks - t);
     if (part == 0 && a_dense) {
       ahead.at = reinterpret_cast<const char*>(first.a + t * a_task);
-      ahead.lines = ceil_div(m * k * sizeof(A), 64);
+      ahead.lines = ceil_div(m * rows * sizeof(A), 64);
     }
     if (b_dense) {
       const int64_t offset = parts == 1 ? 0 : from * first.b_column;
       ahead.then = reinterpret_cast<const char*>(first.b + t * b_task + offset);
-      ahead.then_lines = ceil_div(k * least(n - from, width) * sizeof(A), 64);
+      ahead.then_lines = ceil_div(rows * least(n - from, width) * sizeof(A), 64);
     }
     return ahead;
   }
 
+  // The part of a task's product; where they are summed, of a group of tasks from this one on.
   void run_part(int64_t t, int64_t part, batched::Memory<A>& memory, batched::Ahead ahead) const {
     auto own = of_task(t);
+    own.k *= least(group, tasks - t);
     if (sums && t > 0) {
       own.base = own.to;
       own.base_row = own.to_row;
@@ -108,6 +121,7 @@ struct Batch {
 
   int64_t tasks, m, k, n, a_task, b_task, base_task, to_task;
   bool sums;             // over tasks
+  int64_t group;         // of tasks whose rows are summed at once
   int64_t width, parts;  // of the columns that one unit of work takes, in as many units
   bool bf16;             // factors are rounded to it
   // what can be fetched, all of a task's numbers lying together: A, and the part of B whose columns
@@ -124,9 +138,10 @@ void multiply(const Batch<A>& batch) {
     return parallel_ranges(parts, batch.work() * tasks / parts, [&](int64_t begin, int64_t end) {
       batched::Memory<A> memory;
       for (int64_t part = begin; part < end; ++part) {
-        for (int64_t t = 0; t < tasks; ++t) {
-          const bool more = t + 1 < tasks;
-          batch.run_part(t, part, memory, more ? batch.operands(t + 1, part) : batched::Ahead{});
+        for (int64_t t = 0; t < tasks; t += batch.group) {
+          const int64_t next = t + batch.group;
+          const auto ahead = next < tasks ? batch.operands(next, part) : batched::Ahead{};
+          batch.run_part(t, part, memory, ahead);
         }
       }
     });

@@ -267,11 +267,10 @@ class _Linear(Function):
 
 
 def _over_tasks(mm: Now, d_y: Tensor, x: Tensor, heads: int, nt: bool) -> Tensor:
-    """The gradient ``[H, ., .]`` of a weight that all tasks share: one sum over the rows of all, by
-    a library's product where it need not be rounded."""
+    """The gradient ``[H, ., .]`` of a weight that all tasks share: one sum over the rows of all."""
     left, right = (d_y, x) if nt else (x, d_y)
-    if mm.bf16 and mm.lands and heads == 1:
-        return over_tasks(left.mT, right, bf16=True)
+    if mm.lands and heads == 1:
+        return over_tasks(left.mT, right, mm.bf16)
     return torch.bmm(_by_heads(left, heads).mT, _by_heads(right, heads))
 
 
