@@ -12,8 +12,6 @@ Steps can be captured (`fastmeta.engine.captured_leaves`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -61,7 +59,7 @@ def unroll_by_leaf(loop: InnerLoop, start: InitialParams, support: Support) -> T
     """
     layout, parts, tasks = loop.patched.layout, start.parts, start.num_tasks
     gate = Gate(bf16=rounds(parts[0]))
-    leaves = _leaves(loop, parts, tasks, support, gate)
+    leaves = _leaves(loop, start, support, gate)
     if 2 * sum(layout.numels[slot] for slot in leaves) < layout.num_elements:
         return None  # what is packed would be most of it
     others = [slot for slot in range(len(layout)) if slot not in leaves]
@@ -95,18 +93,18 @@ def unroll_by_leaf(loop: InnerLoop, start: InitialParams, support: Support) -> T
     return Trajectory(params, active, losses)
 
 
-def _leaves(
-    loop: InnerLoop, parts: Sequence[Tensor], tasks: int, support: Support, gate: Gate
-) -> dict[int, Leaf]:
-    """Every weight that is kept by leaf, at its initial value among all `parts`."""
+def _leaves(loop: InnerLoop, start: InitialParams, support: Support, gate: Gate) -> dict[int, Leaf]:
+    """Every weight that is kept by leaf, at its initial value."""
     plan = loop.patched.plan(model_inputs(support.inputs))
     found: dict[int, Leaf] = {}
     alike = loop.capture is not None
     for slot, leaf in leaf_slots(plan).items():
-        weight = parts[slot]
+        weight, tasks = start.parts[slot], start.num_tasks
         if isinstance(leaf.module, torch.nn.Embedding):
             found[slot] = FastTable(weight, tasks, leaf.module.padding_idx)
         else:
             found[slot] = FastMatrix(weight, tasks, loop.steps, gate, alike)
         found[slot].recording, found[slot].with_bias = True, leaf.with_bias
+    if start.looked_up is not None:
+        found[start.looked_up.slot].base = start.looked_up.support
     return found

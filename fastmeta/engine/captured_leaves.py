@@ -57,7 +57,8 @@ def captured_losses(
     serves."""
 
     def losses_of(own: _Operands, before: LeafParams, texts: Support) -> _Computed:
-        losses, outputs = task_losses(loop, before, texts.inputs, texts.prefix)
+        params = before.reading(texts.rows)
+        losses, outputs = task_losses(loop, params, texts.inputs, texts.prefix)
         logits = getattr(outputs, "logits", None)
         return _Computed([], [losses] if logits is None else [losses, logits], None)
 

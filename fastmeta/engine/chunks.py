@@ -16,7 +16,6 @@ from fastmeta.engine.memory import MemoryPlan, free_bytes, is_out_of_memory
 from fastmeta.engine.optimizers import FusedRule
 from fastmeta.engine.recompute import add, backpropagate
 from fastmeta.patching import TaskParams
-from fastmeta.patching.initial_params import InitialParams
 from fastmeta.patching.narrow_params import held_apart, joined
 
 
@@ -199,28 +198,30 @@ class _Gradients:
     """
 
     def __init__(self, start: TaskParams, weights: list[Tensor]) -> None:
-        self.start, self.pieces = start, 0
-        self.alike = isinstance(start, InitialParams)
-        self.rows: list[Tensor] = []  # where tasks start from rows of their own
+        self.start, self.pieces = start.tensors(), 0
+        tensors = len(self.start)
+        # of what tasks have of their own: the rows of each piece
+        self.own: dict[int, list[Tensor]] = {i: [] for i in range(start.shared, tensors)}
         self.sums: set[int] = set()  # which of the others are tensors of our own
-        summed = len(weights) + (len(start.tensors()) if self.alike else 0)
-        self.shared: list[Tensor | None] = [None] * summed
+        self.found: list[Tensor | None] = [None] * (tensors + len(weights))
 
     def add(self, tasks: slice, found: list[Tensor | None]) -> None:
-        if not self.alike:
-            mine, *found = found
-            self.rows.append(torch.zeros_like(self.start.packed[tasks]) if mine is None else mine)
         for i, more in enumerate(found):
-            if i in self.sums and more is not None:
-                self.shared[i] += more
+            if i in self.own:
+                rows = torch.zeros_like(self.start[i][tasks]) if more is None else more
+                self.own[i].append(rows)
+            elif i in self.sums and more is not None:
+                self.found[i] += more
             elif more is not None:
-                if self.shared[i] is not None:
+                if self.found[i] is not None:
                     self.sums.add(i)
-                self.shared[i] = add(self.shared[i], more)
+                self.found[i] = add(self.found[i], more)
         self.pieces += 1
 
     def together(self) -> list[Tensor | None]:
-        return self.shared if self.alike else [torch.cat(self.rows), *self.shared]
+        for i, rows in self.own.items():
+            self.found[i] = torch.cat(rows)
+        return self.found
 
 
 def _with_graph(

@@ -25,10 +25,11 @@ from fastmeta.engine.inner import (
 )
 from fastmeta.engine.losses import WAYS, accuracy, classification
 from fastmeta.engine.memory import MemoryPlan
-from fastmeta.engine.narrow import narrowed
+from fastmeta.engine.narrow import looked_up, narrowed
 from fastmeta.engine.recompute import joined, recompute, slices
 from fastmeta.patching import TaskParams
 from fastmeta.patching.leaf_params import LeafParams
+from fastmeta.patching.unpadded import IDS
 
 
 @dataclass
@@ -163,6 +164,8 @@ def _run(
         index = torch.arange(batch.num_tasks, device=start.device)
         if loop.replays is not None:
             replay = partial(_replay, loop, batch, plan)
+    if plan.task_chunk is not None:  # else all tasks at once look it up
+        start = looked_up(loop, start, *with_ways(batch), most=1)
     return run_chunks(loop, _runner(loop, batch, plan, index), start, plan, replay)
 
 
@@ -170,8 +173,9 @@ def _runner(loop: InnerLoop, batch: TaskBatch, plan: MemoryPlan, index: Tensor) 
     def run(tasks: slice, start: TaskParams, mode: str) -> TaskResults:
         whole = tasks.stop - tasks.start == batch.num_tasks
         support_inputs, query_inputs = with_ways(batch if whole else batch[tasks])
+        start = looked_up(loop, start, support_inputs, query_inputs)
         trajectory = adapt_tasks(loop, start, support_inputs, mode, index[tasks], keep=plan.keep)
-        losses, logits = _judge(loop, trajectory.params, query_inputs)
+        losses, logits = _judge(loop, trajectory.params, query_inputs, start)
         if logits is None:
             logits = losses.new_zeros(losses.shape[0], 0)
         none = losses.new_zeros(losses.shape[0], 0)
@@ -254,18 +258,21 @@ def adapt_tasks(
 
 
 def _judge(
-    loop: InnerLoop, params: TaskParams, inputs: Mapping[str, Tensor]
+    loop: InnerLoop, params: TaskParams, inputs: Mapping[str, Tensor], start: TaskParams
 ) -> tuple[Tensor, Tensor | None]:
-    """Losses ``[T]`` and logits of a query set."""
-    if loop.capture is not None and isinstance(params, LeafParams):
-        prefix = loop.patched.record_prefix(params, model_inputs(inputs), rounded=loop.rounded)
-        found = captured_losses(loop, params, Support(inputs, prefix))
+    """Losses ``[T]`` and logits of a query set, by fast weights that come from `start`."""
+    given, prefix, rows = model_inputs(inputs), None, None
+    if start.looked_up is not None:
+        rows = params.on(given[IDS].flatten(1), start.looked_up)
+    captures = loop.capture is not None and isinstance(params, LeafParams)
+    if captures or not loop.asks:  # then numbers of tokens are rounded
+        prefix = loop.patched.record_prefix(params, given, rounded=loop.rounded)
+    if captures:
+        found = captured_losses(loop, params, Support(inputs, prefix, rows=rows))
         if found is not None:
             return found
-    prefix = None
-    if not loop.asks:  # then numbers of tokens are rounded
-        prefix = loop.patched.record_prefix(params, model_inputs(inputs), rounded=loop.rounded)
-    losses, outputs = task_losses(loop, params, inputs, prefix)
+        prefix = prefix if not loop.asks else None
+    losses, outputs = task_losses(loop, params.reading(rows), inputs, prefix)
     return losses, getattr(outputs, "logits", None)
 
 

@@ -15,8 +15,9 @@ from fastmeta.engine.optimizers import State, UpdateRule
 from fastmeta.engine.prototype_head import PrototypeHead
 from fastmeta.engine.rates import Rates
 from fastmeta.patching import ParamLayout, Patched, TaskParams
-from fastmeta.patching.narrow_params import Narrowing, NarrowParams, SupportRows
+from fastmeta.patching.narrow_params import Narrowing, NarrowParams
 from fastmeta.patching.prefix import PrefixCache
+from fastmeta.patching.words import TextRows
 
 if TYPE_CHECKING:
     from fastmeta.engine.capture import Capture
@@ -103,7 +104,7 @@ class Support:
     tasks: Tensor | None = None
     start: Tensor | None = None
     narrowing: Narrowing | None = None
-    rows: SupportRows | None = None
+    rows: TextRows | None = None
 
     def params(self, loop: InnerLoop, packed: Tensor) -> TaskParams:
         """Fast weights ``[T, P]`` as the model reads them on this set."""
@@ -139,7 +140,8 @@ class Support:
         """This support set with others in place of :meth:`stored`; None leaves a hole."""
         if self.rows is not None:
             *tensors, base, rows = tensors
-            return replace(self, rows=SupportRows(base, rows))._with_prefix(tensors)
+            rows = replace(self.rows, base=base, rows=rows)
+            return replace(self, rows=rows)._with_prefix(tensors)
         return self._with_prefix(tensors)
 
     def _with_prefix(self, tensors: Sequence[Tensor | None]) -> Support:

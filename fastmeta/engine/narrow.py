@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -11,7 +13,7 @@ from fastmeta.engine.inner import InnerLoop, Support, model_inputs
 from fastmeta.engine.optimizers import RULES
 from fastmeta.patching import TaskParams
 from fastmeta.patching.initial_params import InitialParams
-from fastmeta.patching.narrow_params import narrowing
+from fastmeta.patching.narrow_params import look_up, narrowing
 
 
 def narrowed(loop: InnerLoop, start: TaskParams, support: Support) -> tuple[Tensor, Support]:
@@ -24,8 +26,22 @@ def narrowed(loop: InnerLoop, start: TaskParams, support: Support) -> tuple[Tens
         packed = start.packed
     else:
         held, packed = found
-        support = replace(support, narrowing=held, rows=held.support_rows())
+        support = replace(support, narrowing=held, rows=held.support_rows(start.looked_up))
     return packed, replace(support, start=packed.detach() if loop.proximal else None)
+
+
+def looked_up(
+    loop: InnerLoop,
+    start: TaskParams,
+    support: Mapping[str, Tensor],
+    query: Mapping[str, Tensor],
+    most: float = math.inf,
+) -> TaskParams:
+    """The start with the rows that all texts of these sets read of a table of words, if there is
+    one, steps leave rows of it out, and those are at most this many times the table's."""
+    if not isinstance(start, InitialParams) or start.looked_up is not None or not may_narrow(loop):
+        return start
+    return look_up(loop.patched, start, model_inputs(support), model_inputs(query), most)
 
 
 def may_narrow(loop: InnerLoop) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastmeta._autograd import Function, transformed
 from fastmeta.patching.layout import ParamLayout
 from fastmeta.patching.task_params import TaskParams
+from fastmeta.patching.words import LookedUp
 
 
 class InitialParams(TaskParams):
@@ -22,10 +23,18 @@ class InitialParams(TaskParams):
         layout: Of all adapted parameters.
         parts: Initial values by slot, ``[*shape]``.
         num_tasks: T.
+        looked_up: Rows of a table that the tasks' texts read.
     """
 
-    def __init__(self, layout: ParamLayout, parts: Sequence[Tensor], num_tasks: int) -> None:
+    def __init__(
+        self,
+        layout: ParamLayout,
+        parts: Sequence[Tensor],
+        num_tasks: int,
+        looked_up: LookedUp | None = None,
+    ) -> None:
         self.layout, self.parts, self._num_tasks = layout, list(parts), num_tasks
+        self.looked_up = looked_up
         self._views: list[Tensor] | None = None
 
     @property
@@ -47,21 +56,28 @@ class InitialParams(TaskParams):
             self._views = [part.expand(self.num_tasks, *part.shape) for part in self.parts]
         return self._views
 
+    @property
+    def shared(self) -> int:  # type: ignore[override]
+        return len(self.parts)
+
     def tensors(self) -> list[Tensor]:
-        return self.parts
+        rows = self.looked_up
+        return self.parts if rows is None else [*self.parts, rows.support, rows.query]
 
     def like(self, tensors: Sequence[Tensor]) -> InitialParams:
-        return InitialParams(self.layout, tensors, self.num_tasks)
+        parts, rows = tensors[: self.shared], self.looked_up
+        if rows is not None:
+            rows = LookedUp(rows.slot, *tensors[self.shared :])
+        return InitialParams(self.layout, parts, self.num_tasks, rows)
 
     def select(self, index: Tensor | slice) -> InitialParams:
-        if isinstance(index, Tensor):
-            tasks = len(index) if index.dtype != torch.bool else int(index.sum())
-        else:
-            tasks = len(range(*index.indices(self.num_tasks)))
-        return InitialParams(self.layout, self.parts, tasks)
+        tasks, rows = len(torch.arange(self.num_tasks, device=self.device)[index]), self.looked_up
+        if rows is not None:
+            rows = LookedUp(rows.slot, rows.support[index], rows.query[index])
+        return InitialParams(self.layout, self.parts, tasks, rows)
 
     def detach(self) -> InitialParams:
-        return self.like([part.detach() for part in self.parts])
+        return self.like([t.detach() for t in self.tensors()])
 
 
 def with_zeros(parts: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -6,15 +6,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from fastmeta.patching import rules
-from fastmeta.patching.fast_weights import Leaf
+from fastmeta.patching.fast_weights import FastTable, Leaf
 from fastmeta.patching.layout import ParamLayout
 from fastmeta.patching.task_params import TaskParams
+from fastmeta.patching.words import LookedUp, TextRows
 
 if TYPE_CHECKING:
     from fastmeta.patching.plan import Plan
@@ -28,10 +30,11 @@ class UnpackedParams(TaskParams):
     Args:
         layout: Of all adapted parameters.
         rest: Those that are packed, of a layout of their own.
+        rows: How a table is read on the texts at hand; None: on any.
     """
 
-    def __init__(self, layout: ParamLayout, rest: TaskParams) -> None:
-        self.layout, self.rest = layout, rest
+    def __init__(self, layout: ParamLayout, rest: TaskParams, rows: TextRows | None) -> None:
+        self.layout, self.rest, self.rows = layout, rest, rows
         self._views: list[Tensor] | None = None
         self._packed: Tensor | None = None
 
@@ -61,11 +64,27 @@ class LeafParams(UnpackedParams):
         layout: Of all adapted parameters.
         rest: Those that are no leaves, of a layout of their own.
         leaves: Slot -> what it is kept as.
+        rows: How a table is read on the texts at hand; None: on any.
     """
 
-    def __init__(self, layout: ParamLayout, rest: TaskParams, leaves: dict[int, Leaf]) -> None:
-        super().__init__(layout, rest)
+    def __init__(
+        self,
+        layout: ParamLayout,
+        rest: TaskParams,
+        leaves: dict[int, Leaf],
+        rows: TextRows | None = None,
+    ) -> None:
+        super().__init__(layout, rest, rows)
         self.leaves = leaves
+
+    def on(self, ids: Tensor, looked_up: LookedUp) -> TextRows | None:
+        table = self.leaves.get(looked_up.slot)
+        if not isinstance(table, FastTable) or table.added is None:
+            return None
+        return TextRows(looked_up.slot, looked_up.query, table.words.rows(ids))
+
+    def reading(self, rows: TextRows | None) -> LeafParams:
+        return LeafParams(self.layout, self.rest, self.leaves, rows)
 
     def written_out(self) -> list[Tensor]:
         return self.slots(lambda leaf: leaf.written_out())
@@ -73,7 +92,11 @@ class LeafParams(UnpackedParams):
     def bound(self, plan: Plan) -> list:
         if not self.leaves.keys() <= leaf_slots(plan).keys():
             return self.views
-        return self.slots(lambda leaf: leaf)
+        found = self.slots(lambda leaf: leaf)
+        if self.rows is not None:
+            slot = self.rows.slot
+            found[slot] = partial(self.rows, added=self.leaves[slot].added)
+        return found
 
     def slots(self, of_leaf: Callable[[Leaf], Any]) -> list:
         """By slot what is made of a leaf, or the packed tensor ``[T, *shape]``."""

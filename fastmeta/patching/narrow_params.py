@@ -22,32 +22,11 @@ from fastmeta.patching.layout import ParamLayout
 from fastmeta.patching.leaf_params import LeafParams, UnpackedParams, leaf_slots
 from fastmeta.patching.task_params import TaskParams
 from fastmeta.patching.unpadded import IDS
-from fastmeta.patching.words import Words, are_few, take
+from fastmeta.patching.words import LookedUp, TextRows, Words, are_few, take
 
 if TYPE_CHECKING:
     from fastmeta.patching.patched import Patched
     from fastmeta.patching.plan import Plan
-
-
-@dataclass(frozen=True)
-class SupportRows:
-    """A table as the inner loop reads it, on the same ids at every step.
-
-    Attributes:
-        base: Rows of the initial table, ``[T * N, ..., D]``.
-        rows: See :meth:`Words.rows`.
-    """
-
-    base: Tensor
-    rows: Tensor
-
-    def __call__(self, ids: Tensor, *, added: Tensor) -> Tensor:
-        if ids.numel() != self.rows.numel():
-            raise RuntimeError(
-                f"the model looks up {list(ids.shape)} words where its inputs have "
-                f"{list(self.rows.shape)}"
-            )
-        return (self.base + take(added, self.rows)).view(*ids.shape, -1)
 
 
 @dataclass(frozen=True)
@@ -90,10 +69,14 @@ class Narrowing:
         parts[self.slot] = self.table.new_zeros(self.narrow.shapes[self.slot])
         return self.narrow.pack(parts).expand(len(self.words.ids), -1)
 
-    def support_rows(self) -> SupportRows:
+    def support_rows(self, looked_up: LookedUp | None) -> TextRows:
         """How the table is read on the support set."""
         ids = self.words.ids
-        return SupportRows(F.embedding(ids, self.table, self.words.padding), self.words.rows(ids))
+        if looked_up is None:
+            base = F.embedding(ids, self.table, self.words.padding)
+        else:
+            base = looked_up.support
+        return TextRows(self.slot, base, self.words.rows(ids))
 
     def per_entry(self, values: Tensor) -> Tensor:
         """Values of every adapted scalar, ``[1 or T, P]`` -> ``[T, P']``."""
@@ -112,14 +95,18 @@ class NarrowParams(UnpackedParams):
     Args:
         narrowing: How they are held.
         compact: The narrow buffer ``[T, P']``.
-        rows: How the table is read on the support set; None: on any texts.
+        rows: How the table is read on the texts at hand; None: on any.
     """
 
-    def __init__(
-        self, narrowing: Narrowing, compact: Tensor, rows: SupportRows | None = None
-    ) -> None:
-        super().__init__(narrowing.layout, TaskParams(narrowing.narrow, compact))
-        self.narrowing, self.rows = narrowing, rows
+    def __init__(self, narrowing: Narrowing, compact: Tensor, rows: TextRows | None = None) -> None:
+        super().__init__(narrowing.layout, TaskParams(narrowing.narrow, compact), rows)
+        self.narrowing = narrowing
+
+    def on(self, ids: Tensor, looked_up: LookedUp) -> TextRows | None:
+        return TextRows(looked_up.slot, looked_up.query, self.narrowing.words.rows(ids))
+
+    def reading(self, rows: TextRows | None) -> NarrowParams:
+        return NarrowParams(self.narrowing, self.compact, rows)
 
     @property
     def compact(self) -> Tensor:
@@ -175,6 +162,34 @@ def joined(parts: Sequence[TaskParams]) -> TaskParams:
 
 def _alike(parts: Sequence[NarrowParams]) -> bool:
     return len({part.narrowing.narrow for part in parts}) == 1
+
+
+def look_up(
+    patched: Patched,
+    start: InitialParams,
+    support: Mapping[str, Any],
+    query: Mapping[str, Any],
+    most: float,
+) -> InitialParams:
+    """The start with the rows that both sets' texts read of a table of words; without, where there
+    is none, the support set holds many of its words, or it is more than `most` times the table."""
+    plan, ids = patched.plan(support), [inputs.get(IDS) for inputs in (support, query)]
+    slot = word_slot(plan)
+    if slot is None or word_slot(patched.plan(query)) != slot:
+        return start
+    ids = [each.flatten(1) for each in ids]
+    module = plan.structure.get_submodule(plan.word_table)
+    if not are_few(ids[0].shape[1], module.num_embeddings):
+        return start
+    every = torch.cat([each.flatten() for each in ids])
+    if len(every) > most * module.num_embeddings:
+        return start
+    rows = F.embedding(every, start.parts[slot], module.padding_idx)
+    found = [
+        r.view(*each.shape, -1)
+        for r, each in zip(rows.split([each.numel() for each in ids]), ids, strict=True)
+    ]
+    return InitialParams(start.layout, start.parts, start.num_tasks, LookedUp(slot, *found))
 
 
 def narrowing(

@@ -13,6 +13,7 @@ from fastmeta.patching.packing import unpack
 
 if TYPE_CHECKING:
     from fastmeta.patching.plan import Plan
+    from fastmeta.patching.words import LookedUp, TextRows
 
 
 class TaskParams(Mapping[str, Tensor]):
@@ -20,6 +21,9 @@ class TaskParams(Mapping[str, Tensor]):
 
     The views share memory and the autograd graph with :attr:`packed`.
     """
+
+    shared = 0
+    looked_up: LookedUp | None = None
 
     def __init__(self, layout: ParamLayout, packed: Tensor) -> None:
         if packed.dim() != 2 or packed.shape[1] != layout.num_params:
@@ -59,12 +63,22 @@ class TaskParams(Mapping[str, Tensor]):
         return [part[0] for part in self.layout.unpack(added.unsqueeze(0))]
 
     def tensors(self) -> list[Tensor]:
-        """What these fast weights are made of."""
+        """What these fast weights are made of: first :attr:`shared` tensors of all tasks, then
+        some whose first axis is that of tasks."""
         return [self.packed]
 
     def like(self, tensors: Sequence[Tensor]) -> TaskParams:
         """Fast weights with others in place of :meth:`tensors`."""
         return TaskParams(self.layout, *tensors)
+
+    def on(self, ids: Tensor, looked_up: LookedUp) -> TextRows | None:
+        """How query texts ``[T, M]`` read a table of which only what was added is held, where there
+        is one."""
+        return None
+
+    def reading(self, rows: TextRows | None) -> TaskParams:
+        """The same for a pass over such texts."""
+        return self
 
     def bound(self, plan: Plan) -> list:
         """What the rules of a plan read, by slot."""

@@ -78,3 +78,41 @@ def collect(g: Tensor, rows: Tensor, places: int) -> Tensor:
         g.flatten(0, 1), rows.flatten(), tasks * (places + 1), places, False
     )
     return found.view(tasks, places + 1, -1)
+
+
+@dataclass(frozen=True)
+class LookedUp:
+    """Rows of the initial table that the texts of tasks read, all looked up at once: that gradient
+    is as large as the table.
+
+    Attributes:
+        slot: The table's.
+        support, query: ``[T, M, D]`` for texts of M places.
+    """
+
+    slot: int
+    support: Tensor
+    query: Tensor
+
+
+@dataclass(frozen=True)
+class TextRows:
+    """A table on texts whose words are known.
+
+    Attributes:
+        slot: The table's.
+        base: Rows of the initial table, ``[T, M, D]``.
+        rows: See :meth:`Words.rows`.
+    """
+
+    slot: int
+    base: Tensor
+    rows: Tensor
+
+    def __call__(self, ids: Tensor, *, added: Tensor) -> Tensor:
+        if ids.numel() != self.rows.numel():
+            raise RuntimeError(
+                f"the model looks up {list(ids.shape)} words where its inputs have "
+                f"{list(self.rows.shape)}"
+            )
+        return (self.base + take(added, self.rows)).view(*ids.shape, -1)
