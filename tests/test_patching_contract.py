@@ -203,6 +203,31 @@ def test_training_mode_is_the_patched_models_own() -> None:
     assert fm.patch(model, fm.Params("*")).training
 
 
+def test_views_first_read_without_gradients_carry_them() -> None:
+    patched = fm.patch(families.build("bert"), fm.Params("*"))
+    for params in (patched.init(2), patched.initial(2)):
+        with torch.no_grad():
+            assert params["classifier.bias"].shape[0] == 2
+        (gradient,) = torch.autograd.grad(
+            params["classifier.bias"].sum(), patched.model.classifier.bias
+        )
+        assert torch.equal(gradient, torch.full_like(gradient, 2.0))
+
+
+def test_initial_values_of_no_use_have_a_gradient_of_zeros() -> None:
+    patched = fm.patch(families.build("bert"), fm.Params("*"))
+    patched.initial(2)["classifier.bias"].sum().backward()
+    gradients = {n: p.grad for n, p in patched.named_parameters()}
+    assert gradients.pop("classifier.bias").eq(2).all()
+    assert all(not g.any() for g in gradients.values())
+    selected = patched.initial(3).select(torch.tensor([True, False, True]))
+    assert selected.num_tasks == len(selected.packed) == 2
+    assert patched.initial(3).select(torch.tensor([2])).num_tasks == 1
+    assert patched.initial(3).select(slice(1, 9)).num_tasks == 2
+    with pytest.raises(ValueError, match="num_tasks must be at least 1, got 0"):
+        patched.initial(0)
+
+
 def test_specifications_combine() -> None:
     model = families.build("bert")
     spec = fm.LoRA(r=2, targets=("query",)) + fm.Params("classifier") + fm.Bias() + fm.Norm()

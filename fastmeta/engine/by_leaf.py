@@ -85,7 +85,7 @@ def unroll_by_leaf(loop: InnerLoop, start: InitialParams, support: Support) -> T
         finite.append(step_finite)
     leaves = params.leaves
     for leaf in leaves.values():
-        leaf.recording = False
+        leaf.finish()
     active = torch.isfinite(torch.stack(finite)).all()
     if loop.asks and not bool(active):
         return None  # who diverged, and when, is found there

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,8 @@ from fastmeta.engine.memory import MemoryPlan, free_bytes, is_out_of_memory
 from fastmeta.engine.optimizers import FusedRule
 from fastmeta.engine.recompute import add, backpropagate
 from fastmeta.patching import TaskParams
-from fastmeta.patching.narrow_params import held_apart, joined
+from fastmeta.patching.later_params import LaterParams
+from fastmeta.patching.narrow_params import joined
 
 
 class TaskResults(NamedTuple):
@@ -68,18 +70,20 @@ def run_chunks(
     if not torch.is_grad_enabled():
         return _joined([run(tasks, start.select(tasks), plan.mode) for tasks in pieces])
     weights = [*loop.added_parameters(), *loop.patched.shared_parameters()]
-    given, forms = [*start.tensors(), *weights], []
-    found = _Chunks.apply(loop, run, plan, pieces, replay, forms, start, weights, *given)
-    losses, compact, *others = found
-    return TaskResults(losses, forms[0].again(start, compact), *others)
+    work = _Work(loop, run, plan, pieces, start.detach(), weights)
+    token, losses, *others = _Chunks.apply(work, replay, *start.tensors(), *weights)
+    params = partial(work.read, start, token)
+    return TaskResults(losses, LaterParams(start, params), *others)
 
 
 def _joined(parts: list[TaskResults]) -> TaskResults:
     """The results of the tasks of all parts."""
-    if len(parts) == 1:
-        return parts[0]
     losses, params, *others = zip(*parts, strict=True)
-    return TaskResults(torch.cat(losses), joined(params), *map(torch.cat, others))
+    return TaskResults(_cat(losses), joined(params), *map(_cat, others))
+
+
+def _cat(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def split(tasks: slice, size: int | None) -> list[slice]:
@@ -114,68 +118,135 @@ def _closed(loop: InnerLoop) -> bool:
     return own and loop.loss_fn in (classification, causal_lm)
 
 
+class _Work:
+    """What the forward pass over pieces leaves for later.
+
+    Attributes:
+        loop, run, plan, pieces: See :func:`run_chunks`.
+        start, weights: Initial fast weights, detached, and the other weights.
+        conditions: Of each piece.
+        ahead: Gradients of the losses' sum.
+        kept: Of all tasks at once: what stands for the start in their graph, and the results.
+        parts: Adapted fast weights of each piece, detached.
+        adapted: Of all tasks, where somebody has read them.
+        pulled: Their gradient, by the number of the backward pass.
+    """
+
+    def __init__(
+        self,
+        loop: InnerLoop,
+        run: Run,
+        plan: MemoryPlan,
+        pieces: list[slice],
+        start: TaskParams,
+        weights: list[Tensor],
+    ) -> None:
+        self.loop, self.run, self.plan, self.pieces = loop, run, plan, pieces
+        self.start, self.weights = start, weights
+        self.conditions: list[Conditions] = []
+        self.ahead: list[Tensor | None] | None = None
+        self.kept: tuple[list[Tensor], TaskResults] | None = None
+        self.parts: list[TaskParams] = []
+        self.adapted: TaskParams | None = None
+        self.pulled: dict[int, Tensor] = {}
+
+    def read(self, start: TaskParams, token: Tensor) -> TaskParams:
+        """The adapted fast weights, differentiable to `start` by way of the `token`."""
+        with torch.enable_grad():
+            if self.kept is None:
+                adapted = joined(self.parts)
+            else:
+                leaves, results = self.kept
+                adapted = joined([results.params])
+                self.kept = leaves, results._replace(params=adapted)
+            self.adapted, self.parts = adapted.detach(), []
+            return self.adapted.again(start, _Read.apply(self, token, self.adapted.compact))
+
+    def pull_back(
+        self, tasks: slice, conditions: Conditions, gradients: list[Tensor | None]
+    ) -> list[Tensor | None]:
+        """Gradients of the start and the weights, by the graph of these tasks: kept, or built
+        now."""
+        if self.kept is not None:
+            leaves, results = self.kept
+            retain = torch._C._autograd._get_current_graph_task_keep_graph()
+            if not retain:
+                self.kept = None
+            compact = None if gradients[1] is None else results.params.compact
+            tensors = results._replace(params=compact)
+            wanted = [*leaves, *self.weights]
+            try:
+                return backpropagate(tensors, gradients, wanted, retain_graph=retain)
+            except (RuntimeError, MemoryError):
+                self.kept = None  # spent
+                raise
+        with conditions.restored(self.loop.patched):
+            leaves, results = _with_graph(self.run, tasks, self.plan.mode, self.start)
+            compact = None if gradients[1] is None else self.adapted.compact_of(results.params)
+            tensors = results._replace(params=compact)
+            return backpropagate(tensors, gradients, [*leaves, *self.weights])
+
+
 class _Chunks(torch.autograd.Function):
     """``run(tasks, start, plan.mode)``, piece after piece of the tasks.
 
     The graph of all at once is kept; of pieces their gradient, or their graphs are built again.
+    Of the adapted fast weights a token is returned, see :meth:`_Work.read`.
     """
 
     @staticmethod
-    def forward(ctx, loop, run, plan, pieces, replay, forms, start, weights, *given):
-        start = start.detach()
-        ctx.loop, ctx.run, ctx.plan, ctx.pieces = loop, run, plan, pieces
-        ctx.start, ctx.weights = start, weights
+    def forward(ctx, work, replay, *given):
+        ctx.work, plan, start = work, work.plan, work.start
         ctx.save_for_backward(*given)  # only so that changing them before backward() raises
         ctx.set_materialize_grads(False)
-        ctx.conditions, ctx.kept, ctx.ahead = [], None, None
-        gradients, parts = _Gradients(start, weights), []
-        for tasks in pieces:
-            ctx.conditions.append(Conditions(loop.patched, start.device))
-            found = None if replay is None else replay(start, weights)
-            if found is None and len(pieces) == 1:
-                leaves, results = _with_graph(run, tasks, plan.mode, start)
+        gradients, parts = _Gradients(start, work.weights), []
+        whole = len(work.pieces) == 1
+        for tasks in work.pieces:
+            conditions = Conditions(work.loop.patched, start.device)
+            found = None if replay is None else replay(start, work.weights)
+            if found is None and whole:
+                work.kept = _with_graph(work.run, tasks, plan.mode, start)
+                results = work.kept[1]
             elif found is None and not plan.ahead:
-                results = run(tasks, start.select(tasks), plan.mode)
+                results = work.run(tasks, start.select(tasks), plan.mode)
             else:
                 if found is None:
-                    found = with_gradient(run, tasks, plan.mode, start, weights)
+                    found = with_gradient(work.run, tasks, plan.mode, start, work.weights)
                 results = found[0]
                 gradients.add(tasks, found[1])
-            ctx.conditions[-1].finish()
-            parts.append(results._replace(params=held_apart(results.params)))
-        results = _joined(parts)
-        ctx.form = results.params.detach()
-        forms.append(ctx.form)
-        tensors = list(results._replace(params=results.params.compact))
-        if gradients.pieces == len(pieces):
-            ctx.ahead = gradients.together()
-        elif len(pieces) == 1:
-            ctx.kept = leaves, tensors
-        outputs = [t.detach() for t in tensors]
-        ctx.mark_non_differentiable(*outputs[3:])
-        return tuple(outputs)
+            conditions.finish()
+            work.conditions.append(conditions)
+            work.parts.append(results.params.detach())
+            parts.append([t.detach() for t in results._replace(params=results.losses)])
+        if gradients.pieces == len(work.pieces):
+            work.ahead = gradients.together()
+        losses, _, *others = map(_cat, zip(*parts, strict=True))
+        ctx.mark_non_differentiable(*others[1:])
+        return losses.new_zeros(()), losses, *others
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, *gradients: Tensor | None):
-        plan, _ = ctx.plan, ctx.saved_tensors
-        if ctx.ahead is not None:
-            found, retain = ctx.ahead, torch._C._autograd._get_current_graph_task_keep_graph()
-            ctx.ahead = ctx.ahead if retain else None
+    def backward(ctx, _, losses: Tensor | None, logits: Tensor | None, *__: Tensor | None):
+        work, _ = ctx.work, ctx.saved_tensors
+        plan = work.plan
+        params = work.pulled.pop(torch._C._current_graph_task_id(), None)
+        gradients = [losses, params, logits, None, None]  # as results
+        if work.ahead is not None:
+            found, retain = work.ahead, torch._C._autograd._get_current_graph_task_keep_graph()
+            work.ahead = work.ahead if retain else None
             if _alike(gradients):
-                scale = gradients[0][0]
-                return *[None] * 8, *(g if g is None else g * scale for g in found)
+                return None, None, *(g if g is None else g * losses[0] for g in found)
             plan.ahead = False
-        total = _Gradients(ctx.start, ctx.weights)
+        total = _Gradients(work.start, work.weights)
         pending = []
-        for tasks, conditions in zip(ctx.pieces, ctx.conditions, strict=True):
+        for tasks, conditions in zip(work.pieces, work.conditions, strict=True):
             parts = [tasks] if conditions.random is not None else split(tasks, plan.task_chunk)
             pending += [(part, conditions) for part in parts]
         while pending:
             (tasks, conditions), mode = pending[0], plan.mode
             mine = [g if g is None else g[tasks] for g in gradients]
             try:
-                found = _pull_back(ctx, tasks, conditions, mine)
+                found = work.pull_back(tasks, conditions, mine)
             except (RuntimeError, MemoryError) as error:
                 if not (is_out_of_memory(error) and plan.shrink(tasks.stop - tasks.start)):
                     raise
@@ -187,7 +258,23 @@ class _Chunks(torch.autograd.Function):
                 total.add(tasks, found)
             elif conditions.random is None:
                 pending[:1] = [(part, conditions) for part in split(tasks, plan.task_chunk)]
-        return *[None] * 8, *total.together()
+        return None, None, *total.together()
+
+
+class _Read(torch.autograd.Function):
+    """The adapted fast weights, whose gradient goes to :class:`_Chunks` past autograd, which knows
+    the token in their place: few ask for them, and packing those of all tasks takes time."""
+
+    @staticmethod
+    def forward(ctx, work, token, compact):
+        ctx.work = work
+        return compact.detach()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: Tensor):
+        ctx.work.pulled[torch._C._current_graph_task_id()] = gradient
+        return None, gradient.new_zeros(()), None
 
 
 class _Gradients:
@@ -241,35 +328,12 @@ def with_gradient(
     leaves, results = _with_graph(run, tasks, mode, start)
     ones = [torch.ones_like(results.losses), *[None] * (len(results) - 1)]
     found = backpropagate(results, ones, [*leaves, *weights])
-    results = results._replace(params=held_apart(results.params))
     return TaskResults(*(part.detach() for part in results)), found
 
 
-def _alike(gradients: tuple[Tensor | None, ...]) -> bool:
+def _alike(gradients: list[Tensor | None]) -> bool:
     """Whether only losses have a gradient, the same for every task."""
     losses, *others = gradients
     if losses is None or any(g is not None for g in others):
         return False
     return bool((losses == losses[0]).all())
-
-
-def _pull_back(
-    ctx, tasks: slice, conditions: Conditions, gradients: list[Tensor | None]
-) -> list[Tensor | None]:
-    """Gradients of the start and the weights, by the graph of these tasks: kept, or built now."""
-    if ctx.kept is not None:
-        leaves, tensors = ctx.kept
-        retain = torch._C._autograd._get_current_graph_task_keep_graph()
-        if not retain:
-            ctx.kept = None
-        wanted = [*leaves, *ctx.weights]
-        try:
-            return backpropagate(tensors, gradients, wanted, retain_graph=retain)
-        except (RuntimeError, MemoryError):
-            ctx.kept = None  # spent
-            raise
-    with conditions.restored(ctx.loop.patched):
-        leaves, results = _with_graph(ctx.run, tasks, ctx.plan.mode, ctx.start)
-        compact = None if gradients[1] is None else ctx.form.compact_of(results.params)
-        tensors = results._replace(params=compact)
-        return backpropagate(tensors, gradients, [*leaves, *ctx.weights])

@@ -113,6 +113,10 @@ class FastMatrix:
             return [self.weight], []
         return [t for t in (self.a, self.b) if t is not None], [self.weight]
 
+    def finish(self) -> None:
+        """After the last step."""
+        self.recording = False
+
     def landings(self) -> list[Gathering | None]:
         """Where the gradients of what a step writes anew gather; None: autograd brings them."""
         return [self.own for _ in self.state()[0]]
@@ -194,8 +198,12 @@ class FastTable:
     def state(self) -> tuple[list[Tensor], list[Tensor]]:
         """As that of :class:`FastMatrix`."""
         written = [t for t in (self.added, self.own) if t is not None]
-        words = [] if self.words is None else [*self.words.tensors(), self.rows]
-        return written, [self.weight, *([] if self.base is None else [self.base]), *words]
+        words = [] if self.words is None else self.words.tensors()
+        return written, [self.weight, *(t for t in (self.base, self.rows) if t is not None), *words]
+
+    def finish(self) -> None:
+        """As that of :class:`FastMatrix`."""
+        self.recording, self.base, self.rows = False, None, None
 
     def landings(self) -> list[Gathering | None]:
         """As those of :class:`FastMatrix`."""
@@ -206,10 +214,9 @@ class FastTable:
         other, written, read = copy.copy(self), iter(written), iter(read)
         other.weight = next(read)
         other.added, other.own = (t if t is None else next(written) for t in (self.added, self.own))
-        other.base = self.base if self.base is None else next(read)
+        other.base, other.rows = (t if t is None else next(read) for t in (self.base, self.rows))
         if self.words is not None:
-            *words, other.rows = read
-            other.words = Words(*words, self.padding_idx)
+            other.words = Words(*read, self.padding_idx)
         other.calls = []
         return other
 

@@ -53,7 +53,8 @@ class InitialParams(TaskParams):
     @property
     def views(self) -> list[Tensor]:
         if self._views is None:
-            self._views = [part.expand(self.num_tasks, *part.shape) for part in self.parts]
+            with torch.enable_grad():
+                self._views = [part.expand(self.num_tasks, *part.shape) for part in self.parts]
         return self._views
 
     @property

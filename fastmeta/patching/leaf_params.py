@@ -45,7 +45,8 @@ class UnpackedParams(TaskParams):
     @property
     def packed(self) -> Tensor:  # type: ignore[override]
         if self._packed is None:
-            self._packed = self.layout.pack(self.written_out())
+            with torch.enable_grad():  # it stays, for whoever differentiates it later
+                self._packed = self.layout.pack(self.written_out())
         return self._packed
 
     @property
@@ -97,6 +98,13 @@ class LeafParams(UnpackedParams):
             slot = self.rows.slot
             found[slot] = partial(self.rows, added=self.leaves[slot].added)
         return found
+
+    def detach(self) -> LeafParams:
+        leaves = {
+            slot: leaf.at(*([t.detach() for t in part] for part in leaf.state()))
+            for slot, leaf in self.leaves.items()
+        }
+        return LeafParams(self.layout, self.rest.detach(), leaves)
 
     def slots(self, of_leaf: Callable[[Leaf], Any]) -> list:
         """By slot what is made of a leaf, or the packed tensor ``[T, *shape]``."""

@@ -129,7 +129,7 @@ class NarrowParams(UnpackedParams):
 
     def detach(self) -> NarrowParams:
         held = replace(self.narrowing, table=self.narrowing.table.detach())
-        return NarrowParams(held, self.compact.detach(), self.rows)
+        return NarrowParams(held, self.compact.detach())
 
     def bound(self, plan: Plan) -> list:
         slot = self.narrowing.slot
@@ -149,7 +149,8 @@ class NarrowParams(UnpackedParams):
 
 
 def joined(parts: Sequence[TaskParams]) -> TaskParams:
-    """Fast weights of the tasks of all parts, which start from one row."""
+    """Fast weights of the tasks of all parts, which start from the same."""
+    parts = [held_apart(part) for part in parts]
     if len(parts) == 1:
         return parts[0]
     if all(isinstance(part, NarrowParams) for part in parts) and _alike(parts):
@@ -211,14 +212,14 @@ def narrowing(
 
 
 def held_apart(params: TaskParams) -> TaskParams:
-    """Fast weights whose :attr:`TaskParams.compact` holds no whole table, where they know what was
-    added to one."""
+    """Fast weights in one buffer :attr:`TaskParams.compact`, that holds no whole table where they
+    know what was added to one."""
     if not isinstance(params, LeafParams):
         return params
     tables = [(s, t) for s, t in params.leaves.items() if isinstance(t, FastTable)]
     tables = [(s, t) for s, t in tables if t.added is not None]
     if not tables:
-        return params
+        return TaskParams(params.layout, params.packed)
     slot, table = max(tables, key=lambda pair: len(pair[1].weight))
     narrow = params.layout.with_rows(slot, table.added.shape[1])
     views = params.slots(lambda leaf: leaf.added if leaf is table else leaf.written_out())

@@ -88,7 +88,8 @@ class TaskParams(Mapping[str, Tensor]):
     def views(self) -> list[Tensor]:
         """One ``[T, *shape]`` view per segment, in layout order."""
         if self._views is None:
-            self._views = unpack(self.layout, self.packed)
+            with torch.enable_grad():  # they stay, for whoever differentiates them later
+                self._views = unpack(self.layout, self.packed)
         return self._views
 
     def __getitem__(self, name: str) -> Tensor:
