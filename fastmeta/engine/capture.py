@@ -101,7 +101,7 @@ class Capture(BySignature):
         """What :func:`fastmeta.engine.inner.gradient` returns, or None where eager code serves."""
         if self.how == "inductor":
             packed = packed.contiguous()  # the first step's rows are one: no graph of its own
-        shared = loop.patched.shared_parameters() if create_graph else []
+        shared = loop.shared if create_graph else []
         operands = [packed, *support.stored(), *support.inputs.values(), *token_tensors(support)]
         if loop.proximal:
             operands.append(support.start)

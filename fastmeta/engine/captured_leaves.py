@@ -152,7 +152,7 @@ def _captured(
         support.stored(),
         [*support.inputs.values(), *token_tensors(support)],
     )
-    shared = loop.patched.shared_parameters()
+    shared = loop.shared
     layout = (*params.leaves, *((len(written), len(read)) for written, read in states))
     key = (kind, loop.steps, layout, *signature(loop, support, operands.joined(), shared))
     make = partial(_Graph.make, operands, params, support, shared, compute)

@@ -69,7 +69,7 @@ def run_chunks(
         return run(pieces[0], start, plan.mode)
     if not torch.is_grad_enabled():
         return _joined([run(tasks, start.select(tasks), plan.mode) for tasks in pieces])
-    weights = [*loop.added_parameters(), *loop.patched.shared_parameters()]
+    weights = [*loop.added_parameters(), *loop.shared]
     work = _Work(loop, run, plan, pieces, start.detach(), weights)
     token, losses, *others = _Chunks.apply(work, replay, *start.tensors(), *weights)
     params = partial(work.read, start, token)

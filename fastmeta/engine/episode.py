@@ -88,9 +88,7 @@ def run_episode(
     if some:
         loss = (results.losses if every else results.losses[good]).mean()
     else:
-        loss = zero_loss(
-            [*start.tensors(), *loop.added_parameters(), *loop.patched.shared_parameters()]
-        )
+        loss = zero_loss([*start.tensors(), *loop.added_parameters(), *loop.shared])
     logits = results.logits if results.logits.numel() else None
     scores = None
     if logits is not None and loop.loss_fn is classification:
@@ -224,7 +222,7 @@ def adapt_tasks(
         tasks: Where these tasks are in the learner's batch, int64 ``[T]``.
         keep: Of a recomputed loop: the last this many steps keep their graphs.
     """
-    shared = loop.patched.shared_parameters()
+    shared = loop.shared
     differentiated = torch.is_grad_enabled()
     if loop.steps == 0:
         active = torch.ones(start.num_tasks, dtype=torch.bool, device=start.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -63,6 +64,12 @@ class InnerLoop:
     by_leaf: bool = True
     replays: Replays | None = None
     asks: bool = True
+
+    @cached_property
+    def shared(self) -> list[Tensor]:
+        """Weights of the model that are meta-parameters but not adapted; found once, since that
+        takes a walk over all modules."""
+        return self.patched.shared_parameters()
 
     def added_parameters(self) -> list[Tensor]:
         """Meta-parameters that are not the model's: of rates, the update rule, a temperature."""

@@ -291,7 +291,7 @@ def predict(loop: InnerLoop, batch: TaskBatch, mode: str) -> Need:
     others, shared = row.nbytes, 0
     if torch.is_grad_enabled():
         others *= 1 + loop.own_rows
-        shared = sum(p.nbytes for p in loop.patched.shared_parameters())
+        shared = sum(p.nbytes for p in loop.shared)
         shared += 0 if loop.own_rows else loop.patched.layout.num_params * row.itemsize
     fixed = base - few * per_task + first.apart_then
     ends = first.peak if apart else 0
@@ -321,7 +321,7 @@ def _measure(
     devices = [patched.device] if patched.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), PeakMemory(apart) as meter:
         start = patched.initial(tasks)
-        meta = [*start.tensors(), *patched.shared_parameters(), *loop.added_parameters()]
+        meta = [*start.tensors(), *loop.shared, *loop.added_parameters()]
         out = run_episode(small, start, batch[:tasks], MemoryPlan(mode))
         if torch.is_grad_enabled():
             wanted = [t for t in meta if t.requires_grad]
