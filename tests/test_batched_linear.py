@@ -191,6 +191,25 @@ def test_factors_rounded_to_bfloat16(
         assert (difference.abs() <= tasks * bound.sum(0) + 1e-30).all()
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("adjacent", [False, True])
+@pytest.mark.parametrize("shape", [(23, 100, 40, 70), (5, 7, 70, 40), (3, 900, 9, 1100)])
+def test_sums_over_tasks(shape: tuple[int, ...], adjacent: bool, bf16: bool, cpu_impl) -> None:
+    """Of groups of tasks where their rows are adjacent, a last smaller one among them."""
+    tasks, rows, narrow, wide = shape
+    generator = torch.Generator().manual_seed(0)
+    spare = 0 if adjacent else 1
+    d_y, x = (
+        torch.randn(tasks, rows + spare, n, generator=generator, dtype=torch.float64)[:, :rows]
+        for n in (narrow, wide)
+    )
+    left, right = (t.bfloat16().double() if bf16 else t for t in (d_y, x))
+    expected = torch.einsum("tkm,tkn->mn", left, right)[None]
+    found = over_tasks(d_y.mT, x, bf16)
+    assert found.is_contiguous()
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 3.4e38])
 def test_what_is_not_finite_stays_so_in_bfloat16(value: float, cpu_impl) -> None:
     a = torch.zeros(1, 20, 33)

@@ -261,7 +261,7 @@ def _judge(
     """Losses ``[T]`` and logits of a query set, by fast weights that come from `start`."""
     given, prefix, rows = model_inputs(inputs), None, None
     if start.looked_up is not None:
-        rows = params.on(given[IDS].flatten(1), start.looked_up)
+        rows = params.query_rows(given[IDS].flatten(1), start.looked_up)
     captures = loop.capture is not None and isinstance(params, LeafParams)
     if captures or not loop.asks:  # then numbers of tokens are rounded
         prefix = loop.patched.record_prefix(params, given, rounded=loop.rounded)

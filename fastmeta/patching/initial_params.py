@@ -72,10 +72,10 @@ class InitialParams(TaskParams):
         return InitialParams(self.layout, parts, self.num_tasks, rows)
 
     def select(self, index: Tensor | slice) -> InitialParams:
-        tasks, rows = len(torch.arange(self.num_tasks, device=self.device)[index]), self.looked_up
+        every, rows = self.parts[0].new_empty(self.num_tasks, 0), self.looked_up
         if rows is not None:
             rows = LookedUp(rows.slot, rows.support[index], rows.query[index])
-        return InitialParams(self.layout, self.parts, tasks, rows)
+        return InitialParams(self.layout, self.parts, len(every[index]), rows)
 
     def detach(self) -> InitialParams:
         return self.like([t.detach() for t in self.tensors()])

@@ -78,7 +78,7 @@ class LeafParams(UnpackedParams):
         super().__init__(layout, rest, rows)
         self.leaves = leaves
 
-    def on(self, ids: Tensor, looked_up: LookedUp) -> TextRows | None:
+    def query_rows(self, ids: Tensor, looked_up: LookedUp) -> TextRows | None:
         table = self.leaves.get(looked_up.slot)
         if not isinstance(table, FastTable) or table.added is None:
             return None

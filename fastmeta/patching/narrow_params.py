@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastmeta.patching.fast_weights import FastTable
 from fastmeta.patching.initial_params import InitialParams
@@ -102,7 +102,7 @@ class NarrowParams(UnpackedParams):
         super().__init__(narrowing.layout, TaskParams(narrowing.narrow, compact), rows)
         self.narrowing = narrowing
 
-    def on(self, ids: Tensor, looked_up: LookedUp) -> TextRows | None:
+    def query_rows(self, ids: Tensor, looked_up: LookedUp) -> TextRows | None:
         return TextRows(looked_up.slot, looked_up.query, self.narrowing.words.rows(ids))
 
     def reading(self, rows: TextRows | None) -> NarrowParams:
@@ -174,23 +174,18 @@ def look_up(
 ) -> InitialParams:
     """The start with the rows that both sets' texts read of a table of words; without, where there
     is none, the support set holds many of its words, or it is more than `most` times the table."""
-    plan, ids = patched.plan(support), [inputs.get(IDS) for inputs in (support, query)]
-    slot = word_slot(plan)
-    if slot is None or word_slot(patched.plan(query)) != slot:
+    found = _few_words(patched, support)
+    if found is None or word_slot(patched.plan(query)) != found[0]:
         return start
-    ids = [each.flatten(1) for each in ids]
-    module = plan.structure.get_submodule(plan.word_table)
-    if not are_few(ids[0].shape[1], module.num_embeddings):
+    slot, ids, module = found
+    both = ids, query[IDS].flatten(1)
+    sizes = [each.numel() for each in both]
+    if sum(sizes) > most * module.num_embeddings:
         return start
-    every = torch.cat([each.flatten() for each in ids])
-    if len(every) > most * module.num_embeddings:
-        return start
-    rows = F.embedding(every, start.parts[slot], module.padding_idx)
-    found = [
-        r.view(*each.shape, -1)
-        for r, each in zip(rows.split([each.numel() for each in ids]), ids, strict=True)
-    ]
-    return InitialParams(start.layout, start.parts, start.num_tasks, LookedUp(slot, *found))
+    every = torch.cat([each.flatten() for each in both])
+    rows = F.embedding(every, start.parts[slot], module.padding_idx).split(sizes)
+    rows = [r.view(*each.shape, -1) for r, each in zip(rows, both, strict=True)]
+    return InitialParams(start.layout, start.parts, start.num_tasks, LookedUp(slot, *rows))
 
 
 def narrowing(
@@ -198,17 +193,26 @@ def narrowing(
 ) -> tuple[Narrowing, Tensor] | None:
     """How fast weights are best held while tasks adapt on `inputs` ``[T, N, ...]``, and their
     start ``[T, P']``; None: as they are."""
-    plan, ids = patched.plan(inputs), inputs.get(IDS)
-    slot = word_slot(plan)
-    if slot is None:
+    found = _few_words(patched, inputs)
+    if found is None:
         return None
-    ids, layout = ids.flatten(1), patched.layout
-    module = plan.structure.get_submodule(plan.word_table)
-    if not are_few(ids.shape[1], module.num_embeddings):
-        return None
+    (slot, ids, module), layout = found, patched.layout
     narrow, words = layout.with_rows(slot, ids.shape[1] + 1), Words.of(ids, module.padding_idx)
     held = Narrowing(layout, narrow, slot, start.parts[slot], words)
     return held, held.start(start.parts)
+
+
+def _few_words(
+    patched: Patched, inputs: Mapping[str, Any]
+) -> tuple[int, Tensor, nn.Embedding] | None:
+    """The slot of a table of which texts ``[T, N, ...]`` read few words, these ``[T, M]``, and the
+    module that looks them up; None where there is none."""
+    plan = patched.plan(inputs)
+    slot = word_slot(plan)
+    if slot is None:
+        return None
+    ids, module = inputs[IDS].flatten(1), plan.structure.get_submodule(plan.word_table)
+    return (slot, ids, module) if are_few(ids.shape[1], module.num_embeddings) else None
 
 
 def held_apart(params: TaskParams) -> TaskParams:

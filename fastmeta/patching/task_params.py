@@ -20,6 +20,10 @@ class TaskParams(Mapping[str, Tensor]):
     """Fast weights of T tasks: a mapping name -> ``[T, *shape]`` over one packed ``[T, P]`` buffer.
 
     The views share memory and the autograd graph with :attr:`packed`.
+
+    Attributes:
+        shared: How many of :meth:`tensors` are those of all tasks.
+        looked_up: Rows of a table that the tasks' texts read, where they were looked up ahead.
     """
 
     shared = 0
@@ -71,7 +75,7 @@ class TaskParams(Mapping[str, Tensor]):
         """Fast weights with others in place of :meth:`tensors`."""
         return TaskParams(self.layout, *tensors)
 
-    def on(self, ids: Tensor, looked_up: LookedUp) -> TextRows | None:
+    def query_rows(self, ids: Tensor, looked_up: LookedUp) -> TextRows | None:
         """How query texts ``[T, M]`` read a table of which only what was added is held, where there
         is one."""
         return None
