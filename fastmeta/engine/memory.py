@@ -254,9 +254,8 @@ def predict(loop: InnerLoop, batch: TaskBatch, mode: str) -> Need:
     The peak is linear in tasks and in steps. One and two tasks give the one slope (``recompute``
     works in two slices: two tasks and four); the other is measured from a step more (``unroll``),
     or known (``recompute`` stores weights and state). The global random state and ``.grad`` are
-    left alone. Gradients of an embedding's
-    whole table, where steps hold few rows of it, would hide what few tasks take: they are counted
-    apart.
+    left alone. Gradients of an embedding's whole table, where steps hold few rows of it, would hide
+    what few tasks take: they are counted apart.
 
     Args:
         loop: The inner loop in question.

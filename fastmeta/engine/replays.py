@@ -138,11 +138,20 @@ class _Recorded:
             self.graph.replay()
             results, gradients = self.found  # overwritten by the next replay, on any stream
             results = [t.clone() for t in results]
-            gradients = [g if g is None else g.clone() for g in gradients]
+            gradients = _clones(gradients)
             return (results, gradients) if bool(self.finite) else None  # waits for all of this
 
     def _reads(self) -> list[Tensor]:
         return _values(self.batch, self.tokens, self.start)
+
+
+def _clones(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Copies of tensors of one device, in few launches."""
+    found = [None if t is None else torch.empty_like(t) for t in tensors]
+    pairs = [(new, t) for new, t in zip(found, tensors, strict=True) if t is not None]
+    if pairs:
+        torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
+    return found
 
 
 def _alike(start: TaskParams) -> bool:
