@@ -217,10 +217,11 @@ class _Chunks(torch.autograd.Function):
             conditions.finish()
             work.conditions.append(conditions)
             work.parts.append(results.params.detach())
-            parts.append([t.detach() for t in results._replace(params=results.losses)])
+            shown = results.losses, results.logits, results.active, results.support_losses
+            parts.append([t.detach() for t in shown])
         if gradients.pieces == len(work.pieces):
             work.ahead = gradients.together()
-        losses, _, *others = map(_cat, zip(*parts, strict=True))
+        losses, *others = map(_cat, zip(*parts, strict=True))
         ctx.mark_non_differentiable(*others[1:])
         return losses.new_zeros(()), losses, *others
 

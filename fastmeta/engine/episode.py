@@ -162,7 +162,7 @@ def _run(
         index = torch.arange(batch.num_tasks, device=start.device)
         if loop.replays is not None:
             replay = partial(_replay, loop, batch, plan)
-    if plan.task_chunk is not None:  # else all tasks at once look it up
+    if plan.task_chunk is not None and plan.task_chunk < batch.num_tasks:
         start = looked_up(loop, start, *with_ways(batch), most=1)
     return run_chunks(loop, _runner(loop, batch, plan, index), start, plan, replay)
 
@@ -269,7 +269,6 @@ def _judge(
         found = captured_losses(loop, params, Support(inputs, prefix, rows=rows))
         if found is not None:
             return found
-        prefix = prefix if not loop.asks else None
     losses, outputs = task_losses(loop, params.reading(rows), inputs, prefix)
     return losses, getattr(outputs, "logits", None)
 
