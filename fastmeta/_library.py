@@ -95,10 +95,13 @@ def define(schema: str, reference: Callable | None = None, *, fake: Callable | N
     return op
 
 
-def declare(schema: str) -> Callable:
-    """The overload of an operator that the compiled extension alone has, and no table."""
+def declare(schema: str, function: Callable | None = None) -> Callable:
+    """The overload of an operator without a table: of a function, or of the compiled extension."""
     _DEF.define(schema)
-    return getattr(getattr(torch.ops, NAMESPACE), schema.split("(", 1)[0]).default
+    name = schema.split("(", 1)[0]
+    if function is not None:
+        _DEF.impl(name, function, "CompositeExplicitAutograd")
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
 def has_extension(device: str) -> bool:

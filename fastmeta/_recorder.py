@@ -48,7 +48,7 @@ class Shape:
 
 def record(
     function: Callable[..., Sequence[Tensor | None]], inputs: Sequence[Tensor]
-) -> tuple[fx.GraphModule, list[Tensor]]:
+) -> tuple[fx.Graph, list[Tensor]]:
     """The graph of ``function(*inputs)``, and the tensors that it reads besides.
 
     Returns:
@@ -69,7 +69,7 @@ def record(
     finally:
         _local.depth -= 1
     recorder.graph.output([None if t is None else recorder.node_of(t) for t in results])
-    return fx.GraphModule(torch.nn.Module(), recorder.graph), recorder.constants
+    return recorder.graph, recorder.constants
 
 
 class _Recorder(TorchDispatchMode):

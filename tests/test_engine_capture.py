@@ -14,7 +14,9 @@ import torch.nn.functional as F
 
 import fastmeta as fm
 from fastmeta import rules
+from fastmeta._library import has_extension
 from fastmeta.engine.capture import Capture
+from fastmeta.engine.graphs import TapePair
 from fastmeta.patching.leaf_params import LeafParams
 from fastmeta.testing.float64 import keep_float64
 
@@ -24,9 +26,11 @@ BATCH = oracle.as_batch(oracle.make_tasks(4))
 
 
 def captured(learner: fm.MAML, graphs: int | None = None) -> None:
-    """Assert that graphs served, and how many."""
+    """Assert that graphs served, as tapes if traced, and how many."""
     steps = learner.capture.steps
     assert steps and all(step is not None for step in steps.values())
+    if learner.capture.how == "trace" and has_extension("cpu"):
+        assert all(isinstance(step.function.pair, TapePair) for step in steps.values())
     assert graphs is None or len(steps) == graphs
 
 
@@ -84,7 +88,9 @@ def test_implicit_gradients() -> None:
     oracle.assert_close(found[1], found[0])
 
 
-@pytest.mark.parametrize("family", ["gpt2", "modernbert", "mistral"])
+@pytest.mark.parametrize(
+    "family", ["gpt2", "modernbert", "mistral", "bloom", "deberta_v2_relative"]
+)
 def test_families(family: str) -> None:
     """Whatever prepares the attention masks."""
     labels = torch.arange(6).view(2, 3) % 3
@@ -100,12 +106,16 @@ def test_eager_attention() -> None:
     compare_with_eager(model, BATCH)
 
 
-def compare_with_eager(model, batch: fm.TaskBatch) -> None:
+def test_frozen_layers_and_normalised_features() -> None:
+    """Whose operators have numbers among their arguments."""
+    model = fm.models.SentenceClassifier(oracle.tiny_bert().bert, num_labels=3, scale=10)
+    compare_with_eager(model.double().eval(), BATCH, fm.LoRA(r=2))
+
+
+def compare_with_eager(model, batch: fm.TaskBatch, spec: fm.Spec = EVERYTHING) -> None:
     found = {}
     for compile in (False, True):
-        learner = fm.MAML(
-            fm.patch(model, EVERYTHING), lr=0.1, steps=2, memory="unroll", compile=compile
-        )
+        learner = fm.MAML(fm.patch(model, spec), lr=0.1, steps=2, memory="unroll", compile=compile)
         found[compile] = oracle.gradients(learner, learner(batch).loss)
     captured(learner)
     oracle.assert_close(found[True], found[False])

@@ -75,10 +75,26 @@ def several(x: Tensor, y: Tensor) -> list[Tensor]:
     ]  # fmt: skip
 
 
-FUNCTIONS = {f.__name__: f for f in (views, numbers, memory, integers, several)}
+def by_python(x: Tensor, y: Tensor) -> list[Tensor]:
+    """What C++ cannot call, for numbers that are no tensors."""
+    written = x.clone()
+    written.sub_(y[0], alpha=2.0)
+    written[1:].div_(2.0, rounding_mode="floor")
+    return [
+        torch.baddbmm(x, y, y, beta=2.0), torch.addmm(x, y[0], y[1].t(), alpha=0.5), written,
+        torch.linalg.vector_norm(x, 2, [1], True), x.to(torch.complex64).abs(),
+        (x > 0).long() - 3 * (x > 1).int(), torch.addmm(x[0], y[0], y[1].t()),
+    ]  # fmt: skip
 
 
-def recorded(function, inputs) -> tuple[fx.GraphModule, list[Tensor]]:
+FUNCTIONS = {f.__name__: f for f in (views, numbers, memory, integers, several, by_python)}
+
+
+def run(graph: fx.Graph, *inputs: Tensor):
+    return fx.GraphModule(torch.nn.Module(), graph)(*inputs)
+
+
+def recorded(function, inputs) -> tuple[fx.Graph, list[Tensor]]:
     if function is integers:  # one_hot asks for the largest word
 
         def function(x: Tensor, y: Tensor) -> list[Tensor]:
@@ -96,7 +112,7 @@ def recorded(function, inputs) -> tuple[fx.GraphModule, list[Tensor]]:
 def test_graphs_hold_for_other_values(name: str) -> None:
     graph, constants = recorded(FUNCTIONS[name], [random(4, 4), random(2, 4, 4, seed=1)])
     inputs = [random(4, 4, seed=2), random(2, 4, 4, seed=3)]
-    torch.testing.assert_close(graph(*inputs, *constants), FUNCTIONS[name](*inputs))
+    torch.testing.assert_close(run(graph, *inputs, *constants), FUNCTIONS[name](*inputs))
 
 
 @needs_tapes
@@ -108,7 +124,7 @@ def test_tapes_do_what_graphs_do(name: str) -> None:
         inputs = [random(4, 4, seed=seed), random(2, 4, 4, seed=seed + 1), *constants]
         found, frame = tape.run(inputs)
         assert frame is None
-        torch.testing.assert_close(found, list(graph(*inputs)), rtol=0, atol=1e-15)
+        torch.testing.assert_close(found, list(run(graph, *inputs)), rtol=0, atol=1e-15)
 
 
 @needs_tapes
@@ -182,16 +198,9 @@ def test_tapes_and_frames_end_with_their_objects() -> None:
 
 
 @needs_tapes
-@pytest.mark.parametrize(
-    "function",
-    [
-        lambda x: [torch.ops.aten.baddbmm(x, x, x, beta=2.0)],
-        lambda x: [(x > 0).long() - 3 * (x > 1).int()],
-        lambda x: [x.to(torch.complex64).abs()],
-    ],
-)
-def test_what_a_tape_cannot_hold(function) -> None:
-    graph, _ = record(function, [random(1, 2, 2)])
+def test_what_a_tape_cannot_hold() -> None:
+    """Several results of an operator that Python has to call."""
+    graph, _ = record(lambda x: [*torch.var_mean(x, correction=0.5)], [random(1, 2, 2)])
     assert written(graph) is None
 
 
@@ -214,13 +223,13 @@ def test_values_of_constants_are_known() -> None:
     scale = torch.tensor(2.0)
     graph, constants = record(lambda x: [x * float(scale)], [random(3)])
     assert not constants
-    torch.testing.assert_close(graph(random(3)), [2 * random(3)])
+    torch.testing.assert_close(run(graph, random(3)), [2 * random(3)])
 
 
 def test_one_tensor_in_two_places() -> None:
     x = random(3)
     graph, _ = record(lambda a, b: [a - 2 * b], [x, x])
-    torch.testing.assert_close(graph(x, random(3, seed=1)), [x - 2 * random(3, seed=1)])
+    torch.testing.assert_close(run(graph, x, random(3, seed=1)), [x - 2 * random(3, seed=1)])
 
 
 # -- additions ---------------------------------------------------------------------------------
@@ -260,13 +269,13 @@ def test_products_take_additions_over(function, left: int) -> None:
     inputs = [random(2, 3, 3, seed=i) for i in range(3)]
     graph, constants = record(function, inputs)
     fuse_additions(graph)
-    added = [n for n in graph.graph.nodes if n.target is torch.ops.aten.add.Tensor]
+    added = [n for n in graph.nodes if n.target is torch.ops.aten.add.Tensor]
     assert len(added) == left and not constants
-    torch.testing.assert_close(graph(*inputs), function(*inputs))
+    torch.testing.assert_close(run(graph, *inputs), function(*inputs))
 
 
 def test_products_that_have_a_base_keep_it() -> None:
     x, w, base = (random(2, 3, 3, seed=i) for i in range(3))
     graph, _ = record(lambda x, w, base: [product(x, w, base) + x], [x, w, base])
     fuse_additions(graph)
-    torch.testing.assert_close(graph(x, w, base), [x @ w + base + x])
+    torch.testing.assert_close(run(graph, x, w, base), [x @ w + base + x])

@@ -18,19 +18,18 @@ aten = torch.ops.aten
 _MM, _MMS_ = torch.ops.fastmeta.batched_mm.default, torch.ops.fastmeta.batched_mms_.default
 
 
-def fuse_additions(graph: fx.GraphModule) -> None:
+def fuse_additions(graph: fx.Graph) -> None:
     """Rewrite a graph in place."""
-    order = {node: i for i, node in enumerate(graph.graph.nodes)}
+    order = {node: i for i, node in enumerate(graph.nodes)}
     writes = _writes(order)
     for node in order:
         if node.target is aten.add.Tensor and not node.kwargs and _alike(*node.args):
             for product, other in (node.args, node.args[::-1]):
                 if _absorbed(node, product, other, order, writes):
                     node.replace_all_uses_with(product)
-                    graph.graph.erase_node(node)
+                    graph.erase_node(node)
                     break
-    graph.graph.lint()
-    graph.recompile()
+    graph.lint()
 
 
 def _alike(a: object, b: object) -> bool:

@@ -98,17 +98,18 @@ def capture(
     """
     with tracing():
         joint, constants = record(function, [*operands, *cotangents])
-    joint.graph.eliminate_dead_code()
+    joint.eliminate_dead_code()
     inputs = [*operands, *constants]
-    if compiler is not None and any(_is_random(n) for n in joint.graph.nodes):
+    if compiler is not None and any(_is_random(n) for n in joint.nodes):
         compiler = _as_it_is
     if not cotangents:
-        first, second, kept = _finished(joint), None, []
+        first, second, kept = joint, None, []
     else:
         first, second, kept = _cut(joint, len(operands), len(cotangents), outputs)
     if compiler is None:
-        count = len(first.graph.output_node().args[0]) - outputs
+        count = len(first.output_node().args[0]) - outputs
         return _taped(constants, kept, outputs, count, len(cotangents), first, second)
+    first = _callable(first)
     forward = compiler(first, lambda: inputs)
     if second is None:
         return Pair(constants, kept, outputs, forward, None)
@@ -118,7 +119,7 @@ def capture(
             computed = first(*inputs)[outputs:]
         return [*(inputs[i] for i in kept), *computed, *cotangents]
 
-    return Pair(constants, kept, outputs, forward, compiler(second, read_by_second))
+    return Pair(constants, kept, outputs, forward, compiler(_callable(second), read_by_second))
 
 
 def _taped(
@@ -127,8 +128,8 @@ def _taped(
     outputs: int,
     computed: int,
     cotangents: int,
-    first: fx.GraphModule,
-    second: fx.GraphModule | None,
+    first: fx.Graph,
+    second: fx.Graph | None,
 ) -> Pair:
     """The graphs as tapes, or as they are where tapes cannot hold them."""
     for graph in (first, second):
@@ -140,7 +141,8 @@ def _taped(
         come = [False] * len(kept) + [True] * computed + [False] * cotangents
         backward = written(second, frame=come)
     if forward is None or (backward is None and second is not None):
-        return Pair(constants, kept, outputs, first, second)
+        code = (None if graph is None else _callable(graph) for graph in (first, second))
+        return Pair(constants, kept, outputs, *code)
     return TapePair(constants, kept, outputs, forward, backward)
 
 
@@ -174,26 +176,25 @@ def _as_it_is(graph: fx.GraphModule, examples: Callable) -> Callable:
     return graph
 
 
-def _finished(graph: fx.GraphModule) -> fx.GraphModule:
-    graph.graph.lint()
-    graph.recompile()
-    return graph
+def _callable(graph: fx.Graph) -> fx.GraphModule:
+    """As code, which takes about as long to generate as the graph to record."""
+    return fx.GraphModule(torch.nn.Module(), graph)
 
 
 def _cut(
-    joint: fx.GraphModule, operands: int, cotangents: int, outputs: int
-) -> tuple[fx.GraphModule, fx.GraphModule, list[int]]:
+    joint: fx.Graph, operands: int, cotangents: int, outputs: int
+) -> tuple[fx.Graph, fx.Graph, list[int]]:
     """The graph before a cotangent is read, the graph from there on, and which inputs of the
     first the second reads.
 
     In the order of the trace, so that operators which write in place stay where they were.
     """
-    nodes = [n for n in joint.graph.nodes if n.op not in ("placeholder", "output")]
-    places = [n for n in joint.graph.nodes if n.op == "placeholder"]
+    nodes = [n for n in joint.nodes if n.op not in ("placeholder", "output")]
+    places = [n for n in joint.nodes if n.op == "placeholder"]
     late_inputs = set(places[operands : operands + cotangents])
     inputs = [n for n in places if n not in late_inputs]
     start = next((i for i, n in enumerate(nodes) if late_inputs & {*n.all_input_nodes}), len(nodes))
-    (results,) = joint.graph.output_node().args
+    (results,) = joint.output_node().args
     results, gradients = list(results[:outputs]), list(results[outputs:])
     late = {*nodes[start:], *late_inputs}
     wanted = [n for node in nodes[start:] for n in node.all_input_nodes] + [
@@ -202,17 +203,16 @@ def _cut(
     read = dict.fromkeys(n for n in wanted if n not in late)
     kept = [i for i, n in enumerate(inputs) if n in read]
     computed = [n for n in read if n.op != "placeholder"]
-    first = _subgraph(joint, inputs, nodes[:start], [*results, *computed])
+    first = _subgraph(inputs, nodes[:start], [*results, *computed])
     before = [*(inputs[i] for i in kept), *computed, *places[operands : operands + cotangents]]
-    return first, _subgraph(joint, before, nodes[start:], gradients), kept
+    return first, _subgraph(before, nodes[start:], gradients), kept
 
 
 def _subgraph(
-    joint: fx.GraphModule,
     inputs: Sequence[fx.Node],
     body: Sequence[fx.Node],
     results: Sequence[fx.Node | None],
-) -> fx.GraphModule:
+) -> fx.Graph:
     graph, at = fx.Graph(), {}
     for node in inputs:
         at[node] = graph.placeholder(node.name)
@@ -221,4 +221,5 @@ def _subgraph(
         at[node] = graph.node_copy(node, at.__getitem__)
     graph.output([None if n is None else at[n] for n in results])
     graph.eliminate_dead_code()
-    return _finished(fx.GraphModule(joint, graph))
+    graph.lint()
+    return graph

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, fx
 
 from fastmeta._library import declare
 
@@ -21,10 +24,17 @@ class Tape:
         program: Its text.
         constants: Tensors that the text has places for.
         order: For each result that is not saved: its place among the outputs, or None.
+        calls: What it calls of Python.
     """
 
-    def __init__(self, program: str, constants: list[Tensor], order: list[int | None]) -> None:
-        self.number, self.order = _NEW(program, constants), order
+    def __init__(
+        self,
+        program: str,
+        constants: list[Tensor],
+        order: list[int | None],
+        calls: Sequence[PythonCall] = (),
+    ) -> None:
+        self.number, self.order, self.calls = _NEW(program, constants), order, calls
         weakref.finalize(self, _DROP, self.number, 0).atexit = False
 
     def run(
@@ -46,3 +56,59 @@ class Frame:
     def __init__(self, number: int) -> None:
         self.number = number
         weakref.finalize(self, _DROP, 0, number).atexit = False
+
+
+class PythonCall:
+    """An operator that a tape calls by Python.
+
+    Args:
+        target: The operator, of one result.
+        places: Of nodes among the arguments: where the tape gives their tensors.
+        args, kwargs: Its arguments.
+
+    Attributes:
+        number: How a tape names it.
+    """
+
+    def __init__(
+        self,
+        target: Callable,
+        places: Mapping[fx.Node, int],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+    ) -> None:
+        given = fx.map_arg((tuple(args), dict(kwargs)), lambda node: _Given(places[node]))
+        self.target, (self.args, self.kwargs) = target, given
+        self.number = next(_NUMBERS)
+        _CALLS[self.number] = self
+
+    def __call__(self, tensors: Sequence[Tensor]) -> Tensor:
+        args, kwargs = _filled((self.args, self.kwargs), tensors)
+        return self.target(*args, **kwargs)
+
+
+class _Given(int):
+    """The place of a tensor that a tape gives."""
+
+
+def _filled(value: Any, tensors: Sequence[Tensor]) -> Any:
+    """Arguments with tensors in their places."""
+    if isinstance(value, _Given):
+        return tensors[value]
+    if isinstance(value, dict):
+        return {k: _filled(v, tensors) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_filled(v, tensors) for v in value]
+    return value
+
+
+_CALLS: weakref.WeakValueDictionary[int, PythonCall] = weakref.WeakValueDictionary()
+_NUMBERS = itertools.count()
+
+
+@torch.no_grad()
+def _call(number: int, tensors: Sequence[Tensor]) -> Tensor:
+    return _CALLS[number](tensors)
+
+
+PYTHON_CALL = declare("python_call(int number, Tensor[] tensors) -> Tensor", _call)

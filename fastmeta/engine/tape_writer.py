@@ -2,7 +2,8 @@
 
 A graph fixes all shapes, so whatever only looks at memory in another way (views, transposes,
 slices) is written as sizes, strides and an offset, new memory likewise, and what depends on no
-input is computed once. What a tape cannot hold is left to Python by :func:`written` returning None.
+input is computed once. Operators that C++ cannot call, for a number among their arguments, become
+calls of Python. What a tape cannot hold at all :func:`written` leaves to Python by returning None.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor, fx
 
 from fastmeta._library import has_extension
 from fastmeta.engine.graph_memory import RESHAPES, arguments, memory_of, written_by
-from fastmeta.engine.tape import Tape
+from fastmeta.engine.tape import PYTHON_CALL, PythonCall, Tape
 
 aten = torch.ops.aten
 
@@ -45,6 +46,7 @@ _OF_SHAPES = {
 _NUMBERS = {
     aten.add.Tensor: "add", aten.sub.Tensor: "sub", aten.add.Scalar: "add_number",
     aten.mul.Scalar: "mul_number", aten.pow.Tensor_Scalar: "pow_number",
+    aten.add_.Tensor: "add", aten.sub_.Tensor: "sub",
 }  # fmt: skip
 
 
@@ -61,7 +63,7 @@ class _CannotHold(Exception):
 
 
 def written(
-    graph: fx.GraphModule,
+    graph: fx.Graph,
     frame: Sequence[bool] | None = None,
     saved: Sequence[bool] | None = None,
 ) -> Tape | None:
@@ -82,13 +84,14 @@ def written(
 class _Writer:
     """Writes the lines of a tape, node by node."""
 
-    def __init__(self, graph: fx.GraphModule) -> None:
-        self.nodes = list(graph.graph.nodes)
+    def __init__(self, graph: fx.Graph) -> None:
+        self.nodes = list(graph.nodes)
         # text, slots read, slots written
         self.lines: list[tuple[str, list[_Slot], list[_Slot]]] = []
         self.slots = 0
         self.slot: dict[Any, _Slot] = {}  # of a node, or of (node, place among its results)
         self.values: dict[int, Tensor] = {}  # constants by slot
+        self.calls: list[PythonCall] = []
         self.constant: dict[fx.Node, Tensor] = {}
         self.meta: dict[fx.Node, Any] = {}  # tensors without data, for offsets of views
         self.base: dict[fx.Node, fx.Node] = {}  # of what looks at another node's memory
@@ -129,7 +132,7 @@ class _Writer:
             for slot, save in zip(slots, saved, strict=True)
             if not save
         ]
-        return Tape("\n".join(program), list(self.values.values()), order)
+        return Tape("\n".join(program), list(self.values.values()), order, self.calls)
 
     def _output(self, node: fx.Node, slot: _Slot, kept: bool) -> _Slot:
         """A result that leaves the tape: others may write to it, or give it a graph, which what is
@@ -171,7 +174,10 @@ class _Writer:
             else:
                 self.slot[node] = self.slot[source, place]
         elif not self._fold(node):
-            self._operator(node)
+            try:
+                self._operator(node)
+            except _CannotHold:
+                self._by_python(node)
 
     def _same(self, node: fx.Node, source: fx.Node) -> None:
         for known in (self.slot, self.constant, self.meta, self.base):
@@ -245,19 +251,17 @@ class _Writer:
                 self._call(aten.zero_.default, [slot])
             elif target in _COPIES:
                 self._call(aten.copy_.default, [slot, self._slot_of(node.args[0]), False])
+        elif target in (aten.add_.Tensor, aten.sub_.Tensor):
+            values = [self._slot_of(node.args[0]), self._with_number(node), False]
+            (self.slot[node],) = self._call(aten.copy_.default, values)
         elif target in _NUMBERS:
-            self._with_number(node)
-        elif target is aten.rsub.Scalar:
-            self._from_number(node)
-        elif target is aten.threshold_backward.default:
-            gradient, x, threshold = fx.map_arg(node.args, self._slot_of)
-            bounds = [self._constant(_tensor(float(t))) for t in (threshold, 0)]
-            (below,) = self._call(aten.le.Tensor, [x, bounds[0]])
-            (self.slot[node],) = self._call(aten.where.self, [below, bounds[1], gradient])
-        elif target is aten.add_.Tensor:
-            self._with_number(node)
-            written = self._slot_of(node.args[0])
-            (self.slot[node],) = self._call(aten.copy_.default, [written, self.slot[node], False])
+            self.slot[node] = self._with_number(node)
+        elif target is aten.addmm.default and not node.kwargs:
+            base, a, b = node.args
+            weight = self._look(self._slot_of(b), self._meta_of(b).t(), 0)
+            (self.slot[node],) = self._call(
+                aten.linear.default, [self._slot_of(a), weight, self._slot_of(base)]
+            )
         else:
             values = fx.map_arg([value for _, value in arguments(node)], self._slot_of)
             slots = self._call(*self._without_numbers(target, values))
@@ -265,6 +269,18 @@ class _Writer:
                 (self.slot[node],) = slots
             else:
                 self.slot |= {(node, place): slot for place, slot in enumerate(slots)}
+
+    def _by_python(self, node: fx.Node) -> None:
+        """An operator that C++ cannot call."""
+        returns = node.target._schema.returns
+        if len(returns) != 1 or str(returns[0].type) != "Tensor":
+            raise _CannotHold(str(node.target._schema))
+        tensors = dict.fromkeys(node.all_input_nodes)
+        places = {n: i for i, n in enumerate(tensors)}
+        self.calls.append(PythonCall(node.target, places, node.args, node.kwargs))
+        (self.slot[node],) = self._call(
+            PYTHON_CALL, [self.calls[-1].number, [self._slot_of(n) for n in tensors]]
+        )
 
     def _empty(self, node: fx.Node) -> _Slot:
         """New memory for the result of a node."""
@@ -275,9 +291,11 @@ class _Writer:
         self.slot[node] = slot
         return slot
 
-    def _with_number(self, node: fx.Node) -> None:
+    def _with_number(self, node: fx.Node) -> _Slot:
         """``a + number * b``, or what else of :data:`_NUMBERS`."""
-        name, (a, b, *_) = _NUMBERS.get(node.target, "add"), node.args
+        name, (a, b, *_) = _NUMBERS[node.target], node.args
+        if not node.meta["val"].dtype.is_floating_point:
+            raise _CannotHold("integers and numbers")
         number = node.kwargs.get("alpha", 1)
         read = [self._slot_of(a)]
         if isinstance(b, fx.Node):
@@ -286,54 +304,10 @@ class _Writer:
             name, number = "add_number", b * number * (1 if name == "add" else -1)
         else:
             number = b
-        self.slot[node] = self._sum(name, number, read, [a, b], self._meta_of(node))
-
-    def _from_number(self, node: fx.Node) -> None:
-        """``number - a``."""
-        a, number, *alpha = node.args
-        if alpha or node.kwargs:
-            raise _CannotHold("alpha")
-        negative = self._call(aten.neg.default, [self._slot_of(a)])
-        self.slot[node] = self._sum("add_number", number, negative, [a], self._meta_of(node))
-
-    def _sum(
-        self, name: str, number: float, read: list[_Slot], nodes: list, result: Tensor
-    ) -> _Slot:
-        """A line with a number.
-
-        Args:
-            read: Slots of the tensors.
-            nodes: Theirs, perhaps with a number after them.
-            result: What comes out, without data.
-        """
-        if not result.dtype.is_floating_point:
-            return self._integers(name, number, read, nodes, result)
         slot = self._new_slot()
         text = f"scalar {name} {float(number).hex()}{_numbers('', read)} 1 {slot}"
         self.lines.append((text, read, [slot]))
         return slot
-
-    def _integers(
-        self, name: str, number: float, read: list[_Slot], nodes: list, result: Tensor
-    ) -> _Slot:
-        """A sum of integers, by operators without numbers: stacked and summed."""
-        metas = [self._meta_of(n) for n in nodes[: len(read)]]
-        if name == "add_number":
-            metas.append(torch.tensor(number, dtype=result.dtype))
-            read = [*read, self._constant(metas[-1])]
-        elif name == "sub" and number == 1:
-            read = [read[0], *self._call(aten.neg.default, [read[1]])]
-        elif name != "add" or number != 1:
-            raise _CannotHold("integers and numbers")
-        if any(meta.dtype != result.dtype for meta in metas):
-            raise _CannotHold("integers of several types")
-        slots = [
-            self._look(slot, meta.expand(result.shape), 0)
-            for slot, meta in zip(read, metas, strict=True)
-        ]
-        (both,) = self._call(aten.stack.default, [slots, 0])
-        (found,) = self._call(aten.sum.dim_IntList, [both, [0], False, result.dtype])
-        return found
 
     def _without_numbers(self, target: Any, values: list) -> tuple[Any, list]:
         """An operator on a number as that on a tensor, where there is one."""
@@ -381,7 +355,9 @@ def _encoded(kind: Any, value: Any, read: list[_Slot]) -> str:
     """A value as its type's text; slots of tensors are noted."""
     name = kind.kind()
     if name == "OptionalType":
-        return "n" if value is None else "? " + _encoded(kind.getElementType(), value, read)
+        if value is None or value == torch.device("cpu"):  # the only one there is
+            return "n"
+        return "? " + _encoded(kind.getElementType(), value, read)
     if name == "ListType":
         items = [_encoded(kind.getElementType(), v, read) for v in value]
         return " ".join([f"[{len(items)}", *items])
@@ -398,16 +374,18 @@ def _encoded(kind: Any, value: Any, read: list[_Slot]) -> str:
         return f"s{value}"
     if name == "BoolType":
         return f"b{int(value)}"
-    if isinstance(value, torch.dtype):
-        return f"d{_dtype(value)}"
+    if name == "ScalarTypeType":
+        return f"d{_dtype(torch.int64 if value == _INT64 else value)}"
     raise _CannotHold(f"{kind}: {value}")
 
 
 _NAMES = ("float32", "float64", "bfloat16", "float16", "int64", "int32", "int8", "bool")
 _DTYPES = {getattr(torch, name): name for name in _NAMES}
+_INT64 = 4
+"""How schemas write that dtype, the only one that is a default."""
 
 
-def _dtype(dtype: torch.dtype) -> str:
+def _dtype(dtype: Any) -> str:
     if dtype not in _DTYPES:
         raise _CannotHold(str(dtype))
     return _DTYPES[dtype]
