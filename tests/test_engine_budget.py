@@ -25,7 +25,7 @@ def plan_of(learner: fm.MAML) -> MemoryPlan:
 
 
 def with_plan(monkeypatch: pytest.MonkeyPatch, **plan) -> None:
-    choose = "fastmeta.algorithms.learner.choose_plan"
+    choose = "fastmeta.engine.memory_plans.choose_plan"
     monkeypatch.setattr(choose, lambda *args: MemoryPlan("recompute", **plan))
 
 

@@ -19,6 +19,7 @@ from unpadded_texts import (
 
 import fastmeta as fm
 from fastmeta.engine import memory
+from fastmeta.engine.memory_plans import growth
 
 # -- what adapts -----------------------------------------------------------------------------
 
@@ -291,8 +292,8 @@ def plan_of(learner: fm.MAML, batch: fm.TaskBatch) -> memory.MemoryPlan:
     return plan
 
 
-def test_many_more_tokens_are_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    learner = fm.MAML(fm.patch(bert(), EVERYTHING), lr=0.1, steps=1)
+def measurements(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Tokens of the first task of every batch that is measured from now on."""
     measured = []
     original = memory.predict
 
@@ -301,7 +302,16 @@ def test_many_more_tokens_are_measured_again(monkeypatch: pytest.MonkeyPatch) ->
         return original(loop, batch, mode)
 
     monkeypatch.setattr(memory, "predict", predict)
+    return measured
+
+
+def test_many_more_tokens_are_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where so many might not fit."""
+    learner = fm.MAML(fm.patch(bert(), EVERYTHING), lr=0.1, steps=1)
+    measured = measurements(monkeypatch)
     first = plan_of(learner, batch_of(6))
+    free = int(1.4 * first.predicted_bytes / memory._USABLE)  # 1.5 times the tokens may need 2.25
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free)
     assert first.tokens == (6, 6) and measured[0] == (6, 6)  # the fullest task is
     count = len(measured)
     for fewer in (6, 4):
@@ -331,10 +341,30 @@ def test_plans_of_padded_texts_hold_for_any() -> None:
         assert plan.predicted_bytes > 0 and plan.tokens == ()
 
 
+def test_what_is_sure_to_fit_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    learner = fm.MAML(fm.patch(bert(), EVERYTHING), lr=0.1, steps=1)
+    measured = measurements(monkeypatch)
+    first = plan_of(learner, batch_of(6))
+    second = plan_of(learner, batch_of(9))  # of the same shape
+    assert second.tokens == (9, 9) and second.predicted_bytes == int(2.25 * first.predicted_bytes)
+    batch = batch_of(6)
+    learner(
+        fm.TaskBatch(*({k: v[:, :2] for k, v in s.items()} for s in (batch.support, batch.query)))
+    )
+    *_, fewer = learner._memory_plans.values()
+    assert len(measured) == 1 and len(learner._memory_plans) == 2
+    assert fewer.predicted_bytes == second.predicted_bytes  # a bound
+    with torch.no_grad():
+        learner(batch)
+    learner(batch, steps=2)
+    learner(batch[:1])
+    assert len(measured) == 3  # nothing is kept without gradients
+
+
 def test_a_plan_allows_a_few_more_tokens() -> None:
-    plan = memory.MemoryPlan("unroll", tokens=(100, 200))
-    assert not plan.outgrown((105, 210))
-    assert plan.outgrown((106, 10)) and plan.outgrown((10, 211))
+    assert growth((100, 200), (105, 210)) == 1.05
+    assert growth((100, 200), (106, 10)) == 1.06 and growth((100, 200), (10, 212)) == 1.06
+    assert growth((), (5,)) == 1
 
 
 def test_a_mask_that_keeps_padding_outgrows_a_plan() -> None:

@@ -17,13 +17,8 @@ from fastmeta.engine.conditions import computing
 from fastmeta.engine.episode import MetaOutput, run_episode, with_ways
 from fastmeta.engine.inner import InnerLoop
 from fastmeta.engine.losses import LossFn, resolve_loss
-from fastmeta.engine.memory import (
-    MemoryPlan,
-    check_memory,
-    choose_plan,
-    computed_tokens,
-    is_out_of_memory,
-)
+from fastmeta.engine.memory import MemoryPlan, check_memory, is_out_of_memory
+from fastmeta.engine.memory_plans import plan_for
 from fastmeta.engine.optimizers import UpdateRule, resolve_rule
 from fastmeta.engine.rates import LearnedRate, Rates
 from fastmeta.engine.replays import WHOLE, replays_of
@@ -243,15 +238,8 @@ class GradientLearner(nn.Module):
 
     def _with_memory(self, loop: InnerLoop, batch: TaskBatch, run) -> MetaOutput:
         """Run under the memory plan; halve the chunk when an allocation fails, and go on."""
-        key = (
-            loop.steps,
-            torch.is_grad_enabled(),
-            *(tuple(t.shape) for s in (batch.support, batch.query) for t in s.values()),
-        )
-        plan = self._memory_plans.get(key)
-        if plan is None or (plan.tokens and plan.outgrown(computed_tokens(loop, batch))):
-            plan = choose_plan(loop, batch, self.memory, self.task_chunk, self.memory_budget)
-            self._memory_plans[key] = plan
+        how = self.memory, self.task_chunk, self.memory_budget
+        plan = plan_for(self._memory_plans, loop, batch, *how)
         while True:
             try:
                 return run(plan)

@@ -27,9 +27,6 @@ _CHUNK_BYTES = 512 << 20
 """A chunk whose graph is this large spends its time in kernels on a CPU, not on calling them: then
 chunks, which compute nothing twice, are faster than recomputing."""
 
-_MORE_TOKENS = 1.05
-"""A plan holds for batches of up to this many times the tokens that it was measured with."""
-
 _TRUSTED = 0.9
 """Share of a given budget that a prediction may fill."""
 
@@ -43,10 +40,10 @@ class MemoryPlan:
         task_chunk: Tasks differentiated at once, or None for all.
         free_mode: Whether the mode may change.
         free_chunk: Whether the chunk may change.
-        predicted_bytes: Predicted peak of one chunk beyond what is already allocated, 0 where not
-            measured.
+        predicted_bytes: Predicted peak of one chunk beyond what is already allocated, or a bound of
+            it; 0 where nothing was predicted.
         keep: Of a recomputed loop: the last this many steps keep their graphs.
-        tokens: Of the support and the query set that were measured: see :func:`computed_tokens`.
+        tokens: Of the support and the query set that it was made for: see :func:`computed_tokens`.
         ahead: Whether chunks take their gradient in the forward pass, for a loss that weights all
             tasks alike; False after one that did not.
     """
@@ -60,10 +57,10 @@ class MemoryPlan:
     ahead: bool = True
     tokens: Sequence[int] = ()
 
-    def outgrown(self, tokens: Sequence[int]) -> bool:
-        """Whether a batch computes so many more than the measured one that it says nothing."""
-        found = zip(tokens, self.tokens, strict=False)
-        return any(now > _MORE_TOKENS * then for now, then in found)
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing had to be given up for memory."""
+        return self.task_chunk is None and not (self.free_mode and self.mode == "recompute")
 
     def shrink(self, tasks: int) -> bool:
         """After running out of memory with `tasks` at once: recompute, and half the tasks.
@@ -129,9 +126,7 @@ def choose_plan(
     if not (plan.free_mode or plan.free_chunk) or not (exact or memory_budget):
         return plan
     plan.tokens, batch = computed_tokens(loop, batch), _fullest_first(batch)
-    budget = int(_USABLE * free_bytes(loop.patched.device))
-    if memory_budget is not None:
-        budget = min(budget, int(_TRUSTED * memory_budget))
+    budget = allowed_bytes(loop, memory_budget)
     total = batch.num_tasks
     tasks = min(plan.task_chunk or total, total)
     try:
@@ -160,6 +155,12 @@ def choose_plan(
             f"{readable(need.chunk(1, total))}, got {readable(memory_budget)}"
         )
     return plan
+
+
+def allowed_bytes(loop: InnerLoop, memory_budget: int | None) -> int:
+    """What a plan may fill."""
+    allowed = int(_USABLE * free_bytes(loop.patched.device))
+    return allowed if memory_budget is None else min(allowed, int(_TRUSTED * memory_budget))
 
 
 def computed_tokens(loop: InnerLoop, batch: TaskBatch) -> tuple[int, ...]:
