@@ -241,6 +241,24 @@ AtenTensorHandle with_scalar(const Instruction& line, const Slots& slots) {
   return found;
 }
 
+// Raises where a view would look beyond the memory of its source: tapes are also written for sizes
+// that nobody ran.
+void check_view(const Instruction& line, AtenTensorHandle source) {
+  int64_t offset = 0, bytes = 0;
+  int32_t dtype = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(source, &offset));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(source, &bytes));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(source, &dtype));
+  int64_t last = offset + line.offset;
+  for (size_t i = 0; i < line.sizes.size(); ++i) {
+    if (line.sizes[i] == 0) return;
+    last += (line.sizes[i] - 1) * line.strides[i];
+  }
+  const auto held = bytes / static_cast<int64_t>(aoti_torch_dtype_element_size(dtype));
+  STD_TORCH_CHECK(last < held, "fastmeta: a tape looks at element ", last, " of memory that holds ",
+                  held);
+}
+
 void run(const Instruction& line, Slots& slots) {
   const auto ndim = static_cast<int64_t>(line.sizes.size());
   AtenTensorHandle found = nullptr;
@@ -248,6 +266,7 @@ void run(const Instruction& line, Slots& slots) {
     case Instruction::Kind::kCall:
       return call(line, slots);
     case Instruction::Kind::kView:
+      check_view(line, at(slots, line.from[0]).get());
       TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(at(slots, line.from[0]).get(), ndim,
                                                             line.sizes.data(), line.strides.data(),
                                                             line.offset, &found));

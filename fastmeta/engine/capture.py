@@ -12,7 +12,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -27,6 +27,7 @@ from fastmeta.engine import graphs
 from fastmeta.engine.by_signature import BySignature
 from fastmeta.engine.graph_function import GraphFunction
 from fastmeta.engine.inner import InnerLoop, Support, gradient
+from fastmeta.engine.tape_family import Family
 from fastmeta.patching import Patched
 from fastmeta.patching.packing import by_copies
 
@@ -86,6 +87,7 @@ class Capture(BySignature):
     def __init__(self, how: str, folder: str | None) -> None:
         super().__init__(_MOST, "an inner step could not be captured and runs eagerly")
         self.how, self.folder = how, folder
+        self.families: dict[Hashable, Family] = {}
 
     @property
     def by_leaf(self) -> bool:
@@ -105,17 +107,27 @@ class Capture(BySignature):
         operands = [packed, *support.stored(), *support.inputs.values(), *token_tensors(support)]
         if loop.proximal:
             operands.append(support.start)
-        key = (create_graph, *signature(loop, support, operands, shared))
+        own = signature(loop, support, operands, shared, "gradient", create_graph)
         step = self.captured(
-            key, partial(_Step.make, loop, support, operands, shared, create_graph)
+            own, partial(_Step.make, loop, support, operands, shared, create_graph)
         )
         return None if step is None else step.run(operands)
 
-    def captured(self, key: Hashable, make: Callable[[graphs.Compiler | None], Any]) -> Any:
-        """What was captured for a signature, by `make` if it is new; None where that fails."""
-        return self.find(key, partial(self._captured, make))
+    def captured(self, own: Signature, make: Callable[[graphs.Compiler | None], Any]) -> Any:
+        """What was captured for a signature, by `make` if it is new and others do not tell it; None
+        where that fails."""
+        return self.find(own, partial(self._captured, own, make))
 
-    def _captured(self, make: Callable[[graphs.Compiler | None], Any]) -> Any:
+    def _captured(self, own: Signature, make: Callable[[graphs.Compiler | None], Any]) -> Any:
+        family = self.families.setdefault(own.fixed, Family())
+        found = family.find(own.sizes)
+        if found is None:
+            found = self._new(make)
+            if found is not None:
+                family.add(own.sizes, found)
+        return found
+
+    def _new(self, make: Callable[[graphs.Compiler | None], Any]) -> Any:
         total = 2 if self.how == "inductor" else None
         try:
             with (
@@ -150,22 +162,48 @@ def token_tensors(support: Support) -> tuple[Tensor, ...]:
     return () if prefix is None or prefix.tokens is None else prefix.tokens.tensors
 
 
+class Signature(NamedTuple):
+    """Everything that a trace fixes.
+
+    Attributes:
+        fixed: What other traces cannot tell.
+        sizes: Shapes and strides of the operands.
+    """
+
+    fixed: Hashable
+    sizes: tuple[int, ...]
+
+
 def signature(
-    loop: InnerLoop, support: Support, operands: list[Tensor], shared: list[Tensor]
-) -> tuple[Hashable, ...]:
-    """Everything that a trace fixes."""
+    loop: InnerLoop,
+    support: Support,
+    operands: list[Tensor],
+    shared: list[Tensor],
+    *more: Hashable,
+) -> Signature:
+    """That of an inner step or of losses.
+
+    Args:
+        more: What else is fixed.
+    """
     device = operands[0].device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    return (
+    fixed = (
+        *more,
+        next(iter(support.inputs.values())).shape[0],
         loop.patched.training,
         loop.loss_fn,
         loop.proximal,
         autocast,
         _backend.requested(),
         tuple(support.inputs),
-        tuple((t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in operands),
+        tuple(
+            (tuple(s == 0 for s in t.stride()), t.dtype, t.device, t.requires_grad)
+            for t in operands
+        ),
         tuple(id(t) for t in shared),
     )
+    return Signature(fixed, tuple(n for t in operands for n in (*t.shape, *t.stride())))
 
 
 def traced_support(support: Support, stored: list[Tensor], given: Iterator[Tensor]) -> Support:
@@ -191,8 +229,14 @@ class _Step:
         function: Losses and gradient, of operands.
     """
 
+    outline = None
+
     def __init__(self, function: GraphFunction) -> None:
         self.function = function
+
+    def with_pair(self, pair: graphs.Pair) -> _Step:
+        """The same with other graphs."""
+        return _Step(self.function.with_pair(pair))
 
     @classmethod
     def make(

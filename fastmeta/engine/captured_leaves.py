@@ -154,9 +154,9 @@ def _captured(
     )
     shared = loop.shared
     layout = (*params.leaves, *((len(written), len(read)) for written, read in states))
-    key = (kind, loop.steps, layout, *signature(loop, support, operands.joined(), shared))
+    own = signature(loop, support, operands.joined(), shared, kind, loop.steps, layout)
     make = partial(_Graph.make, operands, params, support, shared, compute)
-    graph = loop.capture.captured(key, make)
+    graph = loop.capture.captured(own, make)
     return None if graph is None else graph.run(params, operands)
 
 
@@ -195,6 +195,11 @@ class _After:
             bare = leaf.at([_NOTHING] * len(written), [_NOTHING] * len(read))
             self.leaves[slot] = bare, len(written), [places[id(t)] for t in read]
 
+    @property
+    def sources(self) -> dict:
+        """Slot -> how many tensors are written, and the sources of what is read."""
+        return {slot: (count, read) for slot, (_, count, read) in self.leaves.items()}
+
     def params(self, operands: Sequence[Tensor], results: Sequence[Tensor]) -> LeafParams:
         rest, *written = results
         written, leaves = iter(written), {}
@@ -222,6 +227,14 @@ class _Graph:
 
     def __init__(self, function: GraphFunction, after: _After | None) -> None:
         self.function, self.after = function, after
+
+    @property
+    def outline(self) -> object:
+        return self.function.differentiable, None if self.after is None else self.after.sources
+
+    def with_pair(self, pair: graphs.Pair) -> _Graph:
+        """The same with other graphs."""
+        return _Graph(self.function.with_pair(pair), self.after)
 
     @classmethod
     def make(

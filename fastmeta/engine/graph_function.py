@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -40,6 +41,12 @@ class GraphFunction:
         self.pair, self.shown, self.differentiable = pair, shown, differentiable
         constants = {id(t): operands + i for i, t in enumerate(pair.constants)}
         self.pulled = [*pulled, *(constants.get(id(t), -1) for t in shared)]
+
+    def with_pair(self, pair: Pair) -> GraphFunction:
+        """The same of other graphs, which read the same constants."""
+        other = copy.copy(self)
+        other.pair = pair
+        return other
 
     def __call__(
         self, operands: Sequence[Tensor], before: Landings, after: Landings

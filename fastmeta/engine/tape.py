@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import hashlib
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -25,6 +25,8 @@ class Tape:
         constants: Tensors that the text has places for.
         order: For each result that is not saved: its place among the outputs, or None.
         calls: What it calls of Python.
+
+    All are kept, for who compares tapes.
     """
 
     def __init__(
@@ -34,7 +36,8 @@ class Tape:
         order: list[int | None],
         calls: Sequence[PythonCall] = (),
     ) -> None:
-        self.number, self.order, self.calls = _NEW(program, constants), order, calls
+        self.program, self.constants, self.order, self.calls = program, constants, order, calls
+        self.number = _NEW(program, constants)
         weakref.finalize(self, _DROP, self.number, 0).atexit = False
 
     def run(
@@ -67,7 +70,7 @@ class PythonCall:
         args, kwargs: Its arguments.
 
     Attributes:
-        number: How a tape names it.
+        name: How a tape names it; the same for the same operator and arguments.
     """
 
     def __init__(
@@ -78,23 +81,29 @@ class PythonCall:
         kwargs: Mapping[str, Any],
     ) -> None:
         given = fx.map_arg((tuple(args), dict(kwargs)), lambda node: _Given(places[node]))
-        self.target, (self.args, self.kwargs) = target, given
-        self.number = next(_NUMBERS)
-        _CALLS[self.number] = self
+        self.target, self.given = target, given
+        self.name = hashlib.sha1(repr((target, given)).encode()).hexdigest()
+        _CALLS[self.name] = self
 
     def __call__(self, tensors: Sequence[Tensor]) -> Tensor:
-        args, kwargs = _filled((self.args, self.kwargs), tensors)
+        args, kwargs = _filled(self.given, tensors)
         return self.target(*args, **kwargs)
 
 
-class _Given(int):
+class _Given:
     """The place of a tensor that a tape gives."""
+
+    def __init__(self, place: int) -> None:
+        self.place = place
+
+    def __repr__(self) -> str:
+        return f"tensor {self.place}"
 
 
 def _filled(value: Any, tensors: Sequence[Tensor]) -> Any:
     """Arguments with tensors in their places."""
     if isinstance(value, _Given):
-        return tensors[value]
+        return tensors[value.place]
     if isinstance(value, dict):
         return {k: _filled(v, tensors) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -102,13 +111,12 @@ def _filled(value: Any, tensors: Sequence[Tensor]) -> Any:
     return value
 
 
-_CALLS: weakref.WeakValueDictionary[int, PythonCall] = weakref.WeakValueDictionary()
-_NUMBERS = itertools.count()
+_CALLS: weakref.WeakValueDictionary[str, PythonCall] = weakref.WeakValueDictionary()
 
 
 @torch.no_grad()
-def _call(number: int, tensors: Sequence[Tensor]) -> Tensor:
-    return _CALLS[number](tensors)
+def _call(name: str, tensors: Sequence[Tensor]) -> Tensor:
+    return _CALLS[name](tensors)
 
 
-PYTHON_CALL = declare("python_call(int number, Tensor[] tensors) -> Tensor", _call)
+PYTHON_CALL = declare("python_call(str name, Tensor[] tensors) -> Tensor", _call)

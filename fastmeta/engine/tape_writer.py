@@ -279,7 +279,7 @@ class _Writer:
         places = {n: i for i, n in enumerate(tensors)}
         self.calls.append(PythonCall(node.target, places, node.args, node.kwargs))
         (self.slot[node],) = self._call(
-            PYTHON_CALL, [self.calls[-1].number, [self._slot_of(n) for n in tensors]]
+            PYTHON_CALL, [self.calls[-1].name, [self._slot_of(n) for n in tensors]]
         )
 
     def _empty(self, node: fx.Node) -> _Slot:

@@ -103,9 +103,11 @@ class FastMatrix:
         return rows if before is None else torch.cat([before, rows], 1)
 
     def _keeps_rows(self, x: Tensor) -> bool:
-        """Whether the steps' rows stay factors, for an input ``[T * H, M, .]``."""
+        """Whether the steps' rows stay factors, for an input ``[T * H, M, .]``: for all steps what
+        the first decides, which may have been captured for other numbers of rows."""
         _, n, k = self.weight.shape
-        return self.own is None and x.shape[1] * self.steps * (n + k) <= n * k
+        few = self.a is not None or x.shape[1] * self.steps * (n + k) <= n * k
+        return self.own is None and few
 
     def state(self) -> tuple[list[Tensor], list[Tensor]]:
         """What a step writes anew, and what it reads besides, where all are alike."""
@@ -183,7 +185,8 @@ class FastTable:
         """Take a step: g is the output's gradient times the negative rate, ``[T, M, D]``."""
         ((ids, _),) = self.calls
         places = ids.shape[1]
-        if self.own is None and are_few(places, self.weight.shape[0]):
+        known = self.words is not None  # by the first step, perhaps captured for other texts
+        if self.own is None and (known or are_few(places, self.weight.shape[0])):
             if self.words is None:
                 self.words = Words.of(ids, self.padding_idx)
                 self.rows = self.words.rows(ids)
