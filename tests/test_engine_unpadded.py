@@ -19,6 +19,7 @@ from unpadded_texts import (
 
 import fastmeta as fm
 from fastmeta.engine import memory
+from fastmeta.engine.capture import Capture
 from fastmeta.engine.memory_plans import growth
 
 # -- what adapts -----------------------------------------------------------------------------
@@ -174,7 +175,7 @@ def test_first_order() -> None:
 @pytest.fixture(autouse=True)
 def _coarse_widths(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests' texts are short: with all widths, numbers of their tokens would not be rounded."""
-    monkeypatch.setattr("fastmeta.patching.unpadded._WIDTHS", 16)
+    monkeypatch.setattr(Capture, "widths", 16)
 
 
 CAPTURED = (3, 16)

@@ -66,7 +66,8 @@ class GradientLearner(nn.Module):
             by about 1 % of its norm. None: the weights' dtype.
         compile: Capture an inner step and its derivative as graphs, used for every step and every
             batch of the same shapes; where padding is left out, the number of tokens counts as one,
-            rounded up by at most a 64th of all positions. True takes what is best on the device:
+            rounded up by at most a 64th of all positions (a 16th on a GPU). On a CPU three captured
+            numbers of tokens tell the graphs of all others. True takes what is best on the device:
             ``"trace"`` (the operators alone, replayed in C++ without autograd and Python; seconds
             to capture) on a CPU, ``"inductor"`` (compiled; a minute) on a GPU. Loops of plain SGD
             whose weights are kept by leaf have three graphs on a CPU: of the first step, of the
@@ -196,7 +197,7 @@ class GradientLearner(nn.Module):
             second_order=exact if self.truncate is None else min(exact, self.truncate),
             clip_norm=self.clip_norm,
             capture=self.capture,
-            rounded=self.capture is not None or self.replays is not None,
+            widths=next((g.widths for g in (self.capture, self.replays) if g is not None), 0),
             replays=self.replays,
         )
 

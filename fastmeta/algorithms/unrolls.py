@@ -134,7 +134,7 @@ class _Unrolls(nn.Module):
         with torch.no_grad():
             start = self.patched.init(batch.num_tasks)
             self.prefixes = tuple(
-                self.patched.record_prefix(start, model_inputs(s), rounded=loop.rounded)
+                self.patched.record_prefix(start, model_inputs(s), widths=loop.widths)
                 for s in with_ways(batch)
             )
             params = start.packed.contiguous()

@@ -106,6 +106,7 @@ def adapt(
     if ways is not None:
         check_ways(ways, tasks)
         support = {**support, WAYS: ways}
+    capture = capture_of(patched, compile, compile_cache)
     loop = InnerLoop(
         patched=patched,
         rule=resolve_rule(optimizer).bound(patched.layout),
@@ -114,8 +115,8 @@ def adapt(
         loss_fn=resolve_loss(loss_fn),
         second_order=0,
         clip_norm=clip_norm,
-        capture=capture_of(patched, compile, compile_cache),
-        rounded=compile is not False,
+        capture=capture,
+        widths=0 if capture is None else capture.widths,
     )
     check_sets(patched, loop.loss_fn, {"support": support})
     with torch.no_grad(), computing(patched.device, compute_dtype):

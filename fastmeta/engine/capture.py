@@ -90,6 +90,11 @@ class Capture(BySignature):
         self.families: dict[Hashable, Family] = {}
 
     @property
+    def widths(self) -> int:
+        """Numbers of tokens to which others are rounded up; compiling takes long for each."""
+        return 64 if self.how == "trace" else 16
+
+    @property
     def by_leaf(self) -> bool:
         """Whether it serves weights kept by leaf: compilers copy what operators write to."""
         return self.how == "trace"

@@ -264,7 +264,7 @@ def _judge(
         rows = params.query_rows(given[IDS].flatten(1), start.looked_up)
     captures = loop.capture is not None and isinstance(params, LeafParams)
     if captures or not loop.asks:  # then numbers of tokens are rounded
-        prefix = loop.patched.record_prefix(params, given, rounded=loop.rounded)
+        prefix = loop.patched.record_prefix(params, given, widths=loop.widths)
     if captures:
         found = captured_losses(loop, params, Support(inputs, prefix, rows=rows))
         if found is not None:
@@ -277,5 +277,5 @@ def _support(
     loop: InnerLoop, start: TaskParams, inputs: Mapping[str, Tensor], tasks: Tensor | None
 ) -> Support:
     """The support set with its frozen prefix, run once."""
-    prefix = loop.patched.record_prefix(start, model_inputs(inputs), rounded=loop.rounded)
+    prefix = loop.patched.record_prefix(start, model_inputs(inputs), widths=loop.widths)
     return Support(inputs, prefix, tasks)

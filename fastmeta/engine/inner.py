@@ -41,7 +41,8 @@ class InnerLoop:
         implicit: Iterations of conjugate gradients of an implicit meta-gradient, or 0.
         head: Starts the head from each task's prototypes (ProtoMAML), or None.
         capture: Runs gradients from captured graphs, or None.
-        rounded: Whether numbers of tokens without padding are rounded up, so that few graphs serve.
+        widths: Numbers of tokens without padding that rounding up leaves, so that few graphs serve;
+            0: they are not rounded.
         own_rows: Whether tasks start from weights of their own, which have a gradient each.
         by_leaf: Whether weights may be kept by leaf instead of packed, where that is possible.
         replays: Runs whole meta-steps from CUDA graphs, or None.
@@ -59,7 +60,7 @@ class InnerLoop:
     implicit: int = 0
     head: PrototypeHead | None = None
     capture: Capture | None = None
-    rounded: bool = False
+    widths: int = 0
     own_rows: bool = False
     by_leaf: bool = True
     replays: Replays | None = None

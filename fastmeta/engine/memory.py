@@ -167,7 +167,7 @@ def computed_tokens(loop: InnerLoop, batch: TaskBatch) -> tuple[int, ...]:
     """Of the support and of the query set, the positions of a task that layers compute; empty where
     those are the same for every batch of a shape."""
     found = (
-        loop.patched.computed_tokens(model_inputs(batch.support), loop.rounded),
+        loop.patched.computed_tokens(model_inputs(batch.support), loop.widths),
         loop.patched.computed_tokens(model_inputs(batch.query)),
     )
     return tuple(n for n in found if n is not None)

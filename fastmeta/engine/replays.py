@@ -55,6 +55,9 @@ def replays_of(patched: Patched, compile: bool | str) -> Replays | None:
 class Replays(BySignature):
     """The recorded meta-steps of one learner."""
 
+    widths = 16
+    """Numbers of tokens to which others are rounded up: each has a graph, with its memory."""
+
     def __init__(self) -> None:
         failed = "a meta-step could not be recorded and runs without a CUDA graph"
         super().__init__(_MOST, failed, is_out_of_memory)
@@ -168,7 +171,7 @@ def _values(batch: TaskBatch, tokens: Sequence[Tokens | None], start: TaskParams
 def _tokens(loop: InnerLoop, batch: TaskBatch) -> tuple[Tokens | None, ...]:
     """Which positions of the support and the query set are computed."""
     return tuple(
-        loop.patched.tokens(model_inputs(inputs), loop.rounded)
+        loop.patched.tokens(model_inputs(inputs), loop.widths)
         for inputs in (batch.support, batch.query)
     )
 

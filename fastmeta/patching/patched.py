@@ -193,21 +193,21 @@ class Patched(nn.Module):
         inputs: Mapping[str, Any],
         *,
         padded: bool = False,
-        rounded: bool = False,
+        widths: int = 0,
     ) -> prefix.PrefixCache | None:
         """Run once and keep the frozen prefix's outputs, or None where there is none to reuse.
 
         Args:
             padded: Keep those of padding too, as passes under ``torch.func`` read them.
-            rounded: Without padding, round the number of tokens up to one of few. What is returned
-                then says which tokens there are, also where there is no prefix.
+            widths: Unless 0: without padding, round the number of tokens up to one of so many. What
+                is returned then says which tokens there are, also where there is no prefix.
         """
         flat, _, _ = self._flatten(params, inputs)
         plan = self.plan(inputs)
         reused = plan.prefix and not plan.prefix_is_random()
-        if not (reused or rounded):
+        if not (reused or widths):
             return None
-        call = self.call(params.bound(plan), inputs, padded=padded, rounded=rounded)
+        call = self.call(params.bound(plan), inputs, padded=padded, widths=widths)
         cache = prefix.PrefixCache(call.unpadded and call.unpadded.tokens)
         if not reused:
             cache.recording = False
@@ -252,7 +252,7 @@ class Patched(nn.Module):
         *,
         prefix_cache: prefix.PrefixCache | None = None,
         padded: bool = False,
-        rounded: bool = False,
+        widths: int = 0,
     ) -> Call:
         """A pass over inputs ``[T, N, ...]``: without their padding where layers can do without,
         unless `padded`; with a stored prefix, as that was recorded. See :meth:`record_prefix`."""
@@ -269,27 +269,25 @@ class Patched(nn.Module):
                     )
                 call.unpadded = Unpadded(prefix_cache.tokens)
         elif plan.unpadded and not padded:
-            call.unpadded = self._unpadded(plan, inputs, rounded)
+            call.unpadded = self._unpadded(plan, inputs, widths)
         return call
 
-    def tokens(self, inputs: Mapping[str, Any], rounded: bool = False) -> Tokens | None:
+    def tokens(self, inputs: Mapping[str, Any], widths: int = 0) -> Tokens | None:
         """Which positions of inputs ``[T, N, ...]`` layers compute; None where those are all."""
         plan = self.plan(inputs)
-        unpadded = self._unpadded(plan, inputs, rounded) if plan.unpadded else None
+        unpadded = self._unpadded(plan, inputs, widths) if plan.unpadded else None
         return None if unpadded is None else unpadded.tokens
 
-    def computed_tokens(self, inputs: Mapping[str, Any], rounded: bool = False) -> int | None:
+    def computed_tokens(self, inputs: Mapping[str, Any], widths: int = 0) -> int | None:
         """Positions of each task that layers compute for inputs ``[T, N, ...]``; None where those
         are all, whatever the mask."""
         mask = inputs.get(MASK)
         if not self.plan(inputs).unpadded or not isinstance(mask, Tensor):
             return None
-        tokens = self.tokens(inputs, rounded)
+        tokens = self.tokens(inputs, widths)
         return mask[0].numel() if tokens is None else tokens.width
 
-    def _unpadded(
-        self, plan: Plan, inputs: Mapping[str, Any], rounded: bool = False
-    ) -> Unpadded | None:
+    def _unpadded(self, plan: Plan, inputs: Mapping[str, Any], widths: int = 0) -> Unpadded | None:
         """Asks how many tokens there are, which waits for the device, once for every mask."""
         mask = inputs.get(MASK)
         if not isinstance(mask, Tensor) or is_traced(mask):
@@ -299,13 +297,13 @@ class Patched(nn.Module):
         asked += [inputs.get(IDS)] if plan.padding_word is not None else []
         asked += [inputs.get("labels")] if plan.shows_padding else []
         state = [(id(t), _version(t)) for t in asked]
-        answers: dict[bool, tuple[list, list, Tokens | None]] = self._tokens.setdefault(mask, {})
-        known = answers.get(rounded)
+        answers: dict[int, tuple[list, list, Tokens | None]] = self._tokens.setdefault(mask, {})
+        known = answers.get(widths)
         if known is None or known[0] != state or any(version is None for _, version in state):
             # Made while a model is evaluated, they may serve its training too.
             with torch.inference_mode(False):
-                tokens = _tokens(plan, inputs, rounded)
-            known = answers[rounded] = state, asked[1:], tokens
+                tokens = _tokens(plan, inputs, widths)
+            known = answers[widths] = state, asked[1:], tokens
         return None if known[2] is None else Unpadded(known[2])
 
     def _flatten(
@@ -348,10 +346,10 @@ class Patched(nn.Module):
         )
 
 
-def _tokens(plan: Plan, inputs: Mapping[str, Any], rounded: bool) -> Tokens | None:
+def _tokens(plan: Plan, inputs: Mapping[str, Any], widths: int) -> Tokens | None:
     """The positions of inputs ``[T, N, ...]`` that count, None where padding is to be computed."""
     mask, word = inputs[MASK], plan.padding_word
-    tokens = tokens_of(mask, rounded)
+    tokens = tokens_of(mask, widths)
     if tokens is None:
         return None
     if word is not None and not bool(((inputs.get(IDS) == word) | (mask != 0)).all()):

@@ -31,10 +31,6 @@ _WORTH = 15 / 16
 """Share of the positions above which leaving out the others costs more than it saves."""
 
 
-_WIDTHS = 64
-"""Numbers of tokens per task that rounding leaves, up to that of all positions."""
-
-
 class Tokens:
     """Which positions of a padded batch are computed.
 
@@ -136,15 +132,16 @@ class Unpadded:
         return self.others[id(value)][1]
 
 
-def tokens_of(mask: Tensor, rounded: bool = False) -> Tokens | None:
+def tokens_of(mask: Tensor, widths: int = 0) -> Tokens | None:
     """The positions of ``[T, N, L]`` that count, or None where all or nearly all do.
 
     Args:
-        rounded: Round M up to one of :data:`_WIDTHS`, so that batches of the same shapes have few.
+        widths: Round M up to one of so many, up to all positions, so that batches of the same
+            shapes have few; 0: do not.
     """
     if mask.dim() != 3 or mask.is_floating_point() or not mask.numel():
         return None
-    multiple = -(-mask[0].numel() // _WIDTHS) if rounded else 1
+    multiple = -(-mask[0].numel() // widths) if widths else 1
     tokens = Tokens(mask.flatten(0, 1), mask.shape[0], multiple)
     return tokens if tokens.share <= _WORTH else None
 
