@@ -60,8 +60,8 @@ class Case:
                 parameter.requires_grad_(any(part in name for part in self.trained))
         return model.to(device)
 
-    def batch(self, device: str = "cpu") -> fm.TaskBatch:
-        generator = torch.Generator().manual_seed(1)
+    def batch(self, device: str = "cpu", seed: int = 1) -> fm.TaskBatch:
+        generator = torch.Generator().manual_seed(seed)
         sets = []
         for _ in range(2):
             shape = (self.tasks, WAYS * self.shots, self.length)
