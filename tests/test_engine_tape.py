@@ -198,6 +198,18 @@ def test_tapes_and_frames_end_with_their_objects() -> None:
 
 
 @needs_tapes
+@pytest.mark.parametrize("ended", [0, 1])
+def test_calls_of_python_live_as_long_as_a_tape(ended: int) -> None:
+    """Whichever of two that make the same ends first."""
+    graph, _ = record(lambda x: [torch.linalg.vector_norm(x, 3.0)], [random(4)])
+    tapes = [written(graph), written(graph)]
+    del tapes[ended]
+    gc.collect()
+    x = random(4, seed=1)
+    torch.testing.assert_close(tapes[0].run([x])[0][0], torch.linalg.vector_norm(x, 3.0))
+
+
+@needs_tapes
 def test_what_a_tape_cannot_hold() -> None:
     """Several results of an operator that Python has to call."""
     graph, _ = record(lambda x: [*torch.var_mean(x, correction=0.5)], [random(1, 2, 2)])

@@ -62,28 +62,33 @@ class Frame:
 
 
 class PythonCall:
-    """An operator that a tape calls by Python.
-
-    Args:
-        target: The operator, of one result.
-        places: Of nodes among the arguments: where the tape gives their tensors.
-        args, kwargs: Its arguments.
+    """An operator that a tape calls by Python; one object for the same operator and arguments.
 
     Attributes:
-        name: How a tape names it; the same for the same operator and arguments.
+        name: How tapes name it.
     """
 
-    def __init__(
-        self,
+    def __init__(self, target: Callable, given: Any, name: str) -> None:
+        self.target, self.given, self.name = target, given, name
+
+    @classmethod
+    def of(
+        cls,
         target: Callable,
         places: Mapping[fx.Node, int],
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
-    ) -> None:
+    ) -> PythonCall:
+        """That of a graph's node.
+
+        Args:
+            target: The operator, of one result.
+            places: Of nodes among the arguments: where the tape gives their tensors.
+            args, kwargs: Its arguments.
+        """
         given = fx.map_arg((tuple(args), dict(kwargs)), lambda node: _Given(places[node]))
-        self.target, self.given = target, given
-        self.name = hashlib.sha1(repr((target, given)).encode()).hexdigest()
-        _CALLS[self.name] = self
+        name = hashlib.sha1(repr((target, given)).encode()).hexdigest()
+        return _CALLS.setdefault(name, cls(target, given, name))
 
     def __call__(self, tensors: Sequence[Tensor]) -> Tensor:
         args, kwargs = _filled(self.given, tensors)

@@ -277,7 +277,7 @@ class _Writer:
             raise _CannotHold(str(node.target._schema))
         tensors = dict.fromkeys(node.all_input_nodes)
         places = {n: i for i, n in enumerate(tensors)}
-        self.calls.append(PythonCall(node.target, places, node.args, node.kwargs))
+        self.calls.append(PythonCall.of(node.target, places, node.args, node.kwargs))
         (self.slot[node],) = self._call(
             PYTHON_CALL, [self.calls[-1].name, [self._slot_of(n) for n in tensors]]
         )
