@@ -163,10 +163,14 @@ def test_weights_that_changed_are_seen() -> None:
     captured(learner, graphs)
 
 
-def test_changing_shared_weights_before_backward_is_refused() -> None:
-    patched = fm.patch(oracle.tiny_bert(), fm.Head() + fm.Norm())
+@pytest.mark.parametrize("by_leaf", [False, True])
+def test_changing_shared_weights_before_backward_is_refused(by_leaf: bool) -> None:
+    """Also those that graphs only look at in another way."""
+    spec = fm.Params("*query*") if by_leaf else fm.Head() + fm.Norm()
+    patched = fm.patch(oracle.tiny_bert(), spec)
     learner = fm.MAML(patched, steps=2, memory="unroll", compile=True)
     out = learner(BATCH)
+    assert isinstance(out.params, LeafParams) == by_leaf
     with torch.no_grad():
         patched.model.bert.pooler.dense.weight.add_(1.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -217,9 +221,10 @@ def test_graphs_do_not_depend_on_k_and_are_shared() -> None:
     for steps in (2, 5, 9):
         learner = fm.MAML(patched, lr=0.1, steps=steps, memory="recompute", compile=True)
         learner(BATCH)
-        captured(learner, 2)  # the first step's rows are one row in memory, later ones are not
+        # the first step's rows are one row in memory, later ones are not; and the query losses
+        captured(learner, 3)
     learner(oracle.as_batch(TASKS))
-    captured(learner, 4)
+    captured(learner, 6)
 
 
 def test_loops_by_leaf_have_three_graphs() -> None:
@@ -238,7 +243,7 @@ def test_operators_stay_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     patched = fm.patch(oracle.tiny_bert(layers=2), fm.LoRA(r=2) + fm.Params("classifier.*"))
     learner = fm.MAML(patched, steps=1, memory="unroll", compile=True)
     learner(BATCH)
-    (step,) = learner.capture.steps.values()
+    step = next(iter(learner.capture.steps.values()))
     for graph, suffix in (("forward", "backward"), ("backward", "double_backward")):
         used = {str(node.target) for node in getattr(step.function.pair, graph).graph.nodes}
         assert {f"fastmeta.{op}_{suffix}.default" for op in ("attention", "lora_linear")} <= used

@@ -154,7 +154,8 @@ def _captured(
     )
     shared = loop.shared
     layout = (*params.leaves, *((len(written), len(read)) for written, read in states))
-    own = signature(loop, support, operands.joined(), shared, kind, loop.steps, layout)
+    steps = loop.steps if states else None  # leaves know it
+    own = signature(loop, support, operands.joined(), shared, kind, steps, layout)
     make = partial(_Graph.make, operands, params, support, shared, compute)
     graph = loop.capture.captured(own, make)
     return None if graph is None else graph.run(params, operands)

@@ -262,15 +262,24 @@ def _judge(
     given, prefix, rows = model_inputs(inputs), None, None
     if start.looked_up is not None:
         rows = params.query_rows(given[IDS].flatten(1), start.looked_up)
-    captures = loop.capture is not None and isinstance(params, LeafParams)
-    if captures or not loop.asks:  # then numbers of tokens are rounded
+    leaves = None if loop.capture is None else _leaves(loop, params)
+    if leaves is not None or not loop.asks:  # then numbers of tokens are rounded
         prefix = loop.patched.record_prefix(params, given, widths=loop.widths)
-    if captures:
-        found = captured_losses(loop, params, Support(inputs, prefix, rows=rows))
+    if leaves is not None:
+        found = captured_losses(loop, leaves, Support(inputs, prefix, rows=rows))
         if found is not None:
             return found
     losses, outputs = task_losses(loop, params.reading(rows), inputs, prefix)
     return losses, getattr(outputs, "logits", None)
+
+
+def _leaves(loop: InnerLoop, params: TaskParams) -> LeafParams | None:
+    """Fast weights as captured losses read them: packed ones are the rest, beside no leaves. None
+    where they do not, as compilers have enough to do with steps."""
+    if isinstance(params, LeafParams):
+        return params
+    packed = type(params) is TaskParams and loop.capture.by_leaf
+    return LeafParams(params.layout, params, {}) if packed else None
 
 
 def _support(

@@ -10,7 +10,19 @@ from torch import fx
 
 aten = torch.ops.aten
 
+# the same tensor, as far as operators without autograd see
+SAME = {aten.detach.default, aten.alias.default}
 RESHAPES = {aten.view.default, aten._unsafe_view.default}
+VIEWS = {
+    *RESHAPES, aten.transpose.int,
+    aten.t.default, aten.permute.default, aten.expand.default, aten.unsqueeze.default,
+    aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.slice.Tensor,
+    aten.select.int, aten.diagonal.default,
+}  # fmt: skip
+# several views of one tensor
+PARTS = {
+    aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int, aten.chunk.default,
+}  # fmt: skip
 
 
 def arguments(node: fx.Node) -> list[tuple[Any, Any]]:
@@ -29,6 +41,19 @@ def written_by(node: fx.Node) -> Iterator[fx.Node]:
     for argument, value in arguments(node):
         if argument.alias_info is not None and argument.alias_info.is_write:
             yield from value if isinstance(value, list | tuple) else [value]
+
+
+def looks(node: fx.Node) -> list[fx.Node] | None:
+    """The views by which a node looks at an input of its graph, in order; None if at none."""
+    found = []
+    while node.op == "call_function":
+        source = node.args[0] if node.args else None
+        item = not hasattr(node.target, "_schema") and source.target in PARTS
+        if not (item or node.target in SAME | VIEWS | PARTS):
+            return None
+        found.append(node)
+        node = source
+    return found[::-1]
 
 
 def memory_of(node: fx.Node) -> fx.Node:

@@ -18,6 +18,7 @@ from transformers.utils import import_utils
 
 from fastmeta._recorder import record
 from fastmeta.engine.fused_additions import fuse_additions
+from fastmeta.engine.graph_memory import looks
 from fastmeta.engine.tape import Tape
 from fastmeta.engine.tape_writer import written
 
@@ -187,7 +188,9 @@ def _cut(
     """The graph before a cotangent is read, the graph from there on, and which inputs of the
     first the second reads.
 
-    In the order of the trace, so that operators which write in place stay where they were.
+    In the order of the trace, so that operators which write in place stay where they were. Views
+    of inputs are not handed on but looked at again: then autograd sees that weights were changed
+    in place between the two.
     """
     nodes = [n for n in joint.nodes if n.op not in ("placeholder", "output")]
     places = [n for n in joint.nodes if n.op == "placeholder"]
@@ -201,11 +204,15 @@ def _cut(
         g for g in gradients if g is not None
     ]
     read = dict.fromkeys(n for n in wanted if n not in late)
+    again = {n: found for n in read if (found := looks(n)) is not None}
+    views = dict.fromkeys(view for found in again.values() for view in found)
+    roots = [found[0].args[0] if found else n for n, found in again.items()]
+    read = dict.fromkeys([n for n in read if n not in again] + roots)
     kept = [i for i, n in enumerate(inputs) if n in read]
     computed = [n for n in read if n.op != "placeholder"]
     first = _subgraph(inputs, nodes[:start], [*results, *computed])
     before = [*(inputs[i] for i in kept), *computed, *places[operands : operands + cotangents]]
-    return first, _subgraph(before, nodes[start:], gradients), kept
+    return first, _subgraph(before, [*views, *nodes[start:]], gradients), kept
 
 
 def _subgraph(

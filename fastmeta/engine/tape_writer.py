@@ -15,22 +15,11 @@ import torch
 from torch import Tensor, fx
 
 from fastmeta._library import has_extension
-from fastmeta.engine.graph_memory import RESHAPES, arguments, memory_of, written_by
+from fastmeta.engine.graph_memory import PARTS, SAME, VIEWS, arguments, memory_of, written_by
 from fastmeta.engine.tape import PYTHON_CALL, PythonCall, Tape
 
 aten = torch.ops.aten
 
-# the same tensor, as far as operators without autograd see
-_SAME = {aten.detach.default, aten.alias.default}
-_VIEWS = {
-    *RESHAPES, aten.transpose.int,
-    aten.t.default, aten.permute.default, aten.expand.default, aten.unsqueeze.default,
-    aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.slice.Tensor,
-    aten.select.int, aten.diagonal.default,
-}  # fmt: skip
-_PARTS = {
-    aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int, aten.chunk.default,
-}  # fmt: skip
 _EMPTY = {
     aten.empty.memory_format, aten.new_empty.default, aten.empty_like.default,
     aten.new_empty_strided.default, aten.empty_strided.default,
@@ -163,13 +152,13 @@ class _Writer:
 
     def _node(self, node: fx.Node) -> None:
         target = node.target
-        if target in _SAME:
+        if target in SAME:
             self._same(node, node.args[0])
-        elif target in _VIEWS | _PARTS:
+        elif target in VIEWS | PARTS:
             self._view(node, lambda meta: target(meta, *node.args[1:], **node.kwargs))
         elif not hasattr(target, "_schema"):  # an item of several results
             source, place = node.args
-            if source.target in _PARTS:
+            if source.target in PARTS:
                 self._view(node, lambda metas: metas[place])
             else:
                 self.slot[node] = self.slot[source, place]
