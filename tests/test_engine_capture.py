@@ -130,9 +130,10 @@ def gradients_of(learner: fm.MAML, batch: fm.TaskBatch = BATCH, seed: int = 5):
     return oracle.gradients(learner, out.loss) | {"loss": out.loss}
 
 
+@pytest.mark.parametrize("spec", [EVERYTHING, fm.Head()], ids=repr)
 @pytest.mark.parametrize("memory", ["unroll", "recompute"])
-def test_dropout_draws_the_masks_of_eager_code(memory: str) -> None:
-    patched = fm.patch(oracle.tiny_bert(dropout=0.3), EVERYTHING)
+def test_dropout_draws_the_masks_of_eager_code(memory: str, spec: fm.Spec) -> None:
+    patched = fm.patch(oracle.tiny_bert(dropout=0.3), spec)
     eager = fm.MAML(patched, lr=0.1, steps=3, memory=memory)
     learner = fm.MAML(patched, lr=0.1, steps=3, memory=memory, compile=True)
     for seed in (5, 6):
@@ -211,6 +212,28 @@ def test_autocast() -> None:
         found.append(oracle.gradients(learner, out.loss))
     captured(learner)
     oracle.assert_close(found[1], found[0], 1e-5)
+
+
+def test_what_a_loss_reads_of_the_inputs_shapes() -> None:
+    """Three shapes on a line do not tell what it does at a fourth."""
+
+    def first_five(outputs, batch):
+        losses = F.cross_entropy(outputs.logits.transpose(1, 2), batch["labels"], reduction="none")
+        return losses[:, :5].sum(1) / max(losses.shape[1], 6)
+
+    patched = fm.patch(oracle.tiny_bert(), fm.Head())
+    eager, learner = (
+        fm.MAML(patched, lr=0.1, steps=2, memory="unroll", loss_fn=first_five, compile=c)
+        for c in (False, True)
+    )
+    generator = torch.Generator().manual_seed(0)
+    for rows in (3, 4, 5, 6, 9):
+        ids = torch.randint(3, 20, (2, rows, 4), generator=generator)
+        labels = (torch.arange(rows) % 3).expand(2, -1).contiguous()
+        texts = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+        batch = fm.TaskBatch(texts, texts)
+        oracle.assert_close(gradients_of(learner, batch), gradients_of(eager, batch))
+    captured(learner)
 
 
 # -- graphs ----------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from unpadded_texts import (
 import fastmeta as fm
 from fastmeta.engine import memory
 from fastmeta.engine.capture import Capture
-from fastmeta.engine.memory_plans import growth
+from fastmeta.engine.memory_plans import forget_others, growth
 
 # -- what adapts -----------------------------------------------------------------------------
 
@@ -339,7 +339,7 @@ def test_plans_of_padded_texts_hold_for_any() -> None:
     learner = fm.MAML(patched, lr=0.1, steps=1)
     for tokens in (6, 10):
         plan = memory.choose_plan(learner.inner_loop(), batch_of(tokens), "auto", None)
-        assert plan.predicted_bytes > 0 and plan.tokens == ()
+        assert plan.predicted_bytes > 0 and plan.tokens == (0, 0)
 
 
 def test_what_is_sure_to_fit_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -365,7 +365,23 @@ def test_what_is_sure_to_fit_is_not_measured(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_plan_allows_a_few_more_tokens() -> None:
     assert growth((100, 200), (105, 210)) == 1.05
     assert growth((100, 200), (106, 10)) == 1.06 and growth((100, 200), (10, 212)) == 1.06
-    assert growth((), (5,)) == 1
+    assert growth((0, 0), (0, 0)) == 0 and growth((0, 6), (5, 6)) == 5
+
+
+def test_plans_that_ran_out_of_memory_are_no_example() -> None:
+    plans = {n: memory.MemoryPlan("unroll", predicted_bytes=n) for n in range(3)}
+    forget_others(plans, plans[1])
+    assert [*plans] == [1]
+
+
+def test_room_for_a_jump(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Larger texts may need more at once, as where they hold half the words of a table."""
+    learner = fm.MAML(fm.patch(bert(), EVERYTHING), lr=0.1, steps=1, memory_budget="1GiB")
+    measured = measurements(monkeypatch)
+    first = plan_of(learner, batch_of(6))
+    learner.memory_budget = int(2.25 * first.predicted_bytes / memory._TRUSTED) + 1
+    second = plan_of(learner, batch_of(9))
+    assert len(measured) > 1 and second.predicted_bytes < 2.25 * first.predicted_bytes
 
 
 def test_a_mask_that_keeps_padding_outgrows_a_plan() -> None:

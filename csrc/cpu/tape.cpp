@@ -116,6 +116,23 @@ std::vector<int64_t> parse_numbers(std::istream& text) {
   return numbers;
 }
 
+// Strides: numbers, or a negative count of axes and these from the outermost to the innermost, of a
+// dense layout of these sizes.
+std::vector<int64_t> parse_strides(std::istream& text, const std::vector<int64_t>& sizes) {
+  int64_t count = 0;
+  text >> count;
+  std::vector<int64_t> numbers(count < 0 ? -count : count);
+  for (auto& number : numbers) text >> number;
+  if (count >= 0) return numbers;
+  std::vector<int64_t> strides(numbers.size());
+  int64_t step = 1;
+  for (auto axis = numbers.rbegin(); axis != numbers.rend(); ++axis) {
+    strides.at(*axis) = step;
+    step *= sizes.at(*axis);
+  }
+  return strides;
+}
+
 Instruction parse_instruction(const std::string& kind, std::istream& text) {
   Instruction line;
   if (kind == "call") {
@@ -131,13 +148,13 @@ Instruction parse_instruction(const std::string& kind, std::istream& text) {
     line.from = parse_numbers(text);
     line.to = parse_numbers(text);
     line.sizes = parse_numbers(text);
-    line.strides = parse_numbers(text);
+    line.strides = parse_strides(text, line.sizes);
     text >> line.offset;
   } else if (kind == "empty") {
     line.kind = Instruction::Kind::kEmpty;
     line.to = parse_numbers(text);
     line.sizes = parse_numbers(text);
-    line.strides = parse_numbers(text);
+    line.strides = parse_strides(text, line.sizes);
     std::string dtype;
     text >> dtype;
     line.dtype = dtype_of(dtype);

@@ -18,7 +18,7 @@ from fastmeta.engine.episode import MetaOutput, run_episode, with_ways
 from fastmeta.engine.inner import InnerLoop
 from fastmeta.engine.losses import LossFn, resolve_loss
 from fastmeta.engine.memory import MemoryPlan, check_memory, is_out_of_memory
-from fastmeta.engine.memory_plans import plan_for
+from fastmeta.engine.memory_plans import forget_others, plan_for
 from fastmeta.engine.optimizers import UpdateRule, resolve_rule
 from fastmeta.engine.rates import LearnedRate, Rates
 from fastmeta.engine.replays import WHOLE, replays_of
@@ -67,7 +67,8 @@ class GradientLearner(nn.Module):
         compile: Capture an inner step and its derivative as graphs, used for every step and every
             batch of the same shapes; where padding is left out, the number of tokens counts as one,
             rounded up by at most a 64th of all positions (a 16th on a GPU). On a CPU three captured
-            numbers of tokens tell the graphs of all others. True takes what is best on the device:
+            numbers of tokens tell the graphs of all others; where other shapes seldom repeat, most
+            run eagerly, which differs by rounding. True takes what is best on the device:
             ``"trace"`` (the operators alone, replayed in C++ without autograd and Python; seconds
             to capture) on a CPU, ``"inductor"`` (compiled; a minute) on a GPU. Loops of plain SGD
             whose weights are kept by leaf have three graphs on a CPU: of the first step, of the
@@ -248,6 +249,7 @@ class GradientLearner(nn.Module):
                 tasks = plan.task_chunk or batch.num_tasks
                 if not (is_out_of_memory(error) and plan.shrink(tasks)):
                     raise
+                forget_others(self._memory_plans, plan)
 
     def _apply(self, fn: Any, recurse: bool = True) -> GradientLearner:
         raise RuntimeError(

@@ -34,6 +34,8 @@ from fastmeta.patching.packing import by_copies
 HOW = ("trace", "inductor")
 _MOST = 256
 """Graphs captured of one model; more than this run eagerly."""
+_FREE, _USES = 16, 16
+"""So many graphs are captured whatever they are used for, and one more for so many uses of all."""
 
 
 def capture_of(
@@ -88,6 +90,7 @@ class Capture(BySignature):
         super().__init__(_MOST, "an inner step could not be captured and runs eagerly")
         self.how, self.folder = how, folder
         self.families: dict[Hashable, Family] = {}
+        self.uses = 0
 
     @property
     def widths(self) -> int:
@@ -119,17 +122,24 @@ class Capture(BySignature):
         return None if step is None else step.run(operands)
 
     def captured(self, own: Signature, make: Callable[[graphs.Compiler | None], Any]) -> Any:
-        """What was captured for a signature, by `make` if it is new and others do not tell it; None
-        where that fails."""
-        return self.find(own, partial(self._captured, own, make))
+        """What was captured for a signature or is told by others, else captured now by `make`; None
+        where that fails, or where shapes seldom repeat: then capturing would take most of the time.
+        """
+        family, found = self.families.get(own.fixed), None
+        if family is not None and own not in self.steps:
+            found = family.find(own.sizes)
+        if found is None:
+            if own not in self.steps and len(self.steps) >= _FREE + self.uses // _USES:
+                self._warn("shapes of batches seldom repeat; pad texts and sets to a few sizes")
+                return None
+            found = self.find(own, partial(self._captured, own, make))
+        self.uses += found is not None
+        return found
 
     def _captured(self, own: Signature, make: Callable[[graphs.Compiler | None], Any]) -> Any:
-        family = self.families.setdefault(own.fixed, Family())
-        found = family.find(own.sizes)
-        if found is None:
-            found = self._new(make)
-            if found is not None:
-                family.add(own.sizes, found)
+        found = self._new(make)
+        if found is not None:
+            self.families.setdefault(own.fixed, Family()).add(own.sizes, found)
         return found
 
     def _new(self, make: Callable[[graphs.Compiler | None], Any]) -> Any:
@@ -171,7 +181,8 @@ class Signature(NamedTuple):
     """Everything that a trace fixes.
 
     Attributes:
-        fixed: What other traces cannot tell.
+        fixed: What other traces cannot tell: also the inputs' shapes, which a model's or a loss's
+            code may read. What remains is how many tokens are computed, which only ours sees.
         sizes: Shapes and strides of the operands.
     """
 
@@ -195,13 +206,12 @@ def signature(
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     fixed = (
         *more,
-        next(iter(support.inputs.values())).shape[0],
         loop.patched.training,
         loop.loss_fn,
         loop.proximal,
         autocast,
         _backend.requested(),
-        tuple(support.inputs),
+        tuple((name, t.shape) for name, t in support.inputs.items()),
         tuple(
             (tuple(s == 0 for s in t.stride()), t.dtype, t.device, t.requires_grad)
             for t in operands

@@ -7,7 +7,7 @@ a graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -197,9 +197,9 @@ class _After:
             self.leaves[slot] = bare, len(written), [places[id(t)] for t in read]
 
     @property
-    def sources(self) -> dict:
-        """Slot -> how many tensors are written, and the sources of what is read."""
-        return {slot: (count, read) for slot, (_, count, read) in self.leaves.items()}
+    def sources(self) -> Hashable:
+        """By slot how many tensors are written, and the sources of what is read."""
+        return tuple((s, count, tuple(read)) for s, (_, count, read) in self.leaves.items())
 
     def params(self, operands: Sequence[Tensor], results: Sequence[Tensor]) -> LeafParams:
         rest, *written = results
@@ -230,8 +230,9 @@ class _Graph:
         self.function, self.after = function, after
 
     @property
-    def outline(self) -> object:
-        return self.function.differentiable, None if self.after is None else self.after.sources
+    def outline(self) -> Hashable:
+        after = None if self.after is None else self.after.sources
+        return tuple(self.function.differentiable), after
 
     def with_pair(self, pair: graphs.Pair) -> _Graph:
         """The same with other graphs."""

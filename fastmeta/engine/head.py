@@ -52,6 +52,8 @@ def frozen_features(
     head = linear_head(patched)
     if head is None or prefix is None or _autocast(params.packed):
         return None
+    if patched.plan(inputs).prefix_is_random():
+        return None
     state = torch.get_rng_state() if patched.training else None
     features = head_features(patched, head, params, inputs, prefix)
     if state is not None and not torch.equal(state, torch.get_rng_state()):

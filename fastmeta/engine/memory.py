@@ -164,13 +164,13 @@ def allowed_bytes(loop: InnerLoop, memory_budget: int | None) -> int:
 
 
 def computed_tokens(loop: InnerLoop, batch: TaskBatch) -> tuple[int, ...]:
-    """Of the support and of the query set, the positions of a task that layers compute; empty where
+    """Of the support and of the query set, the positions of a task that layers compute; 0 where
     those are the same for every batch of a shape."""
     found = (
         loop.patched.computed_tokens(model_inputs(batch.support), loop.widths),
         loop.patched.computed_tokens(model_inputs(batch.query)),
     )
-    return tuple(n for n in found if n is not None)
+    return tuple(n or 0 for n in found)
 
 
 def _fullest_first(batch: TaskBatch) -> TaskBatch:

@@ -17,8 +17,16 @@ from fastmeta.batch import TaskBatch
 from fastmeta.engine.inner import InnerLoop
 from fastmeta.engine.memory import MemoryPlan, allowed_bytes, choose_plan, computed_tokens
 
+_JUMPS = 4
+"""What memory may grow by at once with a batch: whole tables instead of few rows, weights instead
+of rows."""
+
 _MORE_TOKENS = 1.05
 """A plan holds for batches of up to this many times the tokens that it was made for."""
+
+
+Shapes = Sequence[tuple[str, Sequence[int]]]
+"""Of every input of the support and the query set, by name."""
 
 
 def plan_for(
@@ -30,8 +38,9 @@ def plan_for(
     memory_budget: int | None,
 ) -> MemoryPlan:
     """The plan for a batch, which is noted in `plans`; see :func:`choose_plan`."""
-    shapes = tuple(tuple(t.shape) for s in (batch.support, batch.query) for t in s.values())
-    key = loop.steps, torch.is_grad_enabled(), shapes
+    inputs = [item for s in (batch.support, batch.query) for item in s.items()]
+    shapes = tuple((name, tuple(t.shape)) for name, t in inputs)
+    key = loop.steps, torch.is_grad_enabled(), loop.patched.training, shapes
     plan = plans.get(key)
     if plan is not None and not plan.predicted_bytes:
         return plan
@@ -44,6 +53,12 @@ def plan_for(
     return plan
 
 
+def forget_others(plans: dict[Hashable, MemoryPlan], plan: MemoryPlan) -> None:
+    """After memory ran out under this one: what others know was too little."""
+    for key in [key for key, other in [*plans.items()] if other is not plan]:
+        plans.pop(key, None)
+
+
 def growth(then: Sequence[int], now: Sequence[int]) -> float:
     """The largest ratio of some numbers to others, 1 where there are none."""
     return max((b / max(a, 1) for a, b in zip(then, now, strict=False)), default=1.0)
@@ -52,21 +67,23 @@ def growth(then: Sequence[int], now: Sequence[int]) -> float:
 def _taken_over(
     plans: dict[Hashable, MemoryPlan], key: Any, tokens: Sequence[int], allowed: int
 ) -> MemoryPlan | None:
-    """One that was made for another batch, if this one is sure to fit: what a task needs grows at
-    most with the square of its inputs, as the scores of attention do."""
+    """One that was made for another batch, if this one is sure to fit: it is no larger, or there is
+    room for more than the square of its growth, which is that of attention's scores."""
     *kind, shapes = key
     found = None
-    for (*same, before), plan in plans.items():
+    for (*same, before), plan in [*plans.items()]:
         if same != kind or not (plan.is_whole and plan.predicted_bytes and _alike(before, shapes)):
             continue
-        then, now = ([math.prod(shape) for shape in of] for of in (before, shapes))
+        then, now = ([math.prod(shape) for _, shape in of] for of in (before, shapes))
         more = max(1.0, growth(then, now), growth(plan.tokens, tokens))
         bound = int(more**2 * plan.predicted_bytes)
-        if bound <= allowed and (found is None or bound < found.predicted_bytes):
+        if (bound if more == 1 else _JUMPS * bound) <= allowed and (
+            found is None or bound < found.predicted_bytes
+        ):
             found = replace(plan, predicted_bytes=bound, tokens=tokens)
     return found
 
 
-def _alike(before: Sequence[Sequence[int]], now: Sequence[Sequence[int]]) -> bool:
+def _alike(before: Shapes, now: Shapes) -> bool:
     """Whether these are shapes of the same inputs of as many tasks."""
-    return [(len(s), s[0]) for s in before] == [(len(s), s[0]) for s in now]
+    return [(n, len(s), s[0]) for n, s in before] == [(n, len(s), s[0]) for n, s in now]

@@ -1,15 +1,16 @@
-"""Captured steps for other sizes of the same operands, without capturing them.
+"""Captured steps for other numbers of tokens, without capturing them.
 
-Texts of real tasks have another number of tokens nearly every time. Few entries of a tape depend
-on it (sizes of views and of new memory), each linear in it: what two captured steps say of a third
-one, which is captured too and confirms it, they say of all others on the line through their sizes.
+Texts of real tasks have another number of tokens nearly every time. Few numbers of a tape depend on
+it (sizes of views and of new memory), each linear in it. So some captured steps say what a tape is
+for other sizes of its operands, on the line or plane through theirs; one more that is captured
+there has to confirm it first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Hashable, Mapping, Sequence
 from fractions import Fraction
-from itertools import combinations
 from typing import Protocol
 
 import torch
@@ -22,8 +23,11 @@ from fastmeta.engine.tape import Tape
 Sizes = tuple[int, ...]
 """Of all operands, shapes and strides in turn."""
 
-_MOST = 12
-"""Captured steps of one family that others are told from."""
+Weights = dict[int, Fraction]
+"""By the places of some sizes: how much of each others are made of, 1 in all; without zeros."""
+
+_NUMBER = re.compile(r"(?<=[ \n])i?\d+(?=[ \n]|$)")
+"""Of a tape's text: what may depend on sizes; slots among them are the same for all."""
 
 
 class Step(Protocol):
@@ -35,7 +39,7 @@ class Step(Protocol):
     """
 
     function: GraphFunction
-    outline: object
+    outline: Hashable
 
     def with_pair(self, pair: Pair) -> Step:
         """The same with other graphs."""
@@ -45,126 +49,160 @@ class Family:
     """Captured steps that differ in the sizes of their operands.
 
     Attributes:
-        captured: Their sizes, and the steps.
-        confirmed: Which pairs of them tell others, by place.
+        kinds: Those whose tapes differ in numbers alone, by what is the same.
+        told: Steps that were told, by their sizes.
     """
 
     def __init__(self) -> None:
-        self.captured: list[tuple[Sizes, Step]] = []
-        self.confirmed: set[tuple[int, int]] = set()
+        self.kinds: dict[Hashable, _Kind] = {}
+        self.told: dict[Sizes, Step] = {}
 
     def find(self, sizes: Sizes) -> Step | None:
-        """The step of these sizes, if two others tell it."""
-        for i, j in self.confirmed:
-            found = self._between(i, j, sizes)
-            if found is not None:
-                return self.captured[i][1].with_pair(found)
-        return None
+        """The step of these sizes, if others tell it."""
+        if sizes not in self.told:
+            for kind in self.kinds.values():
+                found = kind.find(sizes)
+                if found is not None:
+                    self.told[sizes] = found
+                    break
+        return self.told.get(sizes)
 
     def add(self, sizes: Sizes, step: Step) -> None:
         """Note a captured step, which may confirm what others say of it."""
-        if len(self.captured) == _MOST or not isinstance(step.function.pair, TapePair):
-            return
-        for i, j in combinations(range(len(self.captured)), 2):
-            found = self._between(i, j, sizes)
-            if found is not None and _same_pair(found, step.function.pair):
-                self.confirmed.add((i, j))
-        self.captured.append((sizes, step))
+        pair = step.function.pair
+        if isinstance(pair, TapePair):
+            texts = tuple(_NUMBER.sub("#", tape.program) for tape in _tapes(pair))
+            same = (step.outline, texts, _fixed(pair))
+            self.kinds.setdefault(same, _Kind()).add(sizes, step)
 
-    def _between(self, i: int, j: int, sizes: Sizes) -> TapePair | None:
-        """The graphs of these sizes by those of two steps; None where they do not tell them."""
-        (a, first), (b, second) = self.captured[i], self.captured[j]
-        place = place_on_line(a, b, sizes)
-        if place is None or first.outline != second.outline:
+
+class _Kind:
+    """Captured steps whose tapes differ in numbers alone.
+
+    Attributes:
+        sizes, steps: Of those that tell others; none of them is told by the rest.
+        confirmed: Which of them told another one that was then captured, and were right.
+    """
+
+    def __init__(self) -> None:
+        self.sizes: list[Sizes] = []
+        self.steps: list[Step] = []
+        self.confirmed: list[frozenset[int]] = []
+
+    def find(self, sizes: Sizes) -> Step | None:
+        weights = weights_of(self.sizes, sizes)
+        if weights is None or not any(weights.keys() <= known for known in self.confirmed):
             return None
-        return _pair_at(first.function.pair, second.function.pair, place)
+        pair = self._pair(weights)
+        return None if pair is None else self.steps[0].with_pair(pair)
+
+    def add(self, sizes: Sizes, step: Step) -> None:
+        weights = weights_of(self.sizes, sizes)
+        if weights is None:
+            self.sizes.append(sizes)
+            self.steps.append(step)
+            return
+        pair = self._pair(weights)
+        if pair is not None and _same(pair, step.function.pair):
+            self.confirmed.append(frozenset(weights))
+
+    def _pair(self, weights: Weights) -> TapePair | None:
+        """Graphs made of those of some steps; None where numbers do not come out whole."""
+        pairs = {i: self.steps[i].function.pair for i in weights}
+        tapes = zip(*map(_tapes, pairs.values()), strict=True)
+        found = [_tape_of(dict(zip(weights, each, strict=True)), weights) for each in tapes]
+        if None in found:
+            return None
+        like = next(iter(pairs.values()))
+        backward = found[1] if len(found) > 1 else None
+        return TapePair(like.constants, like.kept, like.outputs, found[0], backward)
 
 
-def place_on_line(a: Sizes, b: Sizes, sizes: Sizes) -> Fraction | None:
-    """Where sizes are on the line through a, at 0, and b, at 1; None where they are not on it."""
-    place = next((Fraction(s - x, y - x) for x, y, s in zip(a, b, sizes, strict=True) if x != y), 0)
-    on_line = all(x + place * (y - x) == s for x, y, s in zip(a, b, sizes, strict=True))
-    return place if on_line else None
-
-
-def _pair_at(a: TapePair, b: TapePair, place: Fraction) -> TapePair | None:
-    fixed = [([id(t) for t in p.constants], p.kept, p.outputs) for p in (a, b)]
-    if fixed[0] != fixed[1] or (a.backward is None) != (b.backward is None):
+def weights_of(points: Sequence[Sizes], sizes: Sizes) -> Weights | None:
+    """What sizes are made of, by points none of which is made of others; None where they are not
+    on the line or plane through them."""
+    if not points:
         return None
-    forward = _tape_at(a.forward, b.forward, place)
-    backward = None if a.backward is None else _tape_at(a.backward, b.backward, place)
-    if forward is None or (backward is None and a.backward is not None):
+    columns = dict.fromkeys(zip(*points, sizes, strict=True))
+    # each row: sum_i w_i (p_i - p_0) = s - p_0
+    rows = [[Fraction(x - p[0]) for x in p[1:]] for p in columns if len(set(p)) > 1]
+    pivots: list[list[Fraction]] = []
+    for place in range(len(points) - 1):
+        pivot = next((row for row in rows if row[place]), None)
+        if pivot is None:
+            return None
+        pivot = [x / pivot[place] for x in pivot]
+        rows, pivots = (
+            [[x - row[place] * y for x, y in zip(row, pivot, strict=True)] for row in part]
+            for part in (rows, pivots)
+        )
+        rows = [row for row in dict.fromkeys(map(tuple, rows)) if any(row)]
+        pivots.append(pivot)
+    if rows:
         return None
-    return TapePair(a.constants, a.kept, a.outputs, forward, backward)
+    weights = {place: pivot[-1] for place, pivot in enumerate(pivots, 1)}
+    weights[0] = 1 - sum(weights.values())
+    return {place: weight for place, weight in weights.items() if weight}
 
 
-def _tape_at(a: Tape, b: Tape, place: Fraction) -> Tape | None:
-    words = a.program.split(" "), b.program.split(" ")
-    if a.order != b.order or len(words[0]) != len(words[1]) or len(a.constants) != len(b.constants):
-        return None
-    program = [x if x == y else _word_at(x, y, place) for x, y in zip(*words, strict=True)]
-    pairs = zip(a.constants, b.constants, strict=True)
-    constants = [_constant_at(x, y, place) for x, y in pairs]
-    if any(part is None for part in (*program, *constants)):
-        return None
-    return Tape(" ".join(program), constants, a.order, a.calls)
+def _tapes(pair: TapePair) -> list[Tape]:
+    return [pair.forward] if pair.backward is None else [pair.forward, pair.backward]
 
 
-def _word_at(x: str, y: str, place: Fraction) -> str | None:
-    """A number, perhaps the last of its line and the first of the next; None for what is none."""
-    lines = x.split("\n"), y.split("\n")
-    if len(lines[0]) != len(lines[1]):
-        return None
-    found = []
-    for a, b in zip(*lines, strict=True):
-        if a != b:
-            lead = "i" if a[:1] == b[:1] == "i" else ""
-            number = _number_at(a[len(lead) :], b[len(lead) :], place)
-            if number is None:
-                return None
-            a = f"{lead}{number}"
-        found.append(a)
-    return "\n".join(found)
+def _fixed(pair: TapePair) -> Hashable:
+    """What is the same for all sizes."""
+    orders = tuple(tuple(tape.order) for tape in _tapes(pair))
+    return tuple(map(id, pair.constants)), tuple(pair.kept), pair.outputs, orders
 
 
-def _number_at(a: str, b: str, place: Fraction) -> int | None:
-    if not (a.isdecimal() and b.isdecimal()):
+def _tape_of(tapes: Mapping[int, Tape], weights: Weights) -> Tape | None:
+    like = next(iter(tapes.values()))
+    numbers = zip(*(_NUMBER.findall(tape.program) for tape in tapes.values()), strict=True)
+    found = [_number_of(each, weights.values()) for each in numbers]
+    constants = zip(*(tape.constants for tape in tapes.values()), strict=True)
+    constants = [_constant_of(each, weights.values()) for each in constants]
+    if any(x is None for x in (*found, *constants)):
         return None
-    number = int(a) + place * (int(b) - int(a))
-    return int(number) if number == int(number) and number >= 0 else None
+    numbers = iter(found)
+    program = _NUMBER.sub(lambda _: next(numbers), like.program)
+    return Tape(program, constants, like.order, like.calls)
 
 
-def _constant_at(a: Tensor, b: Tensor, place: Fraction) -> Tensor | None:
-    """One that is the same for both, or holds one number only."""
-    if a.dtype != b.dtype or a.dim() != b.dim():
+def _number_of(words: Sequence[str], weights: Sequence[Fraction]) -> str | None:
+    if len(set(words)) == 1:
+        return words[0]
+    lead = "i" if words[0][0] == "i" else ""
+    found = _whole([int(word[len(lead) :]) for word in words], weights)
+    return None if found is None else f"{lead}{found}"
+
+
+def _whole(numbers: Sequence[int], weights: Sequence[Fraction]) -> int | None:
+    found = sum(n * weight for n, weight in zip(numbers, weights, strict=True))
+    return int(found) if found == int(found) and found >= 0 else None
+
+
+def _constant_of(values: Sequence[Tensor], weights: Sequence[Fraction]) -> Tensor | None:
+    """One that is the same for all, or holds one number only."""
+    first, *others = values
+    layouts = [(*t.shape, *t.stride()) for t in values]
+    if len({(t.dtype, t.dim()) for t in values}) > 1:
         return None
-    if a.shape == b.shape and a.stride() == b.stride() and torch.equal(a, b):
-        return a
-    numbers = [(*t.shape, *t.stride()) for t in (a, b)]
-    numbers = [x + place * (y - x) for x, y in zip(*numbers, strict=True)]
-    values = torch.cat([t.flatten() for t in (a, b)])
-    if any(n != int(n) or n < 0 for n in numbers) or not len(values):
+    if len(set(layouts)) == 1 and all(torch.equal(first, t) for t in others):
+        return first
+    held = torch.cat([t.flatten() for t in values])
+    found = [_whole(each, weights) for each in zip(*layouts, strict=True)]
+    if None in found or not len(held) or not bool((held == held[0]).all()):
         return None
-    if not bool((values == values[0]).all()):
-        return None
-    shape, strides = (tuple(map(int, part)) for part in (numbers[: a.dim()], numbers[a.dim() :]))
+    shape, strides = found[: first.dim()], found[first.dim() :]
     room = 1 + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
-    return values[:1].repeat(max(room, 0)).as_strided(shape, strides)
+    return held[:1].repeat(max(room, 0)).as_strided(shape, strides)
 
 
-def _same_pair(a: TapePair, b: TapePair) -> bool:
-    tapes = [(a.forward, b.forward)]
-    if a.backward is not None:
-        tapes.append((a.backward, b.backward))
-    return all(_same(x, y) for x, y in tapes)
-
-
-def _same(a: Tape, b: Tape | None) -> bool:
-    if b is None or a.program != b.program or a.order != b.order:
-        return False
-    return _equal(a.constants, b.constants)
+def _same(a: TapePair, b: TapePair) -> bool:
+    pairs = zip(_tapes(a), _tapes(b), strict=True)
+    return all(x.program == y.program and _equal(x.constants, y.constants) for x, y in pairs)
 
 
 def _equal(a: Sequence[Tensor], b: Sequence[Tensor]) -> bool:
-    pairs = zip(a, b, strict=False)
-    return len(a) == len(b) and all(x.dtype == y.dtype and torch.equal(x, y) for x, y in pairs)
+    pairs = zip(a, b, strict=True)
+    return all(x.dtype == y.dtype and torch.equal(x, y) for x, y in pairs)

@@ -200,7 +200,7 @@ class _Writer:
     def _look(self, source: _Slot, meta: Tensor, offset: int) -> _Slot:
         """The memory of a slot with other sizes and strides."""
         slot = self._new_slot()
-        sizes, strides = _numbers("", meta.shape), _numbers("", meta.stride())
+        sizes, strides = _numbers("", meta.shape), _strides(meta)
         text = f"view 1 {source} 1 {slot}{sizes}{strides} {offset}"
         self.lines.append((text, [source], [slot]))
         return slot
@@ -274,7 +274,7 @@ class _Writer:
     def _empty(self, node: fx.Node) -> _Slot:
         """New memory for the result of a node."""
         meta, slot = self._meta_of(node), self._new_slot()
-        sizes, strides = _numbers("", meta.shape), _numbers("", meta.stride())
+        sizes, strides = _numbers("", meta.shape), _strides(meta)
         text = f"empty 1 {slot}{sizes}{strides} {_dtype(meta.dtype)}"
         self.lines.append((text, [], [slot]))
         self.slot[node] = slot
@@ -378,6 +378,18 @@ def _dtype(dtype: Any) -> str:
     if dtype not in _DTYPES:
         raise _CannotHold(str(dtype))
     return _DTYPES[dtype]
+
+
+def _strides(t: Tensor) -> str:
+    """As numbers, or where these follow from the sizes as a negative count of axes and these from
+    the outermost to the innermost: products of sizes depend on numbers of tokens in other ways."""
+    order = sorted(range(t.dim()), key=lambda axis: (-t.stride(axis), axis))
+    expected = 1
+    for axis in reversed(order):
+        if t.shape[axis] != 1 and t.stride(axis) != expected:
+            return _numbers("", t.stride())
+        expected *= t.shape[axis]
+    return " ".join(["", f"-{t.dim()}", *map(str, order)]) if order else " 0"
 
 
 def _numbers(name: str, numbers: Iterable[int]) -> str:

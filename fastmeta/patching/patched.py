@@ -187,6 +187,12 @@ class Patched(nn.Module):
                     self._plans[key] = plan
         return plan
 
+    def __reduce_ex__(self, protocol: int) -> Any:
+        raise TypeError(
+            "a patched model shares the weights of your model: copy or save that one, and patch "
+            "the copy (fm.patch)"
+        )
+
     def record_prefix(
         self,
         params: TaskParams,
