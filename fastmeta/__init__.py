@@ -5,10 +5,12 @@ from fastmeta.algorithms.anil import ANIL
 from fastmeta.algorithms.candidates import Candidate
 from fastmeta.algorithms.hypernetwork import HyperNetwork
 from fastmeta.algorithms.imaml import IMAML
+from fastmeta.algorithms.learner import GradientLearner
 from fastmeta.algorithms.lstm_meta_learner import LSTMMetaLearner
 from fastmeta.algorithms.maml import MAML
 from fastmeta.algorithms.matchingnet import MatchingNet
 from fastmeta.algorithms.metasgd import MetaSGD
+from fastmeta.algorithms.metric_learner import MetricLearner
 from fastmeta.algorithms.protomaml import ProtoMAML
 from fastmeta.algorithms.protonet import ProtoNet
 from fastmeta.algorithms.relationnet import RelationNet
@@ -47,6 +49,7 @@ __all__ = [
     "Adapted",
     "Bias",
     "Candidate",
+    "GradientLearner",
     "Head",
     "HyperNetwork",
     "LSTMMetaLearner",
@@ -56,6 +59,7 @@ __all__ = [
     "MatchingNet",
     "MetaOutput",
     "MetaSGD",
+    "MetricLearner",
     "Norm",
     "ParamLayout",
     "Params",

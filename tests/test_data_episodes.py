@@ -236,6 +236,8 @@ def test_too_small_classes_and_too_few(numbered, tokenizer):
         match=r"class 'class0' has 9 examples, but 5 support \+ 6 query need 11 .1 other classes",
     ):
         fd.Episodes(numbered, tokenizer, 5, 5, 6)
+    with pytest.raises(TypeError, match=r"fm.data.from_lists\(texts, labels\) gives, got list"):
+        fd.Episodes(["a text"], tokenizer)
     with pytest.raises(fd.DataError, match="expected 8 classes or more, got 7"):
         fd.Episodes(numbered, tokenizer, 8, 1, 1)
     single = fd.from_lists(["a", "b"], ["x", "x"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import families
 import pytest
 import torch
@@ -27,6 +29,18 @@ def test_pattern_matching_nothing_gives_near_matches(bert: nn.Module) -> None:
         fm.patch(bert, fm.Params("clasifier.weight"))
     with pytest.raises(ValueError, match=r"matches no parameter .* it has, for example: bert\."):
         fm.patch(bert, fm.Params("zzz"))
+
+
+def test_fast_weights_of_an_adaptation_are_its_params(patched: fm.Patched) -> None:
+    inputs = families.inputs("bert", 2, 3)
+    adapted = fm.adapt(patched, inputs | {"labels": torch.zeros(2, 3).long()}, steps=1, lr=0.1)
+    with pytest.raises(TypeError, match=r"such as fm.adapt\(...\).params, got Adapted"):
+        patched(adapted, **inputs)
+
+
+def test_patched_models_are_not_copied(patched: fm.Patched) -> None:
+    with pytest.raises(TypeError, match="copy or save that one, and patch the copy"):
+        copy.deepcopy(fm.MAML(patched))
 
 
 def test_lora_targets(bert: nn.Module) -> None:

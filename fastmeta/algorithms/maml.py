@@ -10,7 +10,8 @@ class MAML(GradientLearner):
 
     ``phi_0 = theta``, ``phi_{k+1} = phi_k - lr dL_support(phi_k)/dphi_k``, and the meta-loss is
     ``mean_t L_query(phi_K)``. ``order=2`` differentiates through the inner gradients; ``order=1``
-    (FOMAML) treats them as constants.
+    (FOMAML) treats them as constants. Arguments, all but `patched` by name: see
+    `fm.GradientLearner`.
 
     Source: Finn et al. 2017, https://arxiv.org/abs/1703.03400
     """

@@ -22,7 +22,9 @@ from fastmeta.training.export import check_new, export_state, export_task
 from fastmeta.training.files import check_writable, whole_file
 
 SUMMARY = "Adapt a checkpoint to one task from labelled JSONL; write its weights, predict."
-KEYS = tuple("model inner_steps refine_steps text_key label_key max_length device threads".split())
+KEYS = tuple(
+    "model inner_steps refine_steps text_key label_key max_length device threads compile".split()
+)
 _ROWS = 64  # texts predicted at once
 
 

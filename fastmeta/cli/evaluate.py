@@ -24,7 +24,8 @@ from fastmeta.training import (
 from fastmeta.training.files import check_writable, whole_file
 
 SUMMARY = "Evaluate a checkpoint on episodes of classes it has not seen."
-_KEYS = "model data split valid test shots queries tasks inner_steps refine_steps device threads"
+_KEYS = "model data split valid test shots queries tasks inner_steps refine_steps"
+_KEYS += " device threads compile"
 KEYS = tuple(_KEYS.split())
 
 

@@ -123,6 +123,11 @@ def labelled_rows(tokens: PackedTokens, chosen: np.ndarray, bucket: int) -> dict
 
 def check_classes(data: LabelledTexts, ways: int, shots: int, queries: int) -> None:
     """Raise a DataError unless ``data`` can give every episode its classes and texts."""
+    if not isinstance(data, LabelledTexts):
+        raise TypeError(
+            f"expected labelled texts, such as fm.data.from_lists(texts, labels) gives, "
+            f"got {type(data).__name__}"
+        )
     if len(data.classes) < ways:
         raise DataError(f"{data.name}: expected {ways} classes or more, got {len(data.classes)}")
     need = shots + queries

@@ -316,6 +316,11 @@ class Patched(nn.Module):
         self, params: TaskParams, inputs: Mapping[str, Any]
     ) -> tuple[dict[str, Any], int, int]:
         """``[T, N, ...]`` inputs -> the model's ``[T * N, ...]`` inputs, T, N."""
+        if not isinstance(params, TaskParams):
+            raise TypeError(
+                "expected fast weights (fm.TaskParams), such as fm.adapt(...).params, "
+                f"got {type(params).__name__}"
+            )
         if params.layout is not self.layout and params.layout.shapes != self.layout.shapes:
             raise ValueError(
                 f"params are of another model or specification: expected {self.layout}, "
