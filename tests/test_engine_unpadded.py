@@ -374,6 +374,27 @@ def test_plans_that_ran_out_of_memory_are_no_example() -> None:
     assert [*plans] == [1]
 
 
+def test_hardly_smaller_batches_are_recomputed_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    learner = fm.MAML(fm.patch(bert(), EVERYTHING), lr=0.1, steps=2)
+    measured = measurements(monkeypatch)
+    whole = plan_of(learner, batch_of(10)).predicted_bytes
+    monkeypatch.setattr(memory, "free_bytes", lambda device: int(0.9 * whole / memory._USABLE))
+    learner = fm.MAML(fm.patch(bert(), EVERYTHING), lr=0.1, steps=2)
+    first = plan_of(learner, batch_of(10))
+    count = len(measured)
+
+    def narrower(width: int) -> memory.MemoryPlan:
+        batch = batch_of(10)
+        sets = ({k: v[..., :width] for k, v in s.items()} for s in (batch.support, batch.query))
+        learner(fm.TaskBatch(*sets))
+        return [*learner._memory_plans.values()][-1]
+
+    assert not first.is_whole and narrower(7).mode == first.mode and len(measured) == count
+    assert len(learner._memory_plans) == 2
+    narrower(5)
+    assert len(measured) > count
+
+
 def test_room_for_a_jump(monkeypatch: pytest.MonkeyPatch) -> None:
     """Larger texts may need more at once, as where they hold half the words of a table."""
     learner = fm.MAML(fm.patch(bert(), EVERYTHING), lr=0.1, steps=1, memory_budget="1GiB")

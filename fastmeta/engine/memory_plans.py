@@ -24,6 +24,8 @@ of rows."""
 _MORE_TOKENS = 1.05
 """A plan holds for batches of up to this many times the tokens that it was made for."""
 
+_LESS = 4 / 3
+"""A plan that gave something up for memory was made for up to this many times what it serves."""
 
 Shapes = Sequence[tuple[str, Sequence[int]]]
 """Of every input of the support and the query set, by name."""
@@ -68,20 +70,26 @@ def _taken_over(
     plans: dict[Hashable, MemoryPlan], key: Any, tokens: Sequence[int], allowed: int
 ) -> MemoryPlan | None:
     """One that was made for another batch, if this one is sure to fit: it is no larger, or there is
-    room for more than the square of its growth, which is that of attention's scores."""
+    room for more than the square of its growth, which is that of attention's scores. One that gave
+    something up for memory serves batches that are hardly smaller."""
     *kind, shapes = key
     found = None
     for (*same, before), plan in [*plans.items()]:
-        if same != kind or not (plan.is_whole and plan.predicted_bytes and _alike(before, shapes)):
+        if same != kind or not plan.predicted_bytes or not _alike(before, shapes):
             continue
-        then, now = ([math.prod(shape) for _, shape in of] for of in (before, shapes))
-        more = max(1.0, growth(then, now), growth(plan.tokens, tokens))
+        then, now = [*_sizes(before), *plan.tokens], [*_sizes(shapes), *tokens]
+        more, less = max(1.0, growth(then, now)), growth(now, then)
         bound = int(more**2 * plan.predicted_bytes)
-        if (bound if more == 1 else _JUMPS * bound) <= allowed and (
-            found is None or bound < found.predicted_bytes
-        ):
-            found = replace(plan, predicted_bytes=bound, tokens=tokens)
+        fits = bound <= allowed if more == 1 else plan.is_whole and _JUMPS * bound <= allowed
+        if fits and (plan.is_whole or less <= _LESS):
+            if found is None or bound < found.predicted_bytes:
+                found = replace(plan, predicted_bytes=bound, tokens=tokens)
     return found
+
+
+def _sizes(shapes: Shapes) -> list[int]:
+    """Every axis of every input, and its elements."""
+    return [n for _, shape in shapes for n in (*shape, math.prod(shape))]
 
 
 def _alike(before: Shapes, now: Shapes) -> bool:
