@@ -375,11 +375,11 @@ def test_plans_that_ran_out_of_memory_are_no_example() -> None:
 
 
 def test_hardly_smaller_batches_are_recomputed_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    learner = fm.MAML(fm.patch(bert(), EVERYTHING), lr=0.1, steps=2)
+    learner = fm.MAML(fm.patch(bert(), EVERYTHING), lr=0.1, steps=16)
     measured = measurements(monkeypatch)
     whole = plan_of(learner, batch_of(10)).predicted_bytes
     monkeypatch.setattr(memory, "free_bytes", lambda device: int(0.9 * whole / memory._USABLE))
-    learner = fm.MAML(fm.patch(bert(), EVERYTHING), lr=0.1, steps=2)
+    learner = fm.MAML(fm.patch(bert(), EVERYTHING), lr=0.1, steps=16)
     first = plan_of(learner, batch_of(10))
     count = len(measured)
 
