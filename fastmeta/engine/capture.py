@@ -125,13 +125,14 @@ class Capture(BySignature):
         """What was captured for a signature or is told by others, else captured now by `make`; None
         where that fails, or where shapes seldom repeat: then capturing would take most of the time.
         """
-        family, found = self.families.get(own.fixed), None
-        if family is not None and own not in self.steps:
-            found = family.find(own.sizes)
-        if found is None:
-            if own not in self.steps and len(self.steps) >= _FREE + self.uses // _USES:
+        found = None
+        if own not in self.steps:
+            family = self.families.get(own.fixed)
+            found = None if family is None else family.find(own.sizes)
+            if found is None and len(self.steps) >= _FREE + self.uses // _USES:
                 self._warn("shapes of batches seldom repeat; pad texts and sets to a few sizes")
                 return None
+        if found is None:
             found = self.find(own, partial(self._captured, own, make))
         self.uses += found is not None
         return found

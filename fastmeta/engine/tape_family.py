@@ -60,7 +60,7 @@ class Family:
     def find(self, sizes: Sizes) -> Step | None:
         """The step of these sizes, if others tell it."""
         if sizes not in self.told:
-            for kind in self.kinds.values():
+            for kind in [*self.kinds.values()]:
                 found = kind.find(sizes)
                 if found is not None:
                     self.told[sizes] = found
