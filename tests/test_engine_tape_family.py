@@ -9,7 +9,7 @@ import episode_oracle as oracle
 import pytest
 import torch
 from torch import Tensor
-from unpadded_texts import masks, texts
+from unpadded_texts import texts
 
 import fastmeta as fm
 from fastmeta._library import has_extension
@@ -202,4 +202,3 @@ def test_masks_have_as_many_tokens() -> None:
     for tokens in (7, 10, 20):
         batch = batch_of(tokens, seed=0)
         assert int(batch.support["attention_mask"].flatten(1).sum(1).max()) == tokens
-    assert masks(torch.tensor([[3]])).sum() == 3
