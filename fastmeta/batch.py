@@ -20,10 +20,12 @@ class TaskBatch:
     Args:
         support: Model inputs and ``labels``, each ``[T, N, ...]``.
         query: The same names, each ``[T, Q, ...]``.
-        ways: Number of classes of each task, ``[T]``; ``None`` when every task uses all the
-            logits of the head. Logits at and beyond a task's ``ways`` are excluded exactly.
+        ways: Number of classes of each task, int64 ``[T]``, or one number for all; ``None`` when
+            every task uses all the logits of the head. Logits at and beyond a task's ``ways`` are
+            excluded exactly.
 
     Raises:
+        TypeError: A value is no tensor, or `ways` no integers.
         ValueError: The sets are empty, or their task counts or row counts differ.
 
     Labels of ``-100`` are ignored. Use :meth:`collate` to build a batch of tasks of unequal size.
@@ -33,7 +35,7 @@ class TaskBatch:
         self,
         support: Mapping[str, Tensor],
         query: Mapping[str, Tensor],
-        ways: Tensor | None = None,
+        ways: Tensor | Sequence[int] | int | None = None,
     ) -> None:
         num_tasks = check_set("support", support)
         query_tasks = check_set("query", query)
@@ -47,12 +49,12 @@ class TaskBatch:
                 f"support and query must have the same inputs: support has {sorted(support)}, "
                 f"query has {sorted(query)}"
             )
+        if ways is not None:
+            ways = ways_of(ways, num_tasks, next(iter(support.values())).device)
         everything = [*support.values(), *query.values(), *([] if ways is None else [ways])]
         devices = sorted({str(t.device) for t in everything})
         if len(devices) > 1:
             raise ValueError(f"all tensors of a batch must be on one device, got {devices}")
-        if ways is not None:
-            check_ways(ways, num_tasks)
         self.support = dict(support)
         self.query = dict(query)
         self.ways = ways
@@ -101,7 +103,7 @@ class TaskBatch:
         tasks: Sequence[tuple[Mapping[str, Tensor], Mapping[str, Tensor]]],
         *,
         pad_token_id: int = 0,
-        ways: Sequence[int] | Tensor | None = None,
+        ways: Tensor | Sequence[int] | int | None = None,
     ) -> TaskBatch:
         """Stack tasks of unequal size, padding exactly: padding never changes a result.
 
@@ -111,7 +113,7 @@ class TaskBatch:
         Args:
             tasks: One ``(support, query)`` pair per task, tensors ``[N_t, ...]``.
             pad_token_id: Fills missing columns of ``input_ids``.
-            ways: Number of classes of each task, when they differ.
+            ways: Number of classes of each task, when fewer than the head has.
 
         Returns:
             A batch whose sets are ``[T, max N_t, ...]`` and ``[T, max Q_t, ...]``.
@@ -134,8 +136,6 @@ class TaskBatch:
             sets.append(
                 {k: _stack(k, [t[k] for t in per_task], pad_token_id, masked) for k in keys}
             )
-        if ways is not None:
-            ways = torch.as_tensor(ways, dtype=torch.int64)
         return cls(sets[0], sets[1], ways)
 
     def __repr__(self) -> str:
@@ -144,13 +144,23 @@ class TaskBatch:
         return f"TaskBatch(tasks={self.num_tasks}, support={shapes}, query={queries})"
 
 
-def check_ways(ways: Tensor, num_tasks: int) -> None:
-    """Raise unless `ways` holds one number of classes per task."""
-    if not isinstance(ways, Tensor) or ways.dtype != torch.int64:
-        got = ways.dtype if isinstance(ways, Tensor) else type(ways).__name__
-        raise TypeError(f"ways must be an int64 tensor, got {got}")
+def ways_of(ways: Tensor | Sequence[int] | int, num_tasks: int, device: torch.device) -> Tensor:
+    """Numbers of classes as an int64 tensor ``[T]``; one number is that of every task.
+
+    Args:
+        device: Of what is no tensor yet.
+    """
+    if isinstance(ways, int):
+        ways = [ways] * num_tasks
+    if not isinstance(ways, Tensor):
+        if not all(isinstance(w, int) and not isinstance(w, bool) for w in ways):
+            raise TypeError(f"ways must be integers or an int64 tensor, got {ways!r}")
+        ways = torch.tensor(ways, dtype=torch.int64, device=device)
+    if ways.dtype != torch.int64:
+        raise TypeError(f"ways must be integers or an int64 tensor, got {ways.dtype}")
     if tuple(ways.shape) != (num_tasks,):
         raise ValueError(f"ways must have shape [{num_tasks}], got {list(ways.shape)}")
+    return ways
 
 
 def check_set(name: str, tensors: Mapping[str, Tensor]) -> int:

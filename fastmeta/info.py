@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import platform
 import sys
+import textwrap
 from dataclasses import dataclass
 
 import torch
@@ -84,8 +85,18 @@ def report() -> str:
     host = "loaded" if _sampler.host_available() else "not built: the Python sampler serves"
     lines.append(f"  {'fastmeta._host':<18}{host}")
     lines += ["", "operators"]
+    into = " " * 15
+    served: dict[tuple[str, str, str], list[str]] = {}
     for row in serving():
-        lines.append(f"  {row.op:<33}{row.device:<6}{row.impl:<11}{row.why}")
+        served.setdefault((row.device, row.impl, row.why), []).append(row.op)
+    for device in DEVICES:
+        groups = {key: names for key, names in served.items() if key[0] == device}
+        for (_, impl, why), names in groups.items():
+            lines.append(f"  {device:<13}{impl}: {why} ({len(names)} operators)")
+            if impl != "-":
+                lines += textwrap.wrap(
+                    " ".join(names), 96, initial_indent=into, subsequent_indent=into
+                )
     return "\n".join(lines)
 
 

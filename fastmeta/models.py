@@ -97,6 +97,10 @@ class SentenceClassifier(nn.Module):
         """The encoder's configuration."""
         return self.encoder.config
 
+    def get_input_embeddings(self) -> nn.Module:
+        """The encoder's table of words."""
+        return self.encoder.get_input_embeddings()
+
     @property
     def dummy_inputs(self) -> dict[str, Tensor]:
         return self.encoder.dummy_inputs

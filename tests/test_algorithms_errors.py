@@ -198,6 +198,31 @@ def test_loss_functions(loss_fn, text: str, memory: str, patched: fm.Patched) ->
     assert text in message_of(ValueError, call)
 
 
+def long_texts(which: str) -> dict:
+    rows = 3 if which == "support" else 4
+    return {k: torch.ones(2, rows, 40).long() for k in ("input_ids", "attention_mask")}
+
+
+def test_inputs_that_the_model_cannot_read(patched: fm.Patched) -> None:
+    proto = fm.ProtoNet(patched.model)
+    for which in ("support", "query"):
+        ids = getattr(BATCH, which)["input_ids"]
+        words, most = patched.model.config.vocab_size, patched.model.config.max_position_embeddings
+        unknown = ids.clone()
+        unknown[1, 2, 0] = words
+        short = torch.ones_like(ids)[:, :, 1:]  # hides nothing: transformers would drop it
+        for tensors, text in (
+            ({"input_ids": unknown}, f"input_ids must be in 0..{words - 1} (the model's words), "),
+            ({"input_ids": ids - 40}, "(the model's words), got -"),
+            (long_texts(which), f"the model takes at most {most} tokens, got {which} texts of 40"),
+            ({"attention_mask": short}, "attention_mask must have the shape of input_ids, [2, "),
+        ):
+            for learner in (fm.MAML(patched, steps=1), fm.ANIL(patched, steps=1), proto):
+                assert text in message_of(ValueError, lambda: learner(changed(which, **tensors)))  # noqa: B023
+    with pytest.raises(ValueError, match="attention_mask must have the shape of input_ids"):
+        patched(patched.init(2), input_ids=ids, attention_mask=short)
+
+
 def test_another_device(patched: fm.Patched) -> None:
     moved = fm.TaskBatch(
         {k: v.to("meta") for k, v in BATCH.support.items()},
@@ -234,5 +259,7 @@ def test_what_adapt_refuses(patched: fm.Patched) -> None:
     assert found == "params hold 3 tasks, but the support set 2"
     found = message_of(ValueError, lambda: adapt(ways=torch.tensor([3])))
     assert found == "ways must have shape [2], got [1]"
+    found = message_of(TypeError, lambda: adapt(ways=[2, 2.5]))
+    assert found == "ways must be integers or an int64 tensor, got [2, 2.5]"
     found = message_of(ValueError, lambda: adapt(task_chunk="auto"))
     assert found == "task_chunk must be None or an integer of at least 1, got 'auto'"

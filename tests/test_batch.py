@@ -35,6 +35,12 @@ def test_shape_and_access() -> None:
         batch[1]
 
 
+def test_ways_are_one_number_or_one_for_each_task() -> None:
+    for ways in (2, [2, 2, 2, 2], torch.tensor([2] * 4)):
+        found = fm.TaskBatch(stacked(4, 2), stacked(4, 5), ways=ways).ways
+        assert torch.equal(found, torch.tensor([2] * 4))
+
+
 def test_collate_pads_rows_and_columns() -> None:
     tasks = [(task_set(2, 3), task_set(1, 2)), (task_set(1, 4, 50), task_set(3, 2, 70))]
     batch = fm.TaskBatch.collate(tasks, pad_token_id=9, ways=[2, 1])
@@ -125,7 +131,7 @@ BAD = [
     ),
     (
         lambda: fm.TaskBatch(GOOD, GOOD, ways=torch.ones(2)),
-        "ways must be an int64 tensor, got torch.float32",
+        "ways must be integers or an int64 tensor, got torch.float32",
     ),
     (lambda: fm.TaskBatch.collate([]), "expected at least one task, got none"),
     (

@@ -121,6 +121,8 @@ def test_compute_dtypes() -> None:
         fm.MAML(patched, compute_dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"must be torch.bfloat16, torch.float16 or None, got 'bf"):
         fm.MAML(patched, compute_dtype="bf16")
+    patched = fm.patch(oracle.tiny_bert().float(), fm.Head())
+    assert fm.MAML(patched, compute_dtype="bfloat16").compute_dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("steps", [0, 2])

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import BertConfig, BertModel
 
 import fastmeta as fm
+from fastmeta.models import SentenceClassifier
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +42,19 @@ def test_fast_weights_of_an_adaptation_are_its_params(patched: fm.Patched) -> No
 def test_patched_models_are_not_copied(patched: fm.Patched) -> None:
     with pytest.raises(TypeError, match="copy or save that one, and patch the copy"):
         copy.deepcopy(fm.MAML(patched))
+
+
+def test_a_tensor_that_no_module_names_is_warned_of(bert: nn.Module) -> None:
+    inputs = families.inputs("bert", 2, 3)
+    mask = inputs["attention_mask"]
+    model = SentenceClassifier(bert.bert, num_labels=3).double()  # takes anything, hands it on
+    patched = fm.patch(model, fm.Head())
+    patched(patched.init(2), **inputs, output_hidden_states=True)
+    text = (
+        "no module of SentenceClassifier names an input 'atention_mask', which may have no effect; "
+    )
+    with pytest.warns(UserWarning, match=text + "did you mean 'attention_mask'"):
+        patched(patched.init(2), input_ids=inputs["input_ids"], atention_mask=mask)
 
 
 def test_lora_targets(bert: nn.Module) -> None:

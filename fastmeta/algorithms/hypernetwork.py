@@ -24,13 +24,13 @@ from fastmeta.engine.checks import above_0, at_least_1, check_classes, check_ste
 from fastmeta.engine.conditions import computing
 from fastmeta.engine.episode import MetaOutput, adapt_tasks, run_episode, with_ways, zero_loss
 from fastmeta.engine.inner import InnerLoop
+from fastmeta.engine.inputs import check_inputs
 from fastmeta.engine.losses import classification, mask_ways
 from fastmeta.engine.memory import MemoryPlan
 from fastmeta.patching import Patched, TaskParams
 from fastmeta.patching.head import classifying_head
 
 READS = ("support", "description", "both")
-_POSITIONS = ("position_embeddings", "wpe", "embed_positions")  # tables that bound the length
 
 
 class HyperNetwork(GradientLearner):
@@ -141,7 +141,6 @@ class HyperNetwork(GradientLearner):
                 net["head"] = ClassHead(width, latent, hidden, shape[1], gain=gain, scale=scale)
         self.net = net.to(patched.device, patched.dtype)
         self.generator = net["generator"] if generator is None and "generator" in net else generator
-        self.limit = _most_tokens(embed.source)
 
     # -- meta-parameters ---------------------------------------------------------------------
 
@@ -259,14 +258,14 @@ class HyperNetwork(GradientLearner):
         self,
         support: Mapping[str, Tensor] | None = None,
         *,
-        ways: Tensor | None = None,
+        ways: Tensor | int | None = None,
         description: Mapping[str, Tensor] | None = None,
     ) -> TaskParams:
         """Fast weights of T tasks in one forward pass, differentiable.
 
         Args:
             support: Model inputs and ``labels``, each ``[T, N, ...]``, where they are read.
-            ways: Number of classes of each task, int64 ``[T]``.
+            ways: Number of classes of each task, int64 ``[T]`` or one for all.
             description: Tokens ``[T, L]`` of a text that describes each task, where it is read.
         """
         if support is not None and self.reads != "description":
@@ -342,12 +341,8 @@ class HyperNetwork(GradientLearner):
             raise ValueError(f"the hypernetwork reads {self.reads!r}: expected support, got none")
         texts = {"support": support if self.reads != "description" else None}
         for which, inputs in (texts | {"description": description}).items():
-            ids = None if inputs is None else inputs.get("input_ids")
-            if ids is not None and self.limit is not None and ids.shape[-1] > self.limit:
-                raise ValueError(
-                    f"the encoder takes at most {self.limit} tokens, got {which} texts of "
-                    f"{ids.shape[-1]}"
-                )
+            if inputs is not None:
+                check_inputs(inputs, which, self.device, self.encoder.source)
 
     # -- for services ------------------------------------------------------------------------
 
@@ -356,7 +351,7 @@ class HyperNetwork(GradientLearner):
         self,
         support: Mapping[str, Tensor],
         *,
-        ways: Tensor | None = None,
+        ways: Tensor | int | None = None,
         description: Mapping[str, Tensor] | None = None,
         steps: int | None = None,
     ) -> TaskParams:
@@ -364,7 +359,7 @@ class HyperNetwork(GradientLearner):
 
         Args:
             support: Model inputs and ``labels``, each ``[T, N, ...]``.
-            ways: Number of classes of each task, int64 ``[T]``.
+            ways: Number of classes of each task, int64 ``[T]`` or one for all.
             description: Tokens ``[T, L]`` of a text that describes each task, where it is read.
             steps: Inner steps, 0 or more, when other than the learner's.
         """
@@ -377,7 +372,7 @@ class HyperNetwork(GradientLearner):
             return adapt_tasks(loop, params, with_ways(batch)[0], "unroll").params
 
     def predict(
-        self, params: TaskParams, *, ways: Tensor | None = None, **inputs: Tensor
+        self, params: TaskParams, *, ways: Tensor | int | None = None, **inputs: Tensor
     ) -> Tensor:
         """Logits ``[T, Q, C]`` of query inputs ``[T, Q, ...]``; ``-inf`` beyond a task's `ways`."""
         with computing(self.device, self.compute_dtype):
@@ -389,12 +384,3 @@ def _width(embed: Embedding) -> int:
     """Length of a feature: what the encoder says, or its configuration."""
     own = getattr(embed.model, "width", None)
     return own if isinstance(own, int) else embed.width
-
-
-def _most_tokens(encoder: nn.Module) -> int | None:
-    """How long a text may be, where a table of positions bounds it."""
-    for name, module in encoder.named_modules():
-        if name.rpartition(".")[2] in _POSITIONS and isinstance(module, nn.Embedding):
-            first = 0 if module.padding_idx is None else module.padding_idx + 1
-            return module.num_embeddings - first
-    return None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastmeta.batch import TaskBatch
 from fastmeta.engine.allocator import reuse_large_buffers
 from fastmeta.engine.capture import capture_of
-from fastmeta.engine.checks import check_clip_norm, check_compute_dtype, check_sets, check_steps
+from fastmeta.engine.checks import check_clip_norm, check_sets, check_steps, compute_dtype_of
 from fastmeta.engine.conditions import computing
 from fastmeta.engine.episode import MetaOutput, run_episode, with_ways
 from fastmeta.engine.inner import InnerLoop
@@ -58,12 +58,12 @@ class GradientLearner(nn.Module):
             integer, or a text such as ``"8GiB"``; needs ``memory="auto"`` or
             ``task_chunk="auto"``. Fast weights then stay packed, which a prediction can trust.
             None: most of what is free on the device.
-        compute_dtype: ``torch.bfloat16`` or ``torch.float16``: matrix products of the model in it,
-            with fast weights, their updates, sums within a product and the meta-gradient in
-            float32, as under ``torch.autocast``; needs float32 weights. On a CPU in bfloat16,
-            layers with weights of each task round the factors of their products alone, and what
-            lies between products stays float32. The meta-gradient then differs from the exact one
-            by about 1 % of its norm. None: the weights' dtype.
+        compute_dtype: ``torch.bfloat16`` or ``torch.float16``, or its name: matrix products of the
+            model in it, with fast weights, their updates, sums within a product and the
+            meta-gradient in float32, as under ``torch.autocast``; needs float32 weights. On a CPU
+            in bfloat16, layers with weights of each task round the factors of their products alone,
+            and what lies between products stays float32. The meta-gradient then differs from the
+            exact one by about 1 % of its norm. None: the weights' dtype.
         compile: Capture an inner step and its derivative as graphs, used for every step and every
             batch of the same shapes; where padding is left out, the number of tokens counts as one,
             rounded up by at most a 64th of all positions (a 16th on a GPU). On a CPU three captured
@@ -104,7 +104,7 @@ class GradientLearner(nn.Module):
         clip_norm: float | None = None,
         truncate: int | None = None,
         memory_budget: int | str | None = None,
-        compute_dtype: torch.dtype | None = None,
+        compute_dtype: torch.dtype | str | None = None,
         compile: bool | str = False,
         compile_cache: str | Path | None = None,
     ) -> None:
@@ -133,8 +133,7 @@ class GradientLearner(nn.Module):
         self.loss_fn = resolve_loss(loss_fn)
         self.clip_norm = clip_norm
         self.truncate = truncate
-        check_compute_dtype(compute_dtype, patched.dtype)
-        self.compute_dtype = compute_dtype
+        self.compute_dtype = compute_dtype_of(compute_dtype, patched.dtype)
         self.capture = capture_of(patched, compile, compile_cache, others=(WHOLE,))
         self.replays = replays_of(patched, compile)
         self._memory_plans: dict[Any, MemoryPlan] = {}

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from fastmeta.algorithms.embedding import Embedding
 from fastmeta.algorithms.learner import copy_parameters
-from fastmeta.batch import TaskBatch, check_set, check_ways
+from fastmeta.batch import TaskBatch, check_set, ways_of
 from fastmeta.engine.allocator import reuse_large_buffers
 from fastmeta.engine.checks import check_labels, check_support_of_queries
 from fastmeta.engine.episode import MetaOutput, with_ways, zero_loss
+from fastmeta.engine.inputs import check_inputs
 from fastmeta.engine.losses import WAYS, accuracy, classification
 from fastmeta.patching import ParamLayout, Patched, TaskParams
 
@@ -206,12 +207,12 @@ class MetricLearner(nn.Module):
         raise NotImplementedError
 
     @torch.no_grad()
-    def adapt(self, support: Mapping[str, Tensor], ways: Tensor | None = None) -> TaskParams:
+    def adapt(self, support: Mapping[str, Tensor], ways: Tensor | int | None = None) -> TaskParams:
         """What T support sets become, to be kept and used again by :meth:`predict`.
 
         Args:
             support: Model inputs and ``labels``, each ``[T, N, ...]``.
-            ways: Number of classes of each task, int64 ``[T]``.
+            ways: Number of classes of each task, int64 ``[T]`` or one for all.
 
         Returns:
             Tensors ``[T, ...]`` by name, detached.
@@ -221,7 +222,7 @@ class MetricLearner(nn.Module):
         """
         tasks = check_set("support", support)
         if ways is not None:
-            check_ways(ways, tasks)
+            ways = ways_of(ways, tasks, self.device)
         classes = self._check_support(dict(support), ways)
         return _as_params(self.fit(self.embed(support), support["labels"], classes))
 
@@ -242,24 +243,16 @@ class MetricLearner(nn.Module):
             raise TypeError(f"expected a fm.TaskBatch, got {type(batch).__name__}")
         _, query = with_ways(batch)
         classes = self._check_support(batch.support, batch.ways)
-        self._check_device(query, "query")
+        check_inputs(query, "query", self.device, self.model)
         check_labels(query, "query", "num_labels", 2, None)
         check_support_of_queries(batch.support["labels"], query["labels"])
         return classes
 
     def _check_support(self, support: Mapping[str, Tensor], ways: Tensor | None) -> int:
-        self._check_device(support, "support")
+        check_inputs(support, "support", self.device, self.model)
         extra = {} if ways is None else {WAYS: ways}
         check_labels({**support, **extra}, "support", "num_labels", 2, None)
         return int(ways.max() if ways is not None else support["labels"].max() + 1)
-
-    def _check_device(self, batch: Mapping[str, Tensor], which: str) -> None:
-        for key, value in batch.items():
-            if value.device != self.device:
-                raise ValueError(
-                    f"the model is on {self.device}, but {which}[{key!r}] is on "
-                    f"{value.device}; move it with .to({str(self.device)!r})"
-                )
 
     def extra_repr(self) -> str:
         return f"pooling={self.embedding.pooling!r}, normalize={self.embedding.normalize}"

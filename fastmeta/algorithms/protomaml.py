@@ -159,12 +159,12 @@ class ProtoMAML(GradientLearner):
     # -- for services ------------------------------------------------------------------------
 
     @torch.no_grad()
-    def adapt(self, support: Mapping[str, Tensor], ways: Tensor | None = None) -> TaskParams:
+    def adapt(self, support: Mapping[str, Tensor], ways: Tensor | int | None = None) -> TaskParams:
         """Fast weights of T tasks, to be kept and used again by :meth:`predict`.
 
         Args:
             support: Model inputs and ``labels``, each ``[T, N, ...]``.
-            ways: Number of classes of each task, int64 ``[T]``.
+            ways: Number of classes of each task, int64 ``[T]`` or one for all.
         """
         batch = self._with_ways(TaskBatch(support, support, ways))
         self.check(batch)
@@ -173,7 +173,7 @@ class ProtoMAML(GradientLearner):
         return adapt_tasks(loop, start, with_ways(batch)[0], "unroll").params
 
     def predict(
-        self, params: TaskParams, *, ways: Tensor | None = None, **inputs: Tensor
+        self, params: TaskParams, *, ways: Tensor | int | None = None, **inputs: Tensor
     ) -> Tensor:
         """Logits ``[T, Q, C]`` of query inputs ``[T, Q, ...]``; ``-inf`` beyond a task's `ways`."""
         out = self.patched(params, **inputs)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastmeta.algorithms.candidates import Candidate, Run
 from fastmeta.algorithms.disagreement import COMPARISONS, candidate_distances, check_metric
-from fastmeta.batch import IGNORE_INDEX, check_set, check_ways
+from fastmeta.batch import IGNORE_INDEX, check_set, ways_of
 from fastmeta.engine.checks import check_sets
 from fastmeta.engine.losses import WAYS, classification, mask_ways
 from fastmeta.patching import Patched, TaskParams
@@ -65,7 +65,7 @@ def select_models(
     compare: str = "probabilities",
     metric: str | None = None,
     p: float | None = None,
-    ways: Tensor | None = None,
+    ways: Tensor | int | None = None,
     task_chunk: int | None = None,
 ) -> Selection:
     """Adapt M candidates to each of T tasks, compare them, and choose one per task.
@@ -95,7 +95,8 @@ def select_models(
             ``"js"`` (square root of the Jensen-Shannon divergence). Default: ``"hellinger"`` for
             probabilities; the share of rows that differ for predictions; else ``"euclidean"``.
         p: Order of ``"minkowski"``.
-        ways: Number of classes of each task, int64 ``[T]``, when fewer than the head has.
+        ways: Number of classes of each task, int64 ``[T]`` or one for all, when fewer than the head
+            has.
         task_chunk: Tasks times candidates adapted at once, at least 1, or None for all.
 
     Returns:
@@ -119,7 +120,7 @@ def select_models(
     tasks = check_set("support", support)
     extra: dict[str, Tensor] = {}
     if ways is not None:
-        check_ways(ways, tasks)
+        ways = ways_of(ways, tasks, patched.device)
         extra = {WAYS: ways}
     models = [c.patched or patched for c in candidates]
     one_layout = all(m.layout.shapes == patched.layout.shapes for m in models)

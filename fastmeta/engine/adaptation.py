@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastmeta.batch import check_set, check_ways
+from fastmeta.batch import check_set, ways_of
 from fastmeta.engine.capture import capture_of
-from fastmeta.engine.checks import check_clip_norm, check_compute_dtype, check_sets, check_steps
+from fastmeta.engine.checks import check_clip_norm, check_sets, check_steps, compute_dtype_of
 from fastmeta.engine.chunks import split
 from fastmeta.engine.conditions import computing
 from fastmeta.engine.episode import adapt_tasks
@@ -51,8 +51,8 @@ def adapt(
     clip_norm: float | None = None,
     task_chunk: int | None = None,
     params: TaskParams | None = None,
-    ways: Tensor | None = None,
-    compute_dtype: torch.dtype | None = None,
+    ways: Tensor | int | None = None,
+    compute_dtype: torch.dtype | str | None = None,
     compile: bool | str = False,
     compile_cache: str | Path | None = None,
 ) -> Adapted:
@@ -72,9 +72,10 @@ def adapt(
         clip_norm: Bound on each task's gradient norm, positive, or None.
         task_chunk: Tasks adapted at once, at least 1, or None for all.
         params: Fast weights of T tasks to start from; default the model's own initial values.
-        ways: Number of classes of each task, int64 ``[T]``, when fewer than the head has.
-        compute_dtype: ``torch.bfloat16`` or ``torch.float16``: matrix products of the model in it,
-            fast weights and updates in float32. None: the weights' dtype.
+        ways: Number of classes of each task, int64 ``[T]`` or one for all, when fewer than the head
+            has.
+        compute_dtype: ``torch.bfloat16`` or ``torch.float16``, or its name: matrix products of the
+            model in it, fast weights and updates in float32. None: the weights' dtype.
         compile, compile_cache: Captured steps, as for `fm.MAML`; later calls use them too.
 
     Returns:
@@ -94,7 +95,7 @@ def adapt(
     steps = check_steps(steps)
     check_clip_norm(clip_norm)
     check_memory("unroll", task_chunk)
-    check_compute_dtype(compute_dtype, patched.dtype)
+    compute_dtype = compute_dtype_of(compute_dtype, patched.dtype)
     if task_chunk == "auto":
         raise ValueError("task_chunk must be None or an integer of at least 1, got 'auto'")
     if isinstance(lr, LearnedRate):
@@ -104,8 +105,7 @@ def adapt(
     if params is not None and params.num_tasks != tasks:
         raise ValueError(f"params hold {params.num_tasks} tasks, but the support set {tasks}")
     if ways is not None:
-        check_ways(ways, tasks)
-        support = {**support, WAYS: ways}
+        support = {**support, WAYS: ways_of(ways, tasks, patched.device)}
     capture = capture_of(patched, compile, compile_cache)
     loop = InnerLoop(
         patched=patched,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmeta.batch import IGNORE_INDEX
+from fastmeta.engine.inputs import check_inputs
 from fastmeta.engine.losses import WAYS, LossFn, causal_lm, classification
 from fastmeta.patching import Patched
 
@@ -61,12 +62,7 @@ def check_sets(patched: Patched, loss_fn: LossFn, sets: Mapping[str, Mapping[str
             "evaluate under torch.no_grad()"
         )
     for which, batch in sets.items():
-        for key, value in batch.items():
-            if value.device != patched.device:
-                raise ValueError(
-                    f"the model is on {patched.device}, but {which}[{key!r}] is on "
-                    f"{value.device}; move it with .to({str(patched.device)!r})"
-                )
+        check_inputs(batch, which, patched.device, patched.model)
         if loss_fn is classification:
             check_labels(batch, which, "num_labels", 2, _setting(patched, "num_labels"))
         elif loss_fn is causal_lm:
@@ -152,13 +148,18 @@ def check_classes(labels: Tensor, ways: Tensor, most: int) -> None:
         )
 
 
-def check_compute_dtype(dtype: torch.dtype | None, weights: torch.dtype) -> None:
-    """Raise ValueError for a dtype of products that does not exist or does not fit the weights."""
+_COMPUTE = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def compute_dtype_of(dtype: torch.dtype | str | None, weights: torch.dtype) -> torch.dtype | None:
+    """The dtype of products, also by name; ValueError where it does not fit the weights'."""
     if dtype is None:
-        return
-    if dtype not in (torch.bfloat16, torch.float16):
+        return None
+    dtype = _COMPUTE.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    if dtype not in _COMPUTE.values():
         raise ValueError(
             f"compute_dtype must be torch.bfloat16, torch.float16 or None, got {dtype!r}"
         )
     if weights != torch.float32:
         raise ValueError(f"compute_dtype needs a model in float32, got {weights}")
+    return dtype

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmeta.batch import IGNORE_INDEX
+from fastmeta.batch import IGNORE_INDEX, ways_of
 
 LossFn = Callable[[Any, Mapping[str, Tensor]], Tensor]
 """``(outputs, batch) -> [T]``; `batch` is the support or query mapping."""
@@ -18,10 +18,11 @@ WAYS = "ways"
 """Key under which a task set carries its tasks' numbers of classes, ``[T]``."""
 
 
-def mask_ways(logits: Tensor, ways: Tensor | None) -> Tensor:
+def mask_ways(logits: Tensor, ways: Tensor | int | None) -> Tensor:
     """Logits ``[T, N, C]`` with the classes a task does not have at -inf."""
     if ways is None:
         return logits
+    ways = ways_of(ways, logits.shape[0], logits.device)
     beyond = torch.arange(logits.shape[-1], device=logits.device) >= ways.view(-1, 1, 1)
     return logits.masked_fill(beyond, float("-inf"))
 

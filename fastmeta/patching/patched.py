@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fastmeta.patching import prefix, probe
@@ -18,6 +17,14 @@ from fastmeta.patching.plan import Plan
 from fastmeta.patching.search import make_plan
 from fastmeta.patching.slots import Slots, make_slots
 from fastmeta.patching.spec import Spec
+from fastmeta.patching.task_axes import (
+    check_mask,
+    few,
+    leading_axes,
+    model_inputs,
+    unflatten_output,
+    warn_of_unknown,
+)
 from fastmeta.patching.task_params import TaskParams
 from fastmeta.patching.unpadded import (
     IDS,
@@ -177,13 +184,14 @@ class Patched(nn.Module):
                 plan = self._plans.get(key)
                 if plan is None:
                     small, large = (
-                        self._model_inputs(_few(inputs, probe.TASKS, rows))
+                        model_inputs(self.model, few(inputs, probe.TASKS, rows))
                         for rows in (probe.ROWS, probe.ROWS + 1)
                     )
                     # Exact: what passes show then does not depend on who comes first.
                     with torch.autocast(self.device.type, enabled=False):
                         plan = make_plan(self.model, self.slots, small, large, self.boundaries)
                     plan.train(self.training)
+                    warn_of_unknown(self.model, inputs)
                     self._plans[key] = plan
         return plan
 
@@ -243,13 +251,13 @@ class Patched(nn.Module):
             The model's output with ``[T, N, ...]`` in place of ``[B, ...]``.
 
         Raises:
-            ValueError: Inputs and params disagree on T.
+            ValueError: Inputs and params disagree on T, or a mask and its words on their shape.
         """
         flat, tasks, rows = self._flatten(params, inputs)
         plan = self.plan(inputs)
         with running(self.call(params.bound(plan), inputs, prefix_cache=prefix_cache)):
             out = plan.run(flat)
-        return _unflatten_output(out, tasks, rows)
+        return unflatten_output(out, tasks, rows)
 
     def call(
         self,
@@ -262,7 +270,7 @@ class Patched(nn.Module):
     ) -> Call:
         """A pass over inputs ``[T, N, ...]``: without their padding where layers can do without,
         unless `padded`; with a stored prefix, as that was recorded. See :meth:`record_prefix`."""
-        _, tasks, rows = _leading_axes(inputs)
+        _, tasks, rows = leading_axes(inputs)
         call = Call(views, tasks, rows)
         plan, mask = self.plan(inputs), inputs.get(MASK)
         if prefix_cache is not None:
@@ -326,29 +334,19 @@ class Patched(nn.Module):
                 f"params are of another model or specification: expected {self.layout}, "
                 f"got {params.layout}"
             )
-        name, tasks, rows = _leading_axes(inputs)
+        name, tasks, rows = leading_axes(inputs)
         if tasks != params.num_tasks:
             raise ValueError(
                 f"params hold {params.num_tasks} tasks, but {name} has {tasks} "
                 f"(shape {list(inputs[name].shape)})"
             )
+        check_mask(inputs)
         if rows == 0:
             raise ValueError(f"{name} holds no examples (shape {list(inputs[name].shape)})")
         for key, value in inputs.items():
             if isinstance(value, Tensor) and value.device != params.device:
                 raise ValueError(f"params are on {params.device}, but {key} is on {value.device}")
-        return self._model_inputs(inputs), tasks, rows
-
-    def _model_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """What the model is called with: rows of all tasks on one axis, no labels."""
-        _, tasks, rows = _leading_axes(inputs)
-        flat = {k: v.flatten(0, 1) if _has_axes(v, tasks, rows) else v for k, v in inputs.items()}
-        labels = flat.pop("labels", None)
-        prepare = getattr(self.model, "prepare_decoder_input_ids_from_labels", None)
-        if labels is not None and prepare is not None and "decoder_input_ids" not in flat:
-            if labels.dim() == 2:
-                flat["decoder_input_ids"] = prepare(labels=labels)
-        return flat
+        return model_inputs(self.model, inputs), tasks, rows
 
     def extra_repr(self) -> str:
         return (
@@ -370,44 +368,8 @@ def _tokens(plan: Plan, inputs: Mapping[str, Any], widths: int) -> Tokens | None
     return tokens
 
 
-def _unflatten_output(out: Any, tasks: int, rows: int) -> Any:
-    def fn(t: Any) -> Any:
-        if isinstance(t, Tensor) and t.dim() > 0 and t.shape[0] == tasks * rows:
-            return t.view(tasks, rows, *t.shape[1:])
-        return t
-
-    return tree_map(fn, out)
-
-
 def _version(t: Any) -> int | None:
     """Changes when a tensor is written to; those of inference mode do not count that."""
     if not isinstance(t, Tensor):
         return 0
     return None if t.is_inference() else t._version
-
-
-def _leading_axes(inputs: Mapping[str, Any]) -> tuple[str, int, int]:
-    """The input that counts, T and N."""
-    for name in ("input_ids", *inputs):
-        value = inputs.get(name)
-        if isinstance(value, Tensor) and value.dim() >= 2:
-            return name, value.shape[0], value.shape[1]
-    raise ValueError(
-        f"expected at least one input of shape [T, N, ...], got {sorted(inputs) or 'none'}"
-    )
-
-
-def _has_axes(value: Any, tasks: int, rows: int) -> bool:
-    return isinstance(value, Tensor) and value.dim() >= 2 and value.shape[:2] == (tasks, rows)
-
-
-def _few(inputs: Mapping[str, Any], tasks: int, rows: int) -> dict[str, Any]:
-    """A few of the real inputs' rows, repeated as needed: ``[tasks, rows, ...]``."""
-    name, given_tasks, given_rows = _leading_axes(inputs)
-    index = torch.arange(tasks * rows, device=inputs[name].device) % (given_tasks * given_rows)
-    return {
-        k: v.flatten(0, 1)[index].unflatten(0, (tasks, rows))
-        if _has_axes(v, given_tasks, given_rows)
-        else v
-        for k, v in inputs.items()
-    }

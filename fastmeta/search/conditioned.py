@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastmeta.batch import IGNORE_INDEX, TaskBatch, check_ways
+from fastmeta.batch import IGNORE_INDEX, TaskBatch, ways_of
 from fastmeta.ops import class_means
 from fastmeta.search.budget import Budget, cost_model
 from fastmeta.search.cost import CostModel
@@ -46,7 +46,7 @@ def task_embedding(
         raise ValueError("task embeddings need a model whose head is one linear layer")
     features, labels = read[0].float(), support["labels"].to(evaluator.net.device)
     if ways is not None:
-        check_ways(ways, len(labels))
+        ways = ways_of(ways, len(labels), labels.device)
     counted = (labels != IGNORE_INDEX).float()  # [T, N]
     center = (features * counted.unsqueeze(2)).sum(1) / counted.sum(1, keepdim=True).clamp_min(1)
     means, size = class_means(features, labels, int(labels.max().clamp_min(0)) + 1)  # [T, C, D]

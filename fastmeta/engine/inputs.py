@@ -1,0 +1,77 @@
+"""What a model can read, asked before it runs: its device, its words, how long a text may be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from fastmeta.patching.task_axes import check_mask
+
+_POSITIONS = ("position_embeddings", "wpe", "embed_positions")  # tables that bound the length
+
+
+class Limits(NamedTuple):
+    """Numbers of words, and of tokens of a text; None where nothing bounds them."""
+
+    words: int | None
+    tokens: int | None
+
+
+_KNOWN: WeakKeyDictionary[nn.Module, Limits] = WeakKeyDictionary()
+
+
+def limits_of(model: nn.Module) -> Limits:
+    """What the model's tables of words and of positions hold."""
+    if model not in _KNOWN:
+        try:
+            words = model.get_input_embeddings().num_embeddings
+        except (AttributeError, NotImplementedError):
+            words = None
+        _KNOWN[model] = Limits(words, _most_tokens(model))
+    return _KNOWN[model]
+
+
+def _most_tokens(model: nn.Module) -> int | None:
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in _POSITIONS and isinstance(module, nn.Embedding):
+            first = 0 if module.padding_idx is None else module.padding_idx + 1
+            return module.num_embeddings - first
+    return None
+
+
+def check_inputs(
+    inputs: Mapping[str, Tensor], which: str, device: torch.device, model: nn.Module
+) -> None:
+    """Raise unless inputs are on the device, a mask fits, and the model knows all words: at one
+    that it does not, a GPU stops for good.
+
+    Args:
+        which: ``"support"`` or ``"query"``, for the message.
+    """
+    for key, value in inputs.items():
+        if value.device != device:
+            raise ValueError(
+                f"the model is on {device}, but {which}[{key!r}] is on "
+                f"{value.device}; move it with .to({str(device)!r})"
+            )
+    check_mask(inputs)
+    ids, limits = inputs.get("input_ids"), limits_of(model)
+    if ids is None or ids.is_floating_point():
+        return
+    if limits.tokens is not None and ids.shape[-1] > limits.tokens:
+        raise ValueError(
+            f"the model takes at most {limits.tokens} tokens, got {which} texts of {ids.shape[-1]}"
+        )
+    if limits.words is None:
+        return
+    wrong = (ids < 0) | (ids >= limits.words)
+    if bool(wrong.any()):
+        task = int(wrong.flatten(1).any(1).nonzero()[0])
+        raise ValueError(
+            f"{which} input_ids must be in 0..{limits.words - 1} (the model's words), "
+            f"got {int(ids[wrong][0])} in task {task}"
+        )
