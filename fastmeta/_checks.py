@@ -210,6 +210,18 @@ def tensor_lists(op: str, lists: dict[str, object]) -> None:
         params_and_grads(op, params[0].view(1, -1), lists["grads"][0].view(1, -1))
 
 
+def seed(op: str, value: int | Tensor | None, device: torch.device) -> Tensor:
+    """What dropout drops is a function of: an int64 scalar on the device."""
+    if isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63:
+        return torch.tensor(value, dtype=torch.int64, device=device)
+    if isinstance(value, Tensor) and value.dtype == torch.int64 and value.dim() == 0:
+        return value.to(device)
+    raise ValueError(
+        f"{op}: dropout needs a seed, an integer of 64 bits or an int64 scalar tensor, "
+        f"got {describe(value)}"
+    )
+
+
 def in_range(
     op: str,
     name: str,

@@ -48,6 +48,19 @@ def power_of_2(n: int, most: int) -> int:
     return min(triton.next_power_of_2(max(n, 1)), most)
 
 
+def dropped_words(p: float) -> int:
+    """How many of the words from 0 mean that an element is dropped."""
+    return min(int(p * 2**32), 2**32 - 1)
+
+
+@triton.jit
+def mixed(x):
+    """A hash of 32 bits (lowbias32), as in the reference."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
 @triton.jit
 def square_root(a):
     if a.dtype == tl.float32:

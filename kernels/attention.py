@@ -12,15 +12,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmeta.kernels._common import accumulator, ceil_div, exp, launch, log, power_of_2
-
-
-@triton.jit
-def mixed(x):
-    """A hash of 32 bits (lowbias32), as in the reference."""
-    x = (x ^ (x >> 16)) * 0x7FEB352D
-    x = (x ^ (x >> 15)) * 0x846CA68B
-    return x ^ (x >> 16)
+from fastmeta.kernels._common import (
+    accumulator,
+    ceil_div,
+    dropped_words,
+    exp,
+    launch,
+    log,
+    mixed,
+    power_of_2,
+)
 
 
 @triton.jit
@@ -300,8 +301,7 @@ def numbers(mask, lower, upper, dropout_p, period) -> tuple:
     strides = (0,) * 4
     if mask is not None:
         strides = tuple(0 if n == 1 else s for n, s in zip(mask.shape, mask.stride(), strict=True))
-    dropped = min(int(dropout_p * 2**32), 2**32 - 1)
-    return *strides, lower, upper, dropped, max(period, 1)
+    return *strides, lower, upper, dropped_words(dropout_p), max(period, 1)
 
 
 def readable(mask: Tensor | None) -> Tensor | None:

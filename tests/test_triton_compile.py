@@ -151,7 +151,7 @@ def call_lora(launchers, dtype, bits: int = 0, ragged: bool = False) -> None:
 
 
 def call_norms(launchers, dtype) -> None:
-    """Normalisations and activations of BERT's and MiniLM's width."""
+    """Normalisations, activations and dropout of BERT's and MiniLM's width."""
     for tasks, rows, width in ((32, 80, 128), (8, 600, 384)):
         x, dy, u = (torch.empty(tasks * rows, width, dtype=dtype, device="meta") for _ in range(3))
         w, b = (torch.empty(tasks, width, dtype=dtype, device="meta") for _ in range(2))
@@ -163,6 +163,8 @@ def call_norms(launchers, dtype) -> None:
         launchers["activation"](x, kind)
         launchers["activation_backward"](dy, x, kind)
         launchers["activation_double_backward"](u, dy, x, kind)
+    seed = torch.empty((), dtype=torch.int64, device="meta")
+    launchers["dropout"](x, seed, 0.1, x.numel())
 
 
 def source_of(launch: Launch):

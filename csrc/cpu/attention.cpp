@@ -298,10 +298,8 @@ Problem<A> problem(const Tensor& q, const Tensor& k, const Tensor& v, const Tens
     for (int i = 0; i < 4; ++i) t.strides[i] = mask->size(i) == 1 ? 0 : mask->stride(i);
   }
   if (setting.dropout_p > 0) {
-    const auto word = uint64_t(*static_cast<const int64_t*>(seed->const_data_ptr()));
-    const double words = setting.dropout_p * 4294967296.0;
-    t.dropout = {setting.dropout_p, uint32_t(word), uint32_t(word >> 32),
-                 words < 4294967295.0 ? uint32_t(words) : 0xFFFFFFFFu, most(setting.period, 1)};
+    const Seed key(*static_cast<const int64_t*>(seed->const_data_ptr()));
+    t.dropout = {setting.dropout_p, key, dropped_words(setting.dropout_p), most(setting.period, 1)};
   }
   return s;
 }

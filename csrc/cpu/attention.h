@@ -7,6 +7,7 @@
 #include "common/tensor.h"
 #include "cpu/gemm.h"
 #include "math/exponential.h"
+#include "math/hash.h"
 
 namespace fastmeta {
 
@@ -160,20 +161,14 @@ void multiply_transposed(int64_t m, int64_t n, int64_t k, const A* x, int64_t ld
   gemm(Gemm<A>{m, n, k, x, 1, ldx, y, ldy, to, ldto, scale, add ? to : nullptr, A(1)});
 }
 
-// A hash of 32 bits (lowbias32), and the key of a row of weights: with reference/attention.py, the
-// definition of what dropout drops.
-FM_HD uint32_t mixed(uint32_t x) {
-  x = (x ^ (x >> 16)) * 0x7FEB352Du;
-  x = (x ^ (x >> 15)) * 0x846CA68Bu;
-  return x ^ (x >> 16);
-}
-
+// What dropout drops of a row of weights: with reference/attention.py, its definition.
 struct Dropout {
   double p = 0;
-  uint32_t low = 0, high = 0, dropped = 0;
+  Seed seed;
+  uint32_t dropped = 0;
   int64_t period = 1;
   uint32_t head_key(int64_t b, int64_t h) const {
-    return mixed(mixed(mixed(low ^ uint32_t(b % period)) + high) ^ uint32_t(h));
+    return mixed(mixed(mixed(seed.low ^ uint32_t(b % period)) + seed.high) ^ uint32_t(h));
   }
 };
 

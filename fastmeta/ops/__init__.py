@@ -6,6 +6,7 @@ from fastmeta.ops.activations import gelu, silu
 from fastmeta.ops.attention import attention
 from fastmeta.ops.batched_linear import batched_linear
 from fastmeta.ops.coordinate_lstm import coordinate_lstm
+from fastmeta.ops.dropout import dropout
 from fastmeta.ops.head_inner_loop import head_inner_loop
 from fastmeta.ops.inner_update import (
     adagrad_update,
@@ -46,6 +47,7 @@ __all__ = [
     "class_means",
     "clip_scale",
     "coordinate_lstm",
+    "dropout",
     "gelu",
     "head_inner_loop",
     "layer_norm",

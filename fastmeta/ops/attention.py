@@ -172,16 +172,4 @@ def check_setting(
         q.shape[0],
         float(softcap or 0.0),
     )
-    return setting, check_seed(seed, q) if dropout_p else None
-
-
-def check_seed(seed: int | Tensor | None, q: Tensor) -> Tensor:
-    """An int64 scalar on the device of q."""
-    if isinstance(seed, int) and not isinstance(seed, bool) and -(2**63) <= seed < 2**63:
-        return torch.tensor(seed, dtype=torch.int64, device=q.device)
-    if isinstance(seed, Tensor) and seed.dtype == torch.int64 and seed.dim() == 0:
-        return seed.to(q.device)
-    raise ValueError(
-        "attention: dropout needs a seed, an integer of 64 bits or an int64 scalar tensor, "
-        f"got {describe(seed)}"
-    )
+    return setting, _checks.seed("attention", seed, q.device) if dropout_p else None

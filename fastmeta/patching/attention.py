@@ -15,6 +15,7 @@ from transformers.masking_utils import sdpa_mask
 
 from fastmeta.ops._attention import attend, takes_places
 from fastmeta.ops.attention import check_mask
+from fastmeta.ops.dropout import drawn_seed
 from fastmeta.patching.context import active_tokens, current_call
 from fastmeta.reference.attention import Setting
 
@@ -100,11 +101,6 @@ def _attention(
     )
     out = attend(query, key, value, mask, drawn_seed(query) if dropout else None, setting)
     return out.transpose(1, 2).contiguous()
-
-
-def drawn_seed(like: Tensor) -> Tensor:
-    """A seed from torch's generator of the device, so that restoring its state replays dropout."""
-    return torch.randint(2**62, (), dtype=torch.int64, device=like.device)
 
 
 def with_bias(

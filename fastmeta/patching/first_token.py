@@ -159,9 +159,7 @@ def _attend_to_states(
     scores = (scores if offset is None else scores + rows(offset)).unsqueeze(2)  # [B, H, 1, L]
     if mask is not None:
         scores = scores + attention.additive(mask, scores.dtype)
-    probs = torch._safe_softmax(scores, -1).squeeze(2)
-    if module.training and module.dropout.p:
-        probs = nn.functional.dropout(probs, p=module.dropout.p)
+    probs = module.dropout(torch._safe_softmax(scores, -1).squeeze(2))
     mean = affine(probs, states, nt=False)  # [B, H, in]
     mean, share = (
         t.unflatten(0, (call.tasks, -1)).transpose(1, 2) for t in (mean, probs.sum(-1, True))

@@ -11,9 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fastmeta.reference.hashing import WORD, dropped_words, mixed
 from fastmeta.reference.rows import take_rows
-
-WORD = 0xFFFFFFFF
 
 
 @dataclass(frozen=True)
@@ -129,19 +128,6 @@ def kept(seed: Tensor, shape: torch.Size, setting: Setting, dtype: torch.dtype) 
     word = mixed(word.unsqueeze(3) + steps)
     keep = word >= dropped_words(setting.dropout_p)
     return keep.to(dtype) * (1 / (1 - setting.dropout_p))
-
-
-def dropped_words(p: float) -> int:
-    """How many of the words from 0 mean that a weight is dropped."""
-    return min(int(p * 2**32), WORD)
-
-
-def mixed(word: Tensor) -> Tensor:
-    """A hash of 32 bits (lowbias32: xor-shifts and two odd factors) in int64."""
-    word = word & WORD
-    word = ((word ^ (word >> 16)) * 0x7FEB352D) & WORD
-    word = ((word ^ (word >> 15)) * 0x846CA68B) & WORD
-    return word ^ (word >> 16)
 
 
 def forward(

@@ -1,8 +1,9 @@
-"""Rows of the operator table for normalisation and activations."""
+"""Rows of the operator table for normalisation, activations and dropout."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -68,6 +69,17 @@ SIZES = ((1,), (5, 3), (0, 4), (67,), (70, 130))
 FEW = ((3,), (2, 2))
 
 
+def dropouts(sizes, dtypes, device: str | torch.device = "cpu") -> Iterator[Sample]:
+    """Few and many dropped; squared, so that the second derivative is not zero."""
+    for p in (0.1, 0.7):
+        for sample in activations("dropout", sizes, dtypes, device, p=p, seed=2**40 + len(sizes)):
+            yield replace(
+                sample,
+                id=f"{sample.id}-{p}",
+                call=lambda x, call=sample.call: call(x).square(),
+            )
+
+
 def _norm_row(op: str) -> OpRow:
     return OpRow(
         name=op,
@@ -96,4 +108,12 @@ TABLE = (
     _activation_row("gelu", "gelu"),
     _activation_row("gelu-tanh", "gelu", approximate="tanh"),
     _activation_row("silu", "silu"),
+    OpRow(
+        name="dropout",
+        raw=("dropout",),
+        dtypes=DTYPES,
+        samples=lambda dtypes, device="cpu": dropouts(SIZES, dtypes, device),
+        small=lambda device="cpu": dropouts(FEW, DTYPES[1], device),
+        gpu="triton",
+    ),
 )

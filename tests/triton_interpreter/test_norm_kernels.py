@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastmeta.ops import use_impl
-from fastmeta.testing.layer_norm import activations, norms
+from fastmeta.testing.layer_norm import activations, dropouts, norms
 
 SHAPES = ((1, 1, 1), (3, 5, 7), (0, 2, 3), (2, 0, 3), (2, 35, 20), (2, 3, 64))
 SIZES = ((3, 5), (0,), (1030,))
@@ -45,3 +45,8 @@ def test_norms(op: str, index: int):
 )
 def test_activations(op: str, options: dict, index: int):
     check(list(activations(op, SIZES, F64, **options))[index])
+
+
+@pytest.mark.parametrize("index", range(2 * len(SIZES)))
+def test_dropout(index: int):
+    check(list(dropouts(SIZES, F64))[index])
