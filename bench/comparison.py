@@ -72,7 +72,17 @@ def run(module: str, description: str, cases: Callable[[str], dict[str, Case]]) 
         found = interleave(ways, rounds=args.rounds, device=args.device)
         return print(json.dumps(found))
 
-    def child(*more: str) -> str:
+    def timed(title: str, case: Case) -> dict:
+        if args.device == "cuda":
+            return interleave(case.make(), rounds=args.rounds, device=args.device)
+        return json.loads(child("--case", title))
+
+    def peak(title: str, case: Case, label: str) -> int:
+        if args.device == "cuda":
+            return peak_bytes(case.make()[label], args.device)
+        return int(child("--peak-of", title, label))
+
+    def child(*more: str) -> str:  # whose heap is its own
         command = [sys.executable, "-m", module, "--device", args.device]
         command += ["--threads", str(args.threads), "--rounds", str(args.rounds), *more]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
@@ -95,10 +105,10 @@ def run(module: str, description: str, cases: Callable[[str], dict[str, Case]]) 
     for title, case in table.items():
         if args.only not in title:
             continue
-        found = json.loads(child("--case", title))
+        found = timed(title, case)
         limit = case.bytes / bandwidth + case.flops / rate
         for label, row in found.items() if case.memory else ():
-            row["peak_bytes"] = int(child("--peak-of", title, label))
+            row["peak_bytes"] = peak(title, case, label)
         result["cases"][title] = {
             "limit_seconds": limit,
             "bytes": case.bytes,

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmeta.kernels._common import (
+    INTERPRETED,
     accumulator,
     ceil_div,
     dropped_words,
@@ -304,8 +305,14 @@ def numbers(mask, lower, upper, dropout_p, period) -> tuple:
     return *strides, lower, upper, dropped_words(dropout_p), max(period, 1)
 
 
-def readable(mask: Tensor | None) -> Tensor | None:
-    return mask.view(torch.uint8) if mask is not None and mask.dtype == torch.bool else mask
+def readable(mask: Tensor | None, q: Tensor) -> Tensor | None:
+    """A boolean mask as bytes; beside doubles as numbers to add, since Triton compiles no product
+    of doubles that narrow loads decide about."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    if q.dtype != torch.float64 or INTERPRETED.value:
+        return mask.view(torch.uint8)
+    return mask.new_zeros(mask.shape, dtype=torch.float32).masked_fill_(~mask, float("-inf"))
 
 
 def blocks_of(q: Tensor, v: Tensor, keys: int, most: int) -> dict:
@@ -331,7 +338,7 @@ def constants_of(
     """What is compiled in; numbers among it, because as arguments they would be float32."""
     found = blocks_of(q, v, keys, most) | {"scale": scale, "factor": 1 / (1 - dropout_p)}
     found["num_warps"] = 4 if max(found["BD"], found["BE"]) <= 32 else 8
-    found["BOOLEAN"] = mask is not None and mask.dtype in (torch.bool, torch.uint8)
+    found["BOOLEAN"] = mask is not None and mask.dtype == torch.uint8
     return found | {"ACC": accumulator(q)}
 
 
@@ -347,6 +354,7 @@ def attention(
     q, k, v, mask, seed, places, scale, lower, upper, dropout_p, period
 ) -> tuple[Tensor, Tensor]:
     check_padded(places)
+    mask = readable(mask, q)
     out = laid_out_as(q, v.shape[3])
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     lse = q.new_empty(q.shape[:3], dtype=wide)
@@ -355,7 +363,7 @@ def attention(
     launch(
         forward_kernel,
         q.shape[0] * q.shape[1] * blocks,
-        *(q, k, v, readable(mask), seed, out, lse),
+        *(q, k, v, mask, seed, out, lse),
         *sizes(q, k),
         *steps(q, k, v, out),
         *numbers(mask, lower, upper, dropout_p, period),
@@ -369,12 +377,13 @@ def attention_backward(
     d_out, q, k, v, lse, mask, seed, places, scale, lower, upper, dropout_p, period, needs
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_padded(places)
+    mask = readable(mask, q)
     dq, dk, dv = (laid_out_as(t, t.shape[3], needs >> i & 1) for i, t in enumerate((q, k, v)))
     constants = constants_of(q, v, mask, k.shape[2], scale, dropout_p, 32)
     setting = numbers(mask, lower, upper, dropout_p, period)
     whole = fits(q, k, constants)
     delta = torch.empty_like(lse)
-    given = (d_out, q, k, v, lse, readable(mask), seed, delta)
+    given = (d_out, q, k, v, lse, mask, seed, delta)
     blocks = ceil_div(q.shape[2], constants["BM"])
     launch(
         rows_kernel,

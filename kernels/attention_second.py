@@ -256,6 +256,7 @@ def attention_double_backward(
     a, b, c, d_out, q, k, v, lse, mask, seed, places, scale, lower, upper, dropout_p, period, needs
 ):
     check_padded(places)
+    mask = readable(mask, q)
     dd, dq, dk, dv = (
         laid_out_as(t, t.shape[3], needs >> i & 1) for i, t in enumerate((d_out, q, k, v))
     )
@@ -263,7 +264,7 @@ def attention_double_backward(
     setting = numbers(mask, lower, upper, dropout_p, period)
     whole = fits(q, k, constants)
     means = lse.new_empty(3, *lse.shape)
-    given = (a, b, c, d_out, q, k, v, lse, readable(mask), seed, means)
+    given = (a, b, c, d_out, q, k, v, lse, mask, seed, means)
     strided = (a, b, c, d_out, q, k, v)
     blocks = ceil_div(q.shape[2], constants["BM"])
     launch(

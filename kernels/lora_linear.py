@@ -70,7 +70,7 @@ def low_rank(acc, left, right, task, rows, ns, there, n_ok, r, r_t, r_q, r_n, PR
 def rows_kernel(
     x, w, w_scale, a, s, right, left2, right2, bias, out, starts, task_of, first_of,
     R, C, N, r, w_k, w_n, columns, group, a_t, a_q, a_k, r_t, r_q, r_n, r2_t, r2_q, r2_n,
-    bias_t, scale,
+    bias_t, scale: tl.constexpr,
     BITS: tl.constexpr, FORWARD: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr,
     PREC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
@@ -139,7 +139,7 @@ def shrink(acc, x, m, task, rows, there, C, r, m_t, m_q, m_k, PREC, DOT, BK, BR)
 @triton.jit(do_not_specialize=["R"])
 def columns_kernel(
     x, m, x2, m2, s, starts, task_of, first_of,
-    R, C, r, m_t, m_q, m_k, m2_t, m2_q, m2_k, scale,
+    R, C, r, m_t, m_q, m_k, m2_t, m2_q, m2_k, scale: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
@@ -255,7 +255,7 @@ class _Rows:
             x, weight, weight_scale, a, s, right, left2, right2, bias, out, *tables,
             self.count, width, outputs, self.rank, w_k, w_n, columns, group,
             *_strides(a), *_strides(right), *_strides(right2),
-            outputs if bias is not None and bias.shape[0] > 1 else 0, float(scale),
+            bias.stride(0) if bias is not None and bias.shape[0] > 1 else 0, scale,
             BITS=bits, FORWARD=forward, num_warps=8 if self.bm * bn > 64 * 128 else 4,
             BM=self.bm, BN=bn, BK=self.bk, **self.options,
         )  # fmt: skip
@@ -275,7 +275,7 @@ class _Rows:
         launch(
             columns_kernel, blocks,
             x, m, x2, m2, s, *tables, self.count, some.shape[1], self.rank,
-            *_strides(m), *_strides(m2), float(scale),
+            *_strides(m), *_strides(m2), scale,
             BM=self.bm, BK=self.bk, num_warps=4, **self.options,
         )  # fmt: skip
         return s

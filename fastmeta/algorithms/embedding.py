@@ -92,7 +92,8 @@ class Embedding(nn.Module):
                 f"projection must be a number of outputs of at least 1, a module or None, "
                 f"got {projection!r}"
             )
-        return nn.Linear(self.inputs, projection, bias=False, device=self.device, dtype=self.dtype)
+        # drawn on the CPU, whose generator has the seed
+        return nn.Linear(self.inputs, projection, bias=False, dtype=self.dtype).to(self.device)
 
     @property
     def inputs(self) -> int:

@@ -25,15 +25,13 @@ class FullContext(nn.Module):
         self,
         width: int,
         steps: int,
-        device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        like = {"device": device, "dtype": dtype}
         self.steps = steps
-        self.forwards = nn.LSTMCell(width, width, **like)
-        self.backwards = nn.LSTMCell(width, width, **like)
-        self.attending = nn.LSTMCell(2 * width, width, **like)
+        self.forwards = nn.LSTMCell(width, width, dtype=dtype)
+        self.backwards = nn.LSTMCell(width, width, dtype=dtype)
+        self.attending = nn.LSTMCell(2 * width, width, dtype=dtype)
 
     def support(self, features: Tensor, counts: Tensor) -> Tensor:
         """``[T, N, D]``; rows where bool ``counts [T, N]`` is False are passed over."""

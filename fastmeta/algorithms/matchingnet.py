@@ -74,7 +74,9 @@ class MatchingNet(MetricLearner):
         self.comparison = Comparison(**self._comparison, width=width, **like)
         self.context = None
         if self._full_context:
-            self.context = FullContext(width, self._full_context, **like)
+            # drawn on the CPU, whose generator has the seed
+            context = FullContext(width, self._full_context, dtype=self.embedding.dtype)
+            self.context = context.to(self.device)
 
     def fit(self, features: Tensor, labels: Tensor, classes: int) -> dict[str, Tensor]:
         """``support`` ``[T, N, D]`` and ``classes`` ``[T, N, C]``: 1 for a row's class, else 0."""

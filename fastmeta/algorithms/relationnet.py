@@ -63,12 +63,12 @@ class RelationNet(MetricLearner):
         super().__init__(model, **settings)
 
     def _build(self) -> None:
-        like = {"device": self.device, "dtype": self.embedding.dtype}
+        like = {"dtype": self.embedding.dtype}  # drawn on the CPU, whose generator has the seed
         self.relation = nn.Sequential(
             nn.Linear(len(self.parts) * self.embedding.width, self.hidden, **like),
             nn.ReLU(),
             nn.Linear(self.hidden, 1, **like),
-        )
+        ).to(self.device)
 
     def fit(self, features: Tensor, labels: Tensor, classes: int) -> dict[str, Tensor]:
         """``prototypes`` ``[T, C, D]`` and ``counts`` ``[T, C]`` of their rows."""

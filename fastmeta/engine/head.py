@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastmeta import ops
+from fastmeta.engine.conditions import Conditions
 from fastmeta.engine.inner import InnerLoop, Support, Trajectory, model_inputs
 from fastmeta.engine.losses import WAYS, classification
 from fastmeta.engine.optimizers import SGD, Momentum
@@ -54,9 +55,10 @@ def frozen_features(
         return None
     if patched.plan(inputs).prefix_is_random():
         return None
-    state = torch.get_rng_state() if patched.training else None
+    conditions = Conditions(patched, params.device)
     features = head_features(patched, head, params, inputs, prefix)
-    if state is not None and not torch.equal(state, torch.get_rng_state()):
+    conditions.finish()
+    if conditions.random is not None:
         return None  # dropout: every step has features of its own
     if features is None or features.dtype not in (torch.float32, torch.float64):
         return None

@@ -9,6 +9,7 @@ all tasks stayed finite); where a task diverged, the episode runs again without 
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -31,7 +32,9 @@ WHOLE = "cudagraph"
 """The ``compile`` that asks for this."""
 _MOST = 64
 """Graphs of one learner; more signatures than this run without."""
-_WARM_UP = 2
+
+_WAITED = "called a synchronizing CUDA operation"
+"""Torch's warning."""
 
 Found = tuple[Sequence[Tensor], list[Tensor | None]]
 """Results, and the gradient of their losses' sum."""
@@ -87,7 +90,7 @@ class Replays(BySignature):
         """
         tokens = _tokens(loop, batch)
         key = _signature(loop, mode, batch, tokens, start, weights)
-        with self.one_at_a_time:
+        with self.one_at_a_time, torch.cuda.device(start.device):
             recorded = self.find(key, partial(self._recorded, loop, batch, start, step))
             return None if recorded is None else recorded.replay(batch, tokens, start)
 
@@ -109,10 +112,10 @@ class _Recorded:
             self.batch = batch.map(torch.clone)
             self.start = start if _alike(start) else start.clone()
             self.tokens = _tokens(loop, self.batch)  # found again while the step is recorded
-        places = torch.arange(batch.num_tasks, device=start.device)
+        self.places = torch.arange(batch.num_tasks, device=start.device)
 
         def run() -> tuple[Found, Tensor]:
-            results, gradients = step(self.batch, places, self.start)
+            results, gradients = step(self.batch, self.places, self.start)
             losses, *_, active, _ = results
             return (results, gradients), (active & torch.isfinite(losses)).all()
 
@@ -122,13 +125,17 @@ class _Recorded:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                for _ in range(_WARM_UP):  # compiles kernels, makes workspaces
+                run()  # compiles kernels, makes workspaces
+                with _waits_raise():  # here: a recording that fails leaves torch's own state broken
                     run()
             torch.cuda.current_stream().wait_stream(stream)
             conditions.finish()
             if conditions.random is not None:
                 raise RuntimeError("it draws random numbers, which a graph would draw again")
-            with torch.cuda.graph(self.graph, pool=pool):
+            with (
+                torch.cuda.stream(torch.cuda.current_stream()),  # again, should a recording fail
+                torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"),
+            ):
                 self.found, self.finite = run()
 
     def replay(
@@ -202,6 +209,22 @@ def _signature(
         tuple((t.data_ptr(), t.requires_grad) for t in [*weights, *model.parameters()]),
         tuple(t.data_ptr() for t in model.buffers()),
     )
+
+
+@contextmanager
+def _waits_raise() -> Iterator[None]:
+    """Raise at the end where anything within has waited for the device; other threads may."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    for warning in seen:
+        if _WAITED in str(warning.message):
+            raise RuntimeError(f"it {warning.message}")
 
 
 @contextmanager

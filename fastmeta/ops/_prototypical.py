@@ -330,7 +330,8 @@ class _ScaledGradient(Function):
         return tuple(unfold(r, info.batch_size) for r in results), (0,) * len(results)
 
 
-CHUNK = 1 << 20  # distances worked on at once: 4 MiB
+CHUNK = 1 << 20  # distances worked on at once: 4 MiB, so that they stay in a cache
+_ON_GPU = 16  # times as many on a GPU, which would wait for launches
 
 
 def _counted(labels: Tensor, classes: int) -> Tensor:
@@ -343,9 +344,13 @@ def _all_count(labels: Tensor, classes: int) -> bool:
     return _checks.readable(labels) and bool(_counts(labels, classes).all())
 
 
+def _chunk(query: Tensor) -> int:
+    return CHUNK if query.device.type == "cpu" else _ON_GPU * CHUNK
+
+
 def _row_chunks(query: Tensor, prototypes: Tensor) -> list[slice]:
     rows = query.shape[1]
-    size = min(max(CHUNK // max(prototypes.shape[1], 1), 1), max(rows, 1))
+    size = min(max(_chunk(query) // max(prototypes.shape[1], 1), 1), max(rows, 1))
     return [slice(i, min(i + size, rows)) for i in range(0, rows, size)]
 
 
@@ -363,7 +368,7 @@ def _in_chunks(query, labels, prototypes, present, scale, metric: Metric, needs:
     d_query = torch.empty_like(query, memory_format=torch.contiguous_format)
     d_prototypes = torch.zeros_like(prototypes, memory_format=torch.contiguous_format)
     chunks = _row_chunks(query, prototypes)
-    together = max(CHUNK // max(query.shape[1] * classes, 1), 1) if len(chunks) == 1 else 1
+    together = max(_chunk(query) // max(query.shape[1] * classes, 1), 1) if len(chunks) == 1 else 1
     for start in range(0, tasks, together):
         some = slice(start, min(start + together, tasks))
         y, cy = prototypes[some], centred[1][some]

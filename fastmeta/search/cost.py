@@ -154,7 +154,7 @@ class CostModel:
                 start = time.perf_counter()
                 run()
                 if self._device.type == "cuda":
-                    torch.cuda.synchronize()
+                    torch.cuda.synchronize(self._device)
                 times.append(time.perf_counter() - start)
         return median(times[2:])
 

@@ -64,7 +64,8 @@ def samples(shapes, dtypes, device: str | torch.device = "cpu") -> Iterator[Samp
         tensors = [x, weight, a, b]
         bias = ((outputs,), (tasks, outputs), None)[(i + 1) % 3]
         scaled = i % 4 == 1
-        tensors += [random(*bias)] if bias is not None else []
+        if bias is not None:  # of tasks, it lies in one buffer with what else they have
+            tensors.append(random(*bias[:-1], outputs + 3)[..., 2:-1])
         tensors += [0.5 + random(tasks).abs()] if scaled else []
 
         def call(x, weight, a, b, *more, bias=bias, scaled=scaled, options=options):

@@ -9,6 +9,7 @@ kernels themselves have tests of their own. Time and memory are not modelled.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -47,7 +48,9 @@ def set_up() -> None:
     torch.cuda.mem_get_info = lambda device=None: (64 << 30, 80 << 30)
     torch.cuda.memory_reserved = torch.cuda.memory_allocated = lambda device=None: 0
     torch.cuda.Stream = torch.cuda.current_stream = _Stream
-    torch.cuda.stream = lambda stream: nullcontext()
+    torch.cuda.stream = torch.cuda.device = lambda of: nullcontext()
+    torch.cuda.get_sync_debug_mode = lambda: 0
+    torch.cuda.set_sync_debug_mode = _set_sync_debug_mode
     torch.cuda.graph_pool_handle = object
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
     torch.cuda.is_bf16_supported = lambda *args: True
@@ -111,9 +114,11 @@ class StandIn(TorchDispatchMode):
         waits: Where the host waited for a value, or for a copy from one device to the other.
         launches: How many operators ran, without views.
         graph: The one that is recorded, or None.
+        warns: Whether waiting is worth a warning.
     """
 
     graph: Graph | None = None
+    warns = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -127,6 +132,8 @@ class StandIn(TorchDispatchMode):
         if why is not None:
             if self.graph is not None:
                 raise RuntimeError(f"{why} while a CUDA graph is recorded: {_place()}")
+            if self.warns:
+                warnings.warn(f"called a synchronizing CUDA operation: {why}", stacklevel=1)
             self.waits.append(f"{why}: {_place()}")
         found = _run(func, args, kwargs, given, self.graph)
         if not func.is_view and any(isinstance(t, OnGpu) for t in tree_leaves(found)):
@@ -260,8 +267,14 @@ class Graph:
                     to.copy_(t)
 
 
+def _set_sync_debug_mode(mode: str | int) -> None:
+    _get_current_dispatch_mode().warns = mode == "warn"
+
+
 @contextmanager
-def _recorded(graph: Graph, pool: object = None) -> Iterator[None]:
+def _recorded(
+    graph: Graph, pool: object = None, capture_error_mode: str = "global"
+) -> Iterator[None]:
     mode = _get_current_dispatch_mode()
     mode.graph = graph
     try:

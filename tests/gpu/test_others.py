@@ -72,7 +72,7 @@ def test_hypernetwork(steps: int) -> None:
         learner = fm.HyperNetwork(patched, latent=4, hidden=6, steps=steps, train_encoder=True)
         with torch.no_grad():
             for p in learner.parameters():
-                p.add_(0.01 * torch.arange(p.numel(), device=p.device).view(p.shape).cos())
+                p.add_(0.01 * torch.arange(p.numel(), device=p.device).double().view(p.shape).cos())
         return gradients_of(learner, batch)
 
     on_both(run)
