@@ -28,6 +28,8 @@ class Case:
     trained: Parameters that the outer loop learns, by substring of their name; None for all.
     lengths: What texts' lengths are drawn from, L being the longest; None: all are of length L but
         every third, which is a quarter shorter.
+    words: Of the vocabulary.
+    training: Whether dropout is active.
     """
 
     title: str
@@ -42,6 +44,7 @@ class Case:
     trained: tuple[str, ...] | None = None
     lengths: tuple[int, ...] | None = None
     words: int = 30_522
+    training: bool = False
 
     def model(self, device: str = "cpu") -> nn.Module:
         torch.manual_seed(0)
@@ -54,7 +57,7 @@ class Case:
             max_position_embeddings=64,
             num_labels=WAYS,
         )
-        model = BertForSequenceClassification(config).eval()
+        model = BertForSequenceClassification(config).train(self.training)
         if self.trained is not None:
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(any(part in name for part in self.trained))
@@ -81,6 +84,10 @@ CASES = {
     "full": Case(
         "2-layer BERT h=128, T=32, 1-shot, L=16, K=5, all parameters",
         2, 128, 2, 32, 1, 16, 5, lambda: fm.Params("*"),
+    ),
+    "training": Case(
+        "2-layer BERT h=128, T=32, 1-shot, L=16, K=5, all parameters, training (dropout 0.1)",
+        2, 128, 2, 32, 1, 16, 5, lambda: fm.Params("*"), training=True,
     ),
     "lora": Case(
         "the same, LoRA (r=8) + head",

@@ -1,7 +1,7 @@
 """Compare meta-steps with other libraries, interleaved in one process; peak memory in its own.
 
     python -m bench.compare [--rounds 5] [--out results.json] [--device cpu]
-                            [--cases full,lora,last2,deep,minilm-lora,texts-lora,memory]
+                            [--cases full,training,lora,last2,deep,minilm-lora,texts-lora,memory]
                             [--ways "torch.func.vmap;fastmeta, bfloat16"]
 
 On a GPU the cases are small-1, small-lora and small-5. Cases that are measured replace those of
@@ -35,6 +35,7 @@ from bench.timing import gemm_rate, synchronise
 
 PEERS = {
     "full": ["per-task loop", "torch.func.vmap", "higher", "torchopt", "JAX jit(vmap)"],
+    "training": ["per-task loop"],
     "lora": ["per-task loop"],
     "last2": ["per-task loop", "higher"],
     "deep": ["per-task loop", "JAX jit(vmap)"],
@@ -61,7 +62,7 @@ GPU_MODES = {
 }
 
 ALL = {
-    "cpu": "full,lora,last2,deep,minilm-lora,texts-lora,memory",
+    "cpu": "full,training,lora,last2,deep,minilm-lora,texts-lora,memory",
     "cuda": "small-1,small-lora,small-5",
 }
 
@@ -132,6 +133,8 @@ def ways_of(name: str, ways: list[str], device: str) -> dict:
         for label, mode in modes.items()
         if wanted(label)
     }
+    if name == "training" and wanted("fastmeta, evaluation mode"):
+        steps["fastmeta, evaluation mode"] = fastmeta_step("full", "unroll")
     if name == "minilm-lora" and wanted("fastmeta, first order"):
         steps["fastmeta, first order"] = fastmeta_step(name, "unroll", order=1)
     for peer in filter(wanted, PEERS[name]):

@@ -226,3 +226,50 @@ def test_threads_share_one_learner() -> None:
     for thread in threads:
         thread.join()
     assert [found[i] for i in range(4)] == pytest.approx(expected, rel=1e-12)
+
+
+REREAD = [{"memory": "recompute"}, {"memory": "unroll", "task_chunk": 1}]
+
+
+@pytest.mark.parametrize("settings", REREAD, ids=["recompute", "chunks"])
+@pytest.mark.parametrize("what", ["labels", "frozen"])
+def test_what_is_read_again_may_not_change_meanwhile(what: str, settings: dict) -> None:
+    model = oracle.tiny_bert()
+    model.bert.requires_grad_(False)
+    learner = fm.MAML(fm.patch(model, fm.LoRA(r=2) + fm.Head()), lr=0.1, steps=2, **settings)
+    batch = oracle.as_batch(oracle.make_tasks(2))
+    out = learner(batch)
+    with torch.no_grad():
+        if what == "labels":
+            batch.support["labels"].add_(0)
+        else:
+            model.bert.encoder.layer[0].output.dense.bias.mul_(2)
+    weights = torch.tensor([1.0, 2.0])
+    with pytest.raises(RuntimeError, match="a batch or a frozen weight was changed in place"):
+        (out.task_losses * weights).sum().backward()
+
+
+class Scaled(torch.nn.Module):
+    """Cross-entropy of logits that a learned number scales."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
+
+    def forward(self, outputs, batch) -> Tensor:
+        logits = (outputs.logits * self.scale).movedim(2, 1)
+        return torch.nn.functional.cross_entropy(logits, batch["labels"], reduction="none").mean(1)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum"])
+@pytest.mark.parametrize("settings", [*SETTINGS.values(), {"compile": True}], ids=str)
+def test_losses_that_learn(settings: dict, optimizer: str) -> None:
+    found = {}
+    for name, more in {"expected": {"memory": "unroll"}, "got": settings}.items():
+        learner = fm.MAML(
+            fm.patch(oracle.tiny_bert(), fm.LoRA(r=2) + fm.Head()),
+            lr=0.3, steps=2, optimizer=optimizer, loss_fn=Scaled(), **more,
+        )  # fmt: skip
+        found[name] = oracle.gradients(learner, oracle.weighted(learner(BATCH)))
+    assert float(found["got"]["loss_fn.scale"].abs()) > 1e-3
+    oracle.assert_close(found["got"], found["expected"])

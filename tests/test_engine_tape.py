@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+from contextlib import ExitStack
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
+from transformers.utils import import_utils
 
 from fastmeta._library import has_extension
 from fastmeta._recorder import record, recording
@@ -125,6 +127,33 @@ def test_tapes_do_what_graphs_do(name: str) -> None:
         found, frame = tape.run(inputs)
         assert frame is None
         torch.testing.assert_close(found, list(run(graph, *inputs)), rtol=0, atol=1e-15)
+
+
+@needs_tapes
+def test_sums_of_another_layout_are_no_bases() -> None:
+    """Who looks at a sum goes by its strides, which are those of its first operand."""
+
+    def function(x: Tensor, y: Tensor) -> list[Tensor]:
+        turned = x.mT.exp()  # strides of x^T
+        summed = turned + product(x, y)
+        return [summed.as_strided((1, 9), (9, 1)) * 2, summed * 2]
+
+    graph, _ = record(function, [random(1, 3, 3), random(1, 3, 3, seed=1)])
+    fuse_additions(graph)
+    inputs = [random(1, 3, 3, seed=2), random(1, 3, 3, seed=3)]
+    torch.testing.assert_close(written(graph).run(inputs)[0], function(*inputs))
+
+
+def test_masks_are_read_again_after_captures_of_several_threads() -> None:
+    before = import_utils.is_jit_tracing
+    first, second = graphs.masks_unread(-1), graphs.masks_unread()
+    with ExitStack() as outer:
+        outer.enter_context(first)
+        assert not import_utils.is_jit_tracing()  # in another thread only
+        second.__enter__()
+        assert import_utils.is_jit_tracing()
+    second.__exit__(None, None, None)
+    assert import_utils.is_jit_tracing is before and not import_utils.is_jit_tracing()
 
 
 @needs_tapes

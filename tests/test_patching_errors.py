@@ -57,6 +57,37 @@ def test_a_tensor_that_no_module_names_is_warned_of(bert: nn.Module) -> None:
         patched(patched.init(2), input_ids=inputs["input_ids"], atention_mask=mask)
 
 
+class Deeper(nn.Module):
+    """One more layer for texts of more than four words."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.long = nn.Embedding(20, 8), nn.Linear(8, 8)
+        self.classifier = nn.Linear(8, 3)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        states = self.words(input_ids)
+        states = self.long(states) if input_ids.shape[1] > 4 else states
+        return self.classifier(states.mean(1))
+
+
+def test_a_module_that_did_not_run_first_is_not_left_unadapted() -> None:
+    patched = fm.patch(Deeper(), fm.Params("*"))
+    short, long = (torch.ones(2, 3, length).long() for length in (3, 5))
+    patched(patched.init(2), input_ids=short)
+    with pytest.raises(fm.PatchError, match="'long' adapts, but did not run on the inputs that"):
+        patched(patched.init(2), input_ids=long)
+    patched = fm.patch(Deeper(), fm.Params("*"))
+    patched(patched.init(2), input_ids=long)
+    patched(patched.init(2), input_ids=short)
+
+
+def test_embeddings_that_count_words_of_a_batch() -> None:
+    model = nn.Sequential(nn.Embedding(5, 4, scale_grad_by_freq=True), nn.Linear(4, 3))
+    with pytest.raises(ValueError, match="'0' counts words over a whole batch, of all its tasks"):
+        fm.patch(model, fm.Params("*"))
+
+
 def test_lora_targets(bert: nn.Module) -> None:
     with pytest.raises(ValueError, match=r"target 'qury' matches no linear .* query"):
         fm.patch(bert, fm.LoRA(targets=("qury",)))

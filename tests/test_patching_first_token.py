@@ -53,6 +53,19 @@ def test_classifiers_are_shortened(family: str, spec: fm.Spec):
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
 
 
+def test_means_of_texts_of_one_word_do_not_hide_the_others():
+    torch.manual_seed(0)
+    bert = tf.BertModel(tf.BertConfig(**SIZE), add_pooling_layer=False)
+    model = fm.models.SentenceClassifier(bert, num_labels=3).double().eval()
+    patched = fm.patch(model, fm.Params("*"))
+    inputs = _inputs()
+    one = {**inputs, "attention_mask": (torch.arange(6) < 1).long().expand(2, 3, 6).clone()}
+    patched(patched.init(2), **one)
+    want = model(**{k: v.flatten(0, 1) for k, v in inputs.items()}).logits
+    got = patched(patched.init(2), **inputs).logits.flatten(0, 1)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("head", ["ForTokenClassification", "Model"])
 def test_models_that_show_every_token_are_not(head: str):
     torch.manual_seed(0)

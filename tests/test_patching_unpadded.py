@@ -46,6 +46,32 @@ def test_layers_see_the_tokens_of_the_fullest_task(family: str) -> None:
     assert layer_shapes(patched, texts(UNEVEN.flip(0))) == {(2, 21)}
 
 
+def test_decoders_that_see_padding_on_their_left_keep_it() -> None:
+    """BART's decoder has no mask of its own."""
+    model = families.build("bart")
+    patched = fm.patch(model, fm.Head())
+    for side in ("right", "left"):
+        inputs = texts(side=side)
+        inputs["input_ids"][..., -1] = model.config.eos_token_id  # whose state is read
+        want = model(**{k: v.flatten(0, 1) for k, v in inputs.items()}).logits
+        got = patched(patched.init(2), **inputs).logits.flatten(0, 1)
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.filterwarnings("ignore:module .* runs one task after another")
+@pytest.mark.parametrize("lengths", [[[5, 3], [4, 3]], [[8, 1], [2, 3]], [[4, 2], [4, 2]]])
+def test_units_get_the_tokens_of_their_tasks(lengths: list) -> None:
+    """Also where a task's tokens are no multiple of its texts."""
+    patched = fm.patch(families.build("mixtral"), EVERYTHING)
+    inputs = texts(torch.tensor(lengths))
+    assert patched.plan(inputs).unpadded
+    params = patched.init(2)
+    for task in range(2):
+        alone = patched(patched.init(1), **{k: v[task : task + 1] for k, v in inputs.items()})
+        both = patched(params, **inputs)
+        torch.testing.assert_close(both.logits[task], alone.logits[0])
+
+
 def test_a_row_keeps_its_first_position() -> None:
     patched = fm.patch(families.build("distilbert"), EVERYTHING)
     assert layer_shapes(patched, texts(EMPTY)) == {(2, 8)}

@@ -50,7 +50,8 @@ class GradientLearner(nn.Module):
             ``"auto"``. Chunks give the same numbers; under dropout each draws its own masks. They
             take their gradients in the forward pass: evaluate under ``torch.no_grad()``.
         loss_fn: ``"classification"``, ``"causal_lm"`` or a callable ``(outputs, batch) -> [T]``
-            that treats tasks separately; `batch` is the support or query mapping.
+            that treats tasks separately; `batch` is the support or query mapping. One that learns
+            is an `nn.Module`; its parameters are meta-parameters.
         clip_norm: Bound on each task's inner gradient norm, positive, or None.
         truncate: Differentiate through the last this many inner gradients only, 0 to K; None for
             all.
@@ -158,6 +159,8 @@ class GradientLearner(nn.Module):
     def _own(self) -> dict[str, nn.Parameter]:
         """Meta-parameters that are not the model's, by name."""
         found = {f"inner_lr.{n}": p for n, p in self.rates.named_parameters()}
+        if isinstance(self.loss_fn, nn.Module):
+            found |= {f"loss_fn.{n}": p for n, p in self.loss_fn.named_parameters()}
         return found | {f"optimizer.{n}": p for n, p in self.rule.named_parameters()}
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastmeta.engine.by_leaf import may_serve
-from fastmeta.engine.conditions import Conditions
+from fastmeta.engine.conditions import Conditions, Versions, versions
 from fastmeta.engine.inner import InnerLoop
 from fastmeta.engine.losses import causal_lm, classification
 from fastmeta.engine.memory import MemoryPlan, free_bytes, is_out_of_memory
@@ -46,7 +46,12 @@ have to run."""
 
 
 def run_chunks(
-    loop: InnerLoop, run: Run, start: TaskParams, plan: MemoryPlan, replay: Replay | None = None
+    loop: InnerLoop,
+    run: Run,
+    start: TaskParams,
+    plan: MemoryPlan,
+    inputs: Sequence[Tensor],
+    replay: Replay | None = None,
 ) -> TaskResults:
     """Run all tasks, in chunks where the plan says so.
 
@@ -59,6 +64,7 @@ def run_chunks(
     rule is not the library's own, since it may hold meta-parameters of its own.
 
     Args:
+        inputs: What `run` reads of a batch.
         replay: Runs all tasks at once, with that gradient, in another way.
     """
     pieces = split(slice(0, start.num_tasks), plan.task_chunk)
@@ -70,7 +76,8 @@ def run_chunks(
     if not torch.is_grad_enabled():
         return _joined([run(tasks, start.select(tasks), plan.mode) for tasks in pieces])
     weights = [*loop.added_parameters(), *loop.shared]
-    work = _Work(loop, run, plan, pieces, start.detach(), weights)
+    read = versions(loop.patched, inputs)
+    work = _Work(loop, run, plan, pieces, start.detach(), weights, read)
     token, losses, *others = _Chunks.apply(work, replay, *start.tensors(), *weights)
     params = partial(work.read, start, token)
     return TaskResults(losses, LaterParams(start, params), *others)
@@ -124,6 +131,7 @@ class _Work:
     Attributes:
         loop, run, plan, pieces: See :func:`run_chunks`.
         start, weights: Initial fast weights, detached, and the other weights.
+        read_before: What else they read.
         conditions: Of each piece.
         ahead: Gradients of the losses' sum.
         kept: Of all tasks at once: what stands for the start in their graph, and the results.
@@ -140,7 +148,9 @@ class _Work:
         pieces: list[slice],
         start: TaskParams,
         weights: list[Tensor],
+        read: Versions,
     ) -> None:
+        self.read_before = read
         self.loop, self.run, self.plan, self.pieces = loop, run, plan, pieces
         self.start, self.weights = start, weights
         self.conditions: list[Conditions] = []
@@ -202,7 +212,7 @@ class _Chunks(torch.autograd.Function):
         gradients, parts = _Gradients(start, work.weights), []
         whole = len(work.pieces) == 1
         for tasks in work.pieces:
-            conditions = Conditions(work.loop.patched, start.device)
+            conditions = Conditions(work.loop.patched, start.device, work.read_before)
             found = None if replay is None else replay(start, work.weights)
             if found is None and whole:
                 work.kept = _with_graph(work.run, tasks, plan.mode, start)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
+from torch import Tensor
 
 from fastmeta.patching import Patched
 
@@ -15,20 +16,34 @@ def computing(device: torch.device, dtype: torch.dtype | None) -> AbstractContex
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
+Versions = Sequence[tuple[Tensor, int]]
+
+
+def versions(patched: Patched, inputs: Iterable[Tensor]) -> Versions:
+    """Inputs and frozen weights with what changes where they are written to; autograd itself looks
+    after weights that learn."""
+    frozen = (p for p in patched.model.parameters() if not p.requires_grad)
+    return [(t, t._version) for t in (*inputs, *frozen) if not t.is_inference()]
+
+
 class Conditions:
     """Random state (so that dropout draws the same masks), autocast and training mode.
 
     Args:
         patched: The model that is about to run.
         device: Where it runs.
+        read: What it reads besides weights that learn, which must not be written to meanwhile.
     """
 
-    def __init__(self, patched: Patched, device: torch.device) -> None:
+    def __init__(self, patched: Patched, device: torch.device, read: Versions = ()) -> None:
+        self.read = read
         self.device = device
         self.training = patched.training
         self.autocast = torch.is_autocast_enabled(device.type)
         self.dtype = torch.get_autocast_dtype(device.type)
-        self.random = self._random_state() if self.training else None
+        # while a CUDA graph is recorded nothing is random, and nothing can be asked
+        recorded = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        self.random = self._random_state() if self.training and not recorded else None
 
     def finish(self) -> None:
         """The forward pass is over: forget the random state if nothing was drawn from it."""
@@ -42,8 +57,14 @@ class Conditions:
         """Run under these conditions, with gradients; the global random state is left alone.
 
         Raises:
-            RuntimeError: The model was switched between training and evaluation meanwhile.
+            RuntimeError: The model was switched between training and evaluation meanwhile, or a
+                batch or a frozen weight was changed in place.
         """
+        if any(t._version != version for t, version in self.read):
+            raise RuntimeError(
+                "a batch or a frozen weight was changed in place before backward() has run, which "
+                "reads it once more"
+            )
         if patched.training != self.training:
             raise RuntimeError(
                 "the model must stay in the mode of its forward pass until backward() has run: "

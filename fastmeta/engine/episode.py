@@ -164,7 +164,8 @@ def _run(
             replay = partial(_replay, loop, batch, plan)
     if plan.task_chunk is not None and plan.task_chunk < batch.num_tasks:
         start = looked_up(loop, start, *with_ways(batch), most=1)
-    return run_chunks(loop, _runner(loop, batch, plan, index), start, plan, replay)
+    run = _runner(loop, batch, plan, index)
+    return run_chunks(loop, run, start, plan, batch.tensors(), replay)
 
 
 def _runner(loop: InnerLoop, batch: TaskBatch, plan: MemoryPlan, index: Tensor) -> Run:
@@ -232,15 +233,16 @@ def adapt_tasks(
         if trajectory is not None:
             return trajectory
     if mode == "recompute" and loop.second_order and differentiated and not loop.implicit:
-        found = []
-        for part in slices(loop, start.num_tasks):
-            texts = {k: v[part] for k, v in inputs.items()}
-            mine = start.select(part)
-            support = _support(loop, mine, texts, None if tasks is None else tasks[part])
-            packed, support = narrowed(loop, mine, support)
-            packed = with_prototypes(loop, packed, support)
-            found.append(recompute(loop, packed, support, shared, keep))
-        return joined(found)
+        parts = slices(loop, start.num_tasks)
+        if len(parts) > 1:
+            found = []
+            for part in parts:
+                texts = {k: v[part] for k, v in inputs.items()}
+                places = None if tasks is None else tasks[part]
+                support = _support(loop, mine := start.select(part), texts, places)
+                found.append(_recomputed(loop, mine, support, keep))
+            return joined(found)
+        return _recomputed(loop, start, _support(loop, start, inputs, tasks), keep)
     support = _support(loop, start, inputs, tasks)
     if loop.head is None and may_serve(loop, start):
         trajectory = unroll_by_leaf(loop, start, support)
@@ -253,6 +255,11 @@ def adapt_tasks(
         adapted = implicit(loop, packed, trajectory.params.compact, support, shared)
         return replace(trajectory, params=support.after(loop, adapted))
     return unroll(loop, with_prototypes(loop, packed, support), support)
+
+
+def _recomputed(loop: InnerLoop, start: TaskParams, support: Support, keep: int) -> Trajectory:
+    packed, support = narrowed(loop, start, support)
+    return recompute(loop, with_prototypes(loop, packed, support), support, loop.shared, keep)
 
 
 def _judge(

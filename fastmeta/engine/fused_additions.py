@@ -25,7 +25,7 @@ def fuse_additions(graph: fx.Graph) -> None:
     for node in order:
         if node.target is aten.add.Tensor and not node.kwargs and _alike(*node.args):
             for product, other in (node.args, node.args[::-1]):
-                if _absorbed(node, product, other, order, writes):
+                if _laid_out_as(node, product) and _absorbed(node, product, other, order, writes):
                     node.replace_all_uses_with(product)
                     graph.erase_node(node)
                     break
@@ -38,6 +38,13 @@ def _alike(a: object, b: object) -> bool:
         return False
     a, b = a.meta["val"], b.meta["val"]
     return a.shape == b.shape and a.dtype == b.dtype
+
+
+def _laid_out_as(a: fx.Node, b: fx.Node) -> bool:
+    """Whether two tensors of one shape have their elements in the same order: what looks at one of
+    them later may then look at the other."""
+    a, b = a.meta["val"], b.meta["val"]
+    return all(n <= 1 or s == t for n, s, t in zip(a.shape, a.strides, b.strides, strict=True))
 
 
 def _absorbed(

@@ -7,6 +7,7 @@ a forward and a backward pass is what the second graph reads of the first.
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -151,21 +152,34 @@ def _taped(
 def tracing() -> Iterator[None]:
     """Within, transformers prepares attention masks without reading their values, in this thread;
     random numbers drawn are forgotten."""
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with masks_unread(threading.get_ident()), torch.random.fork_rng(devices=devices):
         yield
+
+
+_lock = threading.Lock()
+_unread: Counter[int | None] = Counter()  # threads that are within, None for all
+_asked = import_utils.is_jit_tracing
 
 
 @contextmanager
 def masks_unread(thread: int | None = None) -> Iterator[None]:
     """Within, transformers prepares attention masks without reading their values, in one thread or
     in all."""
-    original = import_utils.is_jit_tracing
-    import_utils.is_jit_tracing = lambda: thread in (None, threading.get_ident()) or original()
+    with _lock:
+        _unread[thread] += 1
+        import_utils.is_jit_tracing = _is_unread
     try:
         yield
     finally:
-        import_utils.is_jit_tracing = original
+        with _lock:
+            _unread[thread] -= 1
+            if not +_unread:
+                import_utils.is_jit_tracing = _asked
+
+
+def _is_unread() -> bool:
+    return _unread[None] > 0 or _unread[threading.get_ident()] > 0 or _asked()
 
 
 def _is_random(node: fx.Node) -> bool:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fastmeta.engine.conditions import Conditions
+from fastmeta.engine.conditions import Conditions, versions
 from fastmeta.engine.inner import InnerLoop, Support, gradient
 from fastmeta.engine.recompute import backpropagate
 
@@ -77,7 +77,8 @@ class _Implicit(torch.autograd.Function):
     @staticmethod
     def forward(ctx, loop, empty, shared, stored, adapted, packed, *meta):
         ctx.loop, ctx.support, ctx.shared = loop, empty, shared
-        ctx.conditions = Conditions(loop.patched, packed.device)
+        read = versions(loop.patched, empty.inputs.values())
+        ctx.conditions = Conditions(loop.patched, packed.device, read)
         ctx.save_for_backward(adapted, *stored, *shared)
         ctx.num_stored = len(stored)
         return adapted.clone()

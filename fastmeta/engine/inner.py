@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastmeta.engine.losses import WAYS, LossFn
@@ -68,9 +68,10 @@ class InnerLoop:
 
     @cached_property
     def shared(self) -> list[Tensor]:
-        """Weights of the model that are meta-parameters but not adapted; found once, since that
-        takes a walk over all modules."""
-        return self.patched.shared_parameters()
+        """Weights of the model that are meta-parameters but not adapted, and the loss's own; found
+        once, since that takes a walk over all modules."""
+        own = self.loss_fn.parameters() if isinstance(self.loss_fn, nn.Module) else ()
+        return [*self.patched.shared_parameters(), *(p for p in own if p.requires_grad)]
 
     def added_parameters(self) -> list[Tensor]:
         """Meta-parameters that are not the model's: of rates, the update rule, a temperature."""

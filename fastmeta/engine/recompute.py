@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastmeta.engine.conditions import Conditions
+from fastmeta.engine.conditions import Conditions, versions
 from fastmeta.engine.inner import InnerLoop, Support, Trajectory, inner_step
 from fastmeta.patching import narrow_params
 from fastmeta.patching.prefix import is_random
@@ -28,10 +28,11 @@ weights kept of all steps, and more slices would only cost launches."""
 def slices(loop: InnerLoop, tasks: int) -> list[slice]:
     """Which tasks are recomputed together: only one slice's graph of a step exists at a time.
 
-    All of them under dropout: slices would draw other masks than the same tasks unrolled.
+    All of them under dropout: slices would draw other masks than the same tasks unrolled. And where
+    the device may not be asked, as which positions are padding is known of whole sets.
     """
     random = loop.patched.training and is_random(loop.patched.model)
-    size = tasks if random else max(1, tasks // SLICES)
+    size = tasks if random or not loop.asks else max(1, tasks // SLICES)
     return [slice(i, min(i + size, tasks)) for i in range(0, tasks, size)]
 
 
@@ -87,10 +88,11 @@ class _Recompute(torch.autograd.Function):
         active = torch.ones(packed.shape[0], dtype=torch.bool, device=packed.device)
         ctx.loop, ctx.support, ctx.weights = loop, empty, weights
         ctx.conditions, ctx.kept = [], {}
+        read = versions(loop.patched, support.inputs.values())
         saved, losses = [], []
         for step in range(loop.steps):
             saved.append((packed, *state, active))
-            ctx.conditions.append(Conditions(loop.patched, packed.device))
+            ctx.conditions.append(Conditions(loop.patched, packed.device, read))
             if step >= loop.steps - keep:
                 with torch.enable_grad():
                     graph = _Graph.of(loop, step, packed, state, empty, stored, active)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +13,7 @@ from fastmeta.patching import activations, attention, prefix
 from fastmeta.patching.bind import bind, copy_structure, install
 from fastmeta.patching.context import Call, current_call
 from fastmeta.patching.methods import split_key
-from fastmeta.patching.probe import CallKind
+from fastmeta.patching.probe import CallKind, PatchError
 from fastmeta.patching.rules import Adapted, gathering, isolating_rule, lora_delta, rule_for
 from fastmeta.patching.slots import Slots
 from fastmeta.patching.units import Unit, by_loop, by_vmap
@@ -107,6 +107,12 @@ class Plan:
             assert rule is not None
             install(module, method, _by_rule(module, adapted, rule, mode))
 
+    def refuse(self, names: Iterable[str]) -> None:
+        """Raise where modules run that did not when this plan was made: nothing is known of how."""
+        for name in names:
+            if self.modes.get(name) == "skip":
+                install(self.structure.get_submodule(name), "forward", _refusal(name))
+
     def train(self, mode: bool) -> None:
         self.structure.train(mode)
         self.pristine.train(mode)
@@ -182,6 +188,17 @@ def _by_rule(module: nn.Module, adapted: Adapted, rule: Callable, mode: str) -> 
         if call.tap is not None and adapted.slots:
             call.tap.record(adapted.name, x, y)
         return y
+
+    return forward
+
+
+def _refusal(name: str) -> Callable:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        raise PatchError(
+            f"module {name!r} adapts, but did not run on the inputs that this patched model saw "
+            "first (in evaluation mode), so that how it runs is not known: adapt parameters "
+            "outside of it, or patch again and begin with inputs that it runs on"
+        )
 
     return forward
 

@@ -70,6 +70,11 @@ class Replay:
             return output
         position = self.position.get(name, 0)
         self.position[name] = position + 1
+        if position == len(self.cache.outputs[name]):
+            raise RuntimeError(
+                f"the frozen module {name!r} runs more often than when its outputs were stored: "
+                "what runs may depend on inputs only, not on weights that adapt"
+            )
         return self.cache.outputs[name][position]
 
 

@@ -73,6 +73,7 @@ def make_plan(
         if mode == "loop":
             module = model.get_submodule(split_key(name)[0])
             probe.warn_loop(name, module)
+    plan.refuse(n for n in slots.owners if n not in search.kinds and n not in search.trace.inside)
     entered = {n for n, mode in plan.modes.items() if mode != "skip"} | slots.prefixes.keys()
     plan.prefix = probe.prefix_modules(search.trace, entered | boundaries)
     prefix.install_in(plan.structure, plan.prefix)
@@ -287,12 +288,21 @@ class _Search:
         shorter.fused_attention = self.fused_attention
         first_token.shorten(shorter.structure, name, self.slots.owners, shorter.modes)
         shorter.shortened = name
-        try:
-            with torch.no_grad(), running(Call(self.views, probe.TASKS, probe.ROWS)):
-                actual = shorter.run(self.small)
-        except Exception:
-            return plan  # something reads the other tokens
-        return shorter if probe.agrees(actual, self.expected, self.tolerance) else plan
+        texts = [(self.small, self.expected)]
+        mask = self.small.get(unpadded.MASK)
+        if isinstance(mask, Tensor):
+            # of texts of one word a mean is that of the first
+            whole = {**self.small, unpadded.MASK: torch.ones_like(mask)}
+            texts.append((whole, self._per_task(whole)))
+        for inputs, expected in texts:
+            try:
+                with torch.no_grad(), running(Call(self.views, probe.TASKS, probe.ROWS)):
+                    actual = shorter.run(inputs)
+            except Exception:
+                return plan  # something reads the other tokens
+            if not probe.agrees(actual, expected, self.tolerance):
+                return plan
+        return shorter
 
     def leave_out_padding(self, plan: Plan) -> None:
         """Find a run of the plan's layers that can leave out padding without a change of the

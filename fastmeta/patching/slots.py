@@ -56,6 +56,12 @@ def _leaf(parameter: nn.Parameter) -> Tensor:
 
 def make_slots(model: nn.Module, spec: Spec, seed: int) -> Slots:
     """Resolve `spec` against `model`."""
+    for name, module in model.named_modules():
+        if getattr(module, "scale_grad_by_freq", False):
+            raise ValueError(
+                f"{name!r} counts words over a whole batch, of all its tasks: expected an "
+                "embedding without scale_grad_by_freq"
+            )
     # One generator for all new parameters: explicit, and independent of the global one.
     generator = torch.Generator().manual_seed(seed)
     names: list[str] = []

@@ -121,10 +121,12 @@ def by_loop(unit: Unit, call: Call, args: tuple, kwargs: dict) -> Any:
 
 
 def _divides(leaf: Any, call: Call) -> bool:
-    """Whether a tensor's leading size allows ``T * N`` rows (or those flattened further)."""
+    """Whether a tensor's leading size allows ``T * N`` rows (or those flattened further); without
+    padding, T rows of tokens."""
     if not isinstance(leaf, Tensor) or leaf.dim() == 0 or leaf.shape[0] == 0:
         return False
-    return leaf.shape[0] % (call.tasks * call.rows) == 0
+    without = call.unpadded is not None and call.unpadded.active
+    return leaf.shape[0] % (call.tasks * (1 if without else call.rows)) == 0
 
 
 def _merge(stacked: Any, call: Call) -> Any:

@@ -43,6 +43,7 @@ class Tokens:
     Attributes:
         index: int64 ``[T * M]``: the position ``b * L + l`` of every token. Tasks with fewer real
             tokens than M are filled up with some of their padding.
+        fullest: Real tokens of the fullest task.
         place: int64 ``[B * L]``: where each real position's token is, -1 for padding.
     """
 
@@ -54,7 +55,8 @@ class Tokens:
         kept[:, :1] = True
         kept = kept.view(tasks, -1)  # [T, N * L]
         each = kept.sum(1)
-        self.width = min(-(-int(each.max()) // multiple) * multiple, kept.shape[1])
+        self.fullest = int(each.max())
+        self.width = min(-(-self.fullest // multiple) * multiple, kept.shape[1])
         # real ones first, in their order
         index = kept.logical_not().to(torch.int8).sort(dim=1, stable=True).indices[:, : self.width]
         offsets = torch.arange(tasks, device=mask.device).unsqueeze(1) * kept.shape[1]
@@ -80,8 +82,8 @@ class Tokens:
 
     @property
     def share(self) -> float:
-        """Of the positions, those that are computed."""
-        return self.tasks * self.width / max(self.place.numel(), 1)
+        """Of the positions, those that need to be computed; the same however M is rounded."""
+        return self.tasks * self.fullest / max(self.place.numel(), 1)
 
     def are_rows_of(self, t: object) -> bool:
         """Whether a tensor has entries for every position, ``[B or 1, L, D]``."""
@@ -179,15 +181,18 @@ def at_tokens(outputs: Any, mask: Tensor) -> Any:
 
 
 def with_padding(inputs: Mapping[str, Any]) -> dict[str, Any] | None:
-    """A model's inputs ``[B, ...]`` with the second half of every other row padding, or None where
-    there is no mask or nothing to mask."""
+    """A model's inputs ``[B, ...]`` with rows in turn whole, padded on the right, on the left, and
+    in the middle; None where there is no mask or nothing to mask. Two rows of one task have an odd
+    number of tokens."""
     mask = inputs.get(MASK)
     if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] < 2:
         return None
     if mask.is_floating_point():
         return None
-    changed = torch.ones_like(mask)
-    changed[1::2, (mask.shape[1] + 1) // 2 :] = 0
+    changed, length = torch.ones_like(mask), mask.shape[1]
+    changed[1::4, max(1, length - 1 - length // 2 // 2 * 2) :] = 0
+    changed[2::4, : length // 2] = 0
+    changed[3::4, 1 : 1 + length // 2] = 0
     return {**inputs, MASK: changed}
 
 
