@@ -9,7 +9,7 @@ namespace {
 constexpr int64_t kBlock = 4096;  // elements of one unit of work; divides 2^32
 constexpr int64_t kCost = 2;      // an element costs as much as this many moved ones
 
-// `count` elements from number `first` on, of which 2^32 lie in the same range.
+// `count` elements from number `first` on, whose numbers have the same upper 32 bits.
 template <typename A>
 FM_HD void drop(const A* from, A* to, int64_t count, Seed seed, uint64_t first, uint32_t dropped,
                 A factor) {
