@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -14,28 +13,19 @@ from fastmeta.patching.task_axes import check_mask
 _POSITIONS = ("position_embeddings", "wpe", "embed_positions")  # tables that bound the length
 
 
-class Limits(NamedTuple):
-    """Numbers of words, and of tokens of a text; None where nothing bounds them."""
-
-    words: int | None
-    tokens: int | None
+_MOST: WeakKeyDictionary[nn.Module, int | None] = WeakKeyDictionary()
 
 
-_KNOWN: WeakKeyDictionary[nn.Module, Limits] = WeakKeyDictionary()
-
-
-def limits_of(model: nn.Module) -> Limits:
-    """What the model's tables of words and of positions hold."""
-    if model not in _KNOWN:
-        try:
-            words = model.get_input_embeddings().num_embeddings
-        except (AttributeError, NotImplementedError):
-            words = None
-        _KNOWN[model] = Limits(words, _most_tokens(model))
-    return _KNOWN[model]
+def _words(model: nn.Module) -> int | None:
+    """How many words the model's table has; None where it has none. Tables may be resized."""
+    try:
+        return model.get_input_embeddings().num_embeddings
+    except (AttributeError, NotImplementedError):
+        return None
 
 
 def _most_tokens(model: nn.Module) -> int | None:
+    """How long a text may be, where a table of positions bounds it."""
     for name, module in model.named_modules():
         if name.rpartition(".")[2] in _POSITIONS and isinstance(module, nn.Embedding):
             first = 0 if module.padding_idx is None else module.padding_idx + 1
@@ -59,19 +49,22 @@ def check_inputs(
                 f"{value.device}; move it with .to({str(device)!r})"
             )
     check_mask(inputs)
-    ids, limits = inputs.get("input_ids"), limits_of(model)
+    ids, words = inputs.get("input_ids"), _words(model)
     if ids is None or ids.is_floating_point():
         return
-    if limits.tokens is not None and ids.shape[-1] > limits.tokens:
+    if model not in _MOST:
+        _MOST[model] = _most_tokens(model)
+    most = _MOST[model]
+    if most is not None and ids.shape[-1] > most:
         raise ValueError(
-            f"the model takes at most {limits.tokens} tokens, got {which} texts of {ids.shape[-1]}"
+            f"the model takes at most {most} tokens, got {which} texts of {ids.shape[-1]}"
         )
-    if limits.words is None:
+    if words is None:
         return
-    wrong = (ids < 0) | (ids >= limits.words)
+    wrong = (ids < 0) | (ids >= words)
     if bool(wrong.any()):
         task = int(wrong.flatten(1).any(1).nonzero()[0])
         raise ValueError(
-            f"{which} input_ids must be in 0..{limits.words - 1} (the model's words), "
+            f"{which} input_ids must be in 0..{words - 1} (the model's words), "
             f"got {int(ids[wrong][0])} in task {task}"
         )
