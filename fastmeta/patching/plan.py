@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmeta.patching import attention, prefix
-from fastmeta.patching.bind import bind, install
+from fastmeta.patching.bind import bind, install, set_mode
 from fastmeta.patching.context import Call, current_call
 from fastmeta.patching.methods import split_key
 from fastmeta.patching.prepared import prepared_copy
@@ -114,9 +114,9 @@ class Plan:
             if self.modes.get(name) == "skip":
                 install(self.structure.get_submodule(name), "forward", _refusal(name))
 
-    def train(self, mode: bool) -> None:
-        self.structure.train(mode)
-        self.pristine.train(mode)
+    def train(self, mode: bool, rest: frozenset[str] = frozenset()) -> None:
+        set_mode(self.structure, mode, rest)
+        set_mode(self.pristine, mode, rest)
 
     def prefix_is_random(self) -> bool:
         return any(prefix.is_random(self.structure.get_submodule(n)) for n in self.prefix)
