@@ -153,6 +153,9 @@ def prepared_copy(model: nn.Module, slots: Slots) -> nn.Module:
         if getattr(config, "use_cache", False):
             # Key-value caches serve generation; here they would only hold memory.
             config.use_cache = False
+        if getattr(module, "gradient_checkpointing", False):
+            # It would run modules again outside of their call; learners have memory modes.
+            module.gradient_checkpointing = False
         if getattr(config, "_experts_implementation", None) is not None:
             # Grouped products of routed experts have no double backward; plain ones do.
             config._experts_implementation_internal = "eager"
