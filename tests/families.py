@@ -110,6 +110,8 @@ FAMILIES: dict[str, Family] = {
         _classifier(tf.ModernBertConfig, local_attention=4, global_attn_every_n_layers=2, **_BERT)
     ),
     "eurobert": Family(_classifier(tf.EuroBertConfig, **_BERT)),
+    "layoutlm": Family(_classifier(tf.LayoutLMConfig, max_2d_position_embeddings=8, **_BERT)),
+    "openai_gpt": Family(_classifier(tf.OpenAIGPTConfig, **_GPT2), "decoder"),
     "gpt2": Family(_classifier(tf.GPT2Config, **_GPT2), "decoder"),
     "gpt2_lm": Family(_auto(tf.AutoModelForCausalLM, tf.GPT2Config, **_GPT2), "decoder"),
     "llama": Family(_classifier(tf.LlamaConfig, **_LLAMA), "decoder"),

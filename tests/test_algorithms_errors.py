@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import episode_oracle as oracle
+import families
 import pytest
 import torch
 import transformers as tf
@@ -225,6 +226,26 @@ def test_inputs_that_the_model_cannot_read(patched: fm.Patched) -> None:
                 assert text in message_of(ValueError, lambda: learner(changed(which, **tensors)))  # noqa: B023
     with pytest.raises(ValueError, match="attention_mask must have the shape of input_ids"):
         patched(patched.init(2), input_ids=ids, attention_mask=short)
+
+
+def test_texts_as_long_as_the_model_takes() -> None:
+    """OPT's table of positions has two rows more than it serves."""
+    model = families.build("opt")
+    learners = fm.MAML(fm.patch(model, fm.Head()), steps=1), fm.ProtoNet(model)
+
+    def texts(length: int) -> fm.TaskBatch:
+        support = {k: torch.ones(2, 3, length).long() for k in ("input_ids", "attention_mask")}
+        support["labels"] = torch.arange(3).expand(2, 3)
+        return fm.TaskBatch(support, support)
+
+    for learner in learners:
+        assert learner(texts(16)).loss.isfinite()
+        found = message_of(ValueError, lambda: learner(texts(17)))  # noqa: B023
+        assert found == "the model takes at most 16 tokens, got support texts of 17"
+    decoder = model.model.decoder  # tables may be replaced
+    decoder.embed_positions = type(decoder.embed_positions)(4, 16).double()
+    found = message_of(ValueError, lambda: fm.ProtoNet(model)(texts(16)))
+    assert found == "the model takes at most 6 tokens, got support texts of 16"
 
 
 def test_another_device(patched: fm.Patched) -> None:

@@ -59,6 +59,18 @@ class ReadsChild(nn.Module):
         return (self.other(x) @ self.child.weight).sin()
 
 
+class ReadsParameters(nn.Module):
+    """Reads values and the dtype of its children through `parameters()`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = sum(p.square().sum() for p in self.parameters())
+        return (self.inner(x) / size).to(next(self.parameters()).dtype).sin()
+
+
 class DataDependent(nn.Module):
     """Chooses rows by value, which vmap cannot."""
 
@@ -145,6 +157,7 @@ PLAIN: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], dict[str, 
     "own-parameters-inside": (lambda: nn.Sequential(WithOwnParameters()), floats, {"0": "vmap"}),
     "class-token": (WithToken, floats, {"": "expand"}),
     "reads-child": (lambda: nn.Sequential(ReadsChild(), nn.Linear(4, 2)), floats, {"0": "vmap"}),
+    "reads-parameters": (lambda: nn.Sequential(ReadsParameters()), floats, {"0": "vmap"}),
     "data-dependent": (lambda: nn.Sequential(DataDependent()), floats, {"0": "loop"}),
     "called-twice": (lambda: nn.Sequential(TwiceDifferently()), floats, {"0": "vmap"}),
     "fused-attention": (CallsFusedAttention, floats, {}),

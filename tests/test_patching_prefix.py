@@ -106,6 +106,19 @@ def test_prefix_needs_the_attention_interface() -> None:
         fm.patch(families.build("bloom"), fm.Prefix(2))
 
 
+def test_prefix_where_no_word_ends_a_text() -> None:
+    """The end token of a configuration may lie outside of a small vocabulary."""
+    for family, shapes in (("llama", (2, 3, 3)), ("bart", None)):
+        model = families.build(family)
+        model.config.eos_token_id = families.VOCAB
+        if shapes is None:  # its classifier reads that token
+            with pytest.raises(ValueError, match="Prefix runs BartForSequenceClassification once"):
+                fm.patch(model, fm.Prefix(2))
+            continue
+        patched = fm.patch(model, fm.Prefix(2))
+        assert patched(patched.init(2), **families.inputs(family, 2, 3)).logits.shape == shapes
+
+
 # -- reuse of the frozen prefix --------------------------------------------------------------
 
 

@@ -8,29 +8,36 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from fastmeta.patching.discover import vocabulary
 from fastmeta.patching.task_axes import check_mask
 
-_POSITIONS = ("position_embeddings", "wpe", "embed_positions")  # tables that bound the length
+_POSITIONS = ("position_embeddings", "positions_embed", "embed_positions", "wpe")
+"""Names of tables that bound the length of a text."""
 
-
-_MOST: WeakKeyDictionary[nn.Module, int | None] = WeakKeyDictionary()
-
-
-def _words(model: nn.Module) -> int | None:
-    """How many words the model's table has; None where it has none. Tables may be resized."""
-    try:
-        return model.get_input_embeddings().num_embeddings
-    except (AttributeError, NotImplementedError):
-        return None
+_TABLES: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
+"""Model -> name of such a table in it, or None: the table itself may be replaced."""
 
 
 def _most_tokens(model: nn.Module) -> int | None:
     """How long a text may be, where a table of positions bounds it."""
-    for name, module in model.named_modules():
-        if name.rpartition(".")[2] in _POSITIONS and isinstance(module, nn.Embedding):
-            first = 0 if module.padding_idx is None else module.padding_idx + 1
-            return module.num_embeddings - first
-    return None
+    if model not in _TABLES:
+        _TABLES[model] = next(
+            (
+                name
+                for name, module in model.named_modules()
+                if name.rpartition(".")[2] in _POSITIONS and isinstance(module, nn.Embedding)
+            ),
+            None,
+        )
+    name = _TABLES[model]
+    if name is None:
+        return None
+    table = model.get_submodule(name)
+    first = 0 if table.padding_idx is None else table.padding_idx + 1
+    served = table.num_embeddings - first
+    # A table may have rows that are no positions, such as OPT's first two.
+    said = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return min(served, said) if isinstance(said, int) else served
 
 
 def check_inputs(
@@ -49,12 +56,10 @@ def check_inputs(
                 f"{value.device}; move it with .to({str(device)!r})"
             )
     check_mask(inputs)
-    ids, words = inputs.get("input_ids"), _words(model)
+    ids, words = inputs.get("input_ids"), vocabulary(model)
     if ids is None or ids.is_floating_point():
         return
-    if model not in _MOST:
-        _MOST[model] = _most_tokens(model)
-    most = _MOST[model]
+    most = _most_tokens(model)
     if most is not None and ids.shape[-1] > most:
         raise ValueError(
             f"the model takes at most {most} tokens, got {which} texts of {ids.shape[-1]}"

@@ -46,9 +46,9 @@ def bind(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     for name in state.pop(_INSTALLED, ()):
         state.pop(name, None)
     if here:
-        state["_parameters"] = {k: v for k, v in module._parameters.items() if k not in here}
-        state["_buffers"] = {k: v for k, v in module._buffers.items() if k not in here}
-        state.update(here)
+        # In the module's own dictionaries, so that its parameters(), dtype and device tell of them.
+        for own in ("_parameters", "_buffers"):
+            state[own] = {k: here.get(k, v) for k, v in state[own].items()}
     if below:
         modules = dict(module._modules)
         for child, nested in below.items():

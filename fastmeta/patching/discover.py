@@ -39,14 +39,28 @@ def self_attentions(model: nn.Module) -> list[tuple[str, int, int]]:
             config._attn_implementation_internal = _SPY
     inputs = _dummy_inputs(model)
     if inputs is not None:
-        with torch.no_grad():
-            structure(**inputs)
+        try:
+            with torch.no_grad():
+                structure(**inputs)
+        except Exception as e:
+            raise ValueError(
+                f"Prefix runs {type(model).__name__} once to find its attention, on the inputs "
+                f"{sorted(inputs)} of one row, which failed ({type(e).__name__}: {e})"
+            ) from e
     if not found:
         raise ValueError(
             f"{type(model).__name__} does not run its attention through transformers' "
             "attention interface, which Prefix needs; use LoRA or Params instead"
         )
     return list(found.values())
+
+
+def vocabulary(model: nn.Module) -> int | None:
+    """How many words the model's table has; None where it has none. Tables may be resized."""
+    try:
+        return model.get_input_embeddings().num_embeddings
+    except (AttributeError, NotImplementedError):
+        return None
 
 
 def _dummy_inputs(model: nn.Module) -> dict[str, Tensor] | None:
@@ -63,7 +77,7 @@ def _dummy_inputs(model: nn.Module) -> dict[str, Tensor] | None:
         return {name: torch.zeros(shape, dtype=like.dtype, device=like.device)}
     ids = torch.ones(1, 4, dtype=torch.int64, device=like.device)
     eos = getattr(config, "eos_token_id", None)
-    if isinstance(eos, int):
+    if isinstance(eos, int) and 0 <= eos < (vocabulary(model) or 0):
         ids[:, -1] = eos  # BART's classifier reads the last such token
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if getattr(config, "is_encoder_decoder", False):

@@ -46,7 +46,8 @@ def patch(model: nn.Module, spec: Spec, *, seed: int = 0) -> Patched:
     is found in the model itself.
 
     Args:
-        model: A transformers model (any `nn.Module` whose inputs have a leading batch axis works).
+        model: A transformers model (any `nn.Module` whose inputs have a leading batch axis works);
+            of one that `torch.compile` returned, the model that it wraps.
         spec: What each task may change, e.g. ``fm.LoRA(r=8) + fm.Params("classifier.*")``.
         seed: Seed of newly created parameters (LoRA, prefix).
 
@@ -78,6 +79,8 @@ class Patched(nn.Module):
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(f"expected a torch.nn.Module to patch, got {model!r}")
+        # Of torch.compile's wrapper what it wraps: it would compile the code of another structure.
+        model = getattr(model, "_orig_mod", model)
         if not isinstance(spec, Spec):
             raise TypeError(
                 f"expected a specification such as fm.LoRA() or fm.Params('*'), got {spec!r}"

@@ -81,6 +81,9 @@ def _copy(model: nn.Module, *, every: bool, own_attention: bool) -> nn.Module:
     _keep_no_cache(structure)
     for module in structure.modules():
         config = getattr(module, "config", None)
+        if getattr(module, "gradient_checkpointing", False):
+            # It would run modules again outside of their call; learners have memory modes.
+            module.gradient_checkpointing = False
         if getattr(config, "_experts_implementation", None) is not None:
             # Grouped products of routed experts have no double backward; plain ones do.
             config._experts_implementation_internal = "eager"
