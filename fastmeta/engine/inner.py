@@ -188,7 +188,7 @@ def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def task_losses(loop: InnerLoop, params: TaskParams, batch: Mapping[str, Tensor], prefix=None):
     """Losses ``[T]`` and outputs of the model."""
-    outputs = loop.patched(params, prefix_cache=prefix, **model_inputs(batch))
+    outputs = loop.patched.run(params, model_inputs(batch), prefix)
     losses = loop.loss_fn(outputs, batch)
     if not isinstance(losses, Tensor) or losses.shape != (params.num_tasks,):
         got = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
