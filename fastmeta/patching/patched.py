@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastmeta.patching import prefix, probe
 from fastmeta.patching.bind import resting
 from fastmeta.patching.context import Call, running
+from fastmeta.patching.generation import generate
 from fastmeta.patching.initial_params import InitialParams, with_zeros
 from fastmeta.patching.inputs import check_inputs
 from fastmeta.patching.known_tokens import KnownTokens
@@ -233,7 +234,7 @@ class Patched(nn.Module):
             widths: Unless 0: without padding, round the number of tokens up to one of so many. What
                 is returned then says which tokens there are, also where there is no prefix.
         """
-        flat, _, _ = self._flatten(params, inputs)
+        flat, _, _ = self.flatten(params, inputs)
         plan = self.plan(inputs)
         reused = plan.prefix and not plan.prefix_is_random()
         if not (reused or widths):
@@ -274,6 +275,29 @@ class Patched(nn.Module):
         check_inputs(inputs, "given", self.device, self.model)
         return self.run(params, inputs, prefix_cache)
 
+    def generate(self, params: TaskParams, **given: Any) -> Any:
+        """Continue the texts of T tasks in one batch, each with its own fast weights.
+
+        Args:
+            params: Fast weights of T tasks.
+            given: The model's inputs ``[T, N, L]``, padded on the left where one is not an
+                encoder-decoder, and settings of transformers' ``generate``, such as
+                ``max_new_tokens``, ``do_sample`` or ``generation_config``; one continuation of
+                each text. Keys and values of earlier words are kept (``use_cache=False``: are not).
+
+        Returns:
+            What ``generate`` returns, with ``[T, N, ...]`` in place of ``[B, ...]``: words
+            ``[T, N, L']``. Without sampling, those of each task alone.
+
+        Raises:
+            TypeError: The model does not generate.
+            ValueError: Inputs and params disagree, texts are padded on the right, or several
+                continuations were asked for.
+            PatchError: The model generates, but not with these per-task parameters; asked on the
+                first use.
+        """
+        return generate(self, params, given)
+
     def run(
         self,
         params: TaskParams,
@@ -281,7 +305,7 @@ class Patched(nn.Module):
         prefix_cache: prefix.PrefixCache | None = None,
     ) -> Any:
         """:meth:`forward` for inputs that were checked."""
-        flat, tasks, rows = self._flatten(params, inputs)
+        flat, tasks, rows = self.flatten(params, inputs)
         plan = self.plan(inputs)
         with running(self.call(params.bound(plan), inputs, prefix_cache=prefix_cache)):
             out = plan.run(flat)
@@ -329,7 +353,7 @@ class Patched(nn.Module):
         tokens = self.tokens(inputs, widths)
         return mask[0].numel() if tokens is None else tokens.width
 
-    def _flatten(
+    def flatten(
         self, params: TaskParams, inputs: Mapping[str, Any]
     ) -> tuple[dict[str, Any], int, int]:
         """``[T, N, ...]`` inputs -> the model's ``[T * N, ...]`` inputs, T, N."""
