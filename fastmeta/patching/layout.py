@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 
 import torch
@@ -64,6 +64,18 @@ class ParamLayout:
             found = self._with_rows[slot, rows] = ParamLayout(self.names, shapes)
         return found
 
+    def difference(self, shapes: Mapping[str, Sequence[int]]) -> str | None:
+        """How other parameters, name -> shape in any order, differ from these, as a clause; None
+        where they do not."""
+        missing = [n for n in self.names if n not in shapes]
+        extra = [n for n in shapes if n not in self.index]
+        if missing or extra:
+            return f"expected {_few(missing) or 'no more'}, got {_few(extra) or 'none'}"
+        for name, shape in zip(self.names, self.shapes, strict=True):
+            if tuple(shapes[name]) != shape:
+                return f"expected {name} of shape {list(shape)}, got {list(shapes[name])}"
+        return None
+
     def __len__(self) -> int:
         return len(self.names)
 
@@ -98,3 +110,8 @@ class ParamLayout:
         return [
             p.view(packed.shape[0], *shape) for p, shape in zip(pieces, self.shapes, strict=True)
         ]
+
+
+def _few(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+    return ", ".join(names[:2]) + more

@@ -320,10 +320,13 @@ class Patched(nn.Module):
             known = answers[widths] = state, asked[1:], tokens
         return None if known[2] is None else Unpadded(known[2])
 
-    def _flatten(
-        self, params: TaskParams, inputs: Mapping[str, Any]
-    ) -> tuple[dict[str, Any], int, int]:
-        """``[T, N, ...]`` inputs -> the model's ``[T * N, ...]`` inputs, T, N."""
+    def check_params(self, params: TaskParams) -> None:
+        """Raise unless `params` are fast weights of this model and specification.
+
+        Raises:
+            TypeError: They are something else.
+            ValueError: They are of another model or specification.
+        """
         if not isinstance(params, TaskParams):
             raise TypeError(
                 "expected fast weights (fm.TaskParams), such as fm.adapt(...).params, "
@@ -334,6 +337,12 @@ class Patched(nn.Module):
                 f"params are of another model or specification: expected {self.layout}, "
                 f"got {params.layout}"
             )
+
+    def _flatten(
+        self, params: TaskParams, inputs: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], int, int]:
+        """``[T, N, ...]`` inputs -> the model's ``[T * N, ...]`` inputs, T, N."""
+        self.check_params(params)
         name, tasks, rows = leading_axes(inputs)
         if tasks != params.num_tasks:
             raise ValueError(
