@@ -59,3 +59,4 @@ for (_, text), customer, expected in zip(requests, which, logits, strict=True):
     one = {k: v.unsqueeze(0) for k, v in tokens([text]).items()}
     with torch.no_grad():
         torch.testing.assert_close(patched(alone[customer], **one).logits[0, 0], expected)
+folder.cleanup()
