@@ -113,13 +113,20 @@ def test_what_does_not_join() -> None:
     with pytest.raises(ValueError, match=r"part 2 is of .* of shape \[2, 16\], got \[3, 16\]"):
         joined([params, params, adapted(patched(fm.LoRA(r=3) + fm.Head()))])
     backwards = fm.ParamLayout(model.layout.names[::-1], model.layout.shapes[::-1])
-    with pytest.raises(ValueError, match="its parameters are in another order"):
+    with pytest.raises(ValueError, match="expected parameters in the order of"):
         joined([params, fm.TaskParams(backwards, params.packed)])
     with pytest.raises(ValueError, match="all parts of one device, got cpu, meta"):
         joined([params, params.to("meta")])
     low = fm.TaskParams(params.layout, params.packed.float())
     with pytest.raises(ValueError, match=r"one dtype, got torch\.float32, torch\.float64"):
         joined([params, low])
+
+
+def test_weights_of_other_modules_are_refused_whatever_their_shapes() -> None:
+    model = fm.patch(families.build("bert"), fm.LoRA(r=2, targets="query"))
+    other = fm.patch(model.model, fm.LoRA(r=2, targets="value"))
+    with pytest.raises(ValueError, match=r"expected .*query\.lora_A, .* got .*value"):
+        logits(model, other.init(1), torch.ones(1, 1, 4, dtype=torch.int64))
 
 
 def test_adaptation_goes_on_only_from_its_own_weights() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from math import prod
 
 import torch
@@ -64,17 +64,19 @@ class ParamLayout:
             found = self._with_rows[slot, rows] = ParamLayout(self.names, shapes)
         return found
 
-    def difference(self, shapes: Mapping[str, Sequence[int]]) -> str | None:
-        """How other parameters, name -> shape in any order, differ from these, as a clause; None
-        where they do not."""
-        missing = [n for n in self.names if n not in shapes]
-        extra = [n for n in shapes if n not in self.index]
+    def difference(self, other: ParamLayout) -> str | None:
+        """How another layout differs from this one, as a clause; None where it does not."""
+        if other is self or (other.names, other.shapes) == (self.names, self.shapes):
+            return None
+        missing = [n for n in self.names if n not in other.index]
+        extra = [n for n in other.names if n not in self.index]
         if missing or extra:
             return f"expected {_few(missing) or 'no more'}, got {_few(extra) or 'none'}"
         for name, shape in zip(self.names, self.shapes, strict=True):
-            if tuple(shapes[name]) != shape:
-                return f"expected {name} of shape {list(shape)}, got {list(shapes[name])}"
-        return None
+            found = other.shapes[other.index[name]]
+            if found != shape:
+                return f"expected {name} of shape {list(shape)}, got {list(found)}"
+        return f"expected parameters in the order of {self.names[:2]}, got {other.names[:2]}"
 
     def __len__(self) -> int:
         return len(self.names)

@@ -181,15 +181,10 @@ def _check_layouts(parts: Sequence[TaskParams]) -> None:
             )
     if not parts:
         raise ValueError("expected fast weights of at least one task, got none")
-    first = parts[0].layout
-    for i, layout in enumerate(part.layout for part in parts):
-        if layout is first:
-            continue
-        found = first.difference(dict(zip(layout.names, layout.shapes, strict=True)))
-        if found is None and layout.names != first.names:
-            found = "its parameters are in another order"
-        if found is not None:
-            raise ValueError(f"part {i} is of another model or specification: {found}")
+    for i, part in enumerate(parts):
+        difference = parts[0].layout.difference(part.layout)
+        if difference is not None:
+            raise ValueError(f"part {i} is of another model or specification: {difference}")
 
 
 def _alike(parts: Sequence[NarrowParams]) -> bool:

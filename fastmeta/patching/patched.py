@@ -332,11 +332,9 @@ class Patched(nn.Module):
                 "expected fast weights (fm.TaskParams), such as fm.adapt(...).params, "
                 f"got {type(params).__name__}"
             )
-        if params.layout is not self.layout and params.layout.shapes != self.layout.shapes:
-            raise ValueError(
-                f"params are of another model or specification: expected {self.layout}, "
-                f"got {params.layout}"
-            )
+        difference = self.layout.difference(params.layout)
+        if difference is not None:
+            raise ValueError(f"params are of another model or specification: {difference}")
 
     def _flatten(
         self, params: TaskParams, inputs: Mapping[str, Any]

@@ -45,8 +45,9 @@ def export_task(
         folder: Must not exist, or be empty.
         labels: Class names in the order of the logits.
         base: Name or folder of the model as it was loaded, where that holds every weight but those
-            adapted and those of a classifier's new head. None writes the model itself to
-            ``folder/base``, as is needed where its shared weights were trained.
+            adapted and those of a classifier's new head (whose ``num_labels=`` is then given to
+            ``AutoPeftModelFor...``, too). None writes the model itself to ``folder/base``, as is
+            needed where its shared weights were trained.
         tokenizer: Written beside the model in ``folder/base``, where given.
         details: JSON values to keep in ``fastmeta.json``, too.
         task: Which of the T tasks.

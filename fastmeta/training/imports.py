@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fastmeta.patching import Patched, TaskParams
+from fastmeta.patching import ParamLayout, Patched, TaskParams
 from fastmeta.training import peft_format
 from fastmeta.training.checkpoint import read_pair
 from fastmeta.training.errors import CheckpointError
@@ -61,7 +61,9 @@ def _difference(
     patched: Patched, weights: Mapping[str, Tensor], scales: Mapping[str, float]
 ) -> str | None:
     """What differs from the specification, as a clause, or None."""
-    found = patched.layout.difference({name: value.shape for name, value in weights.items()})
+    names = sorted(weights, key=lambda name: patched.layout.index.get(name, len(weights)))
+    held = ParamLayout(names, [weights[name].shape for name in names])
+    found = patched.layout.difference(held)
     if found is not None:
         return found
     for module, scale in patched.slots.lora_scales.items():

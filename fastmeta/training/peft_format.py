@@ -109,7 +109,7 @@ def from_peft(
     """
     _check_config(config)
     places, own = _places(patched), patched.model.state_dict()
-    weights: dict[str, Tensor] = {}
+    held: dict[str, Tensor] = {}
     scales: dict[str, float] = {}
     for key, value in tensors.items():
         place = key.removeprefix(_PREFIX).replace(".base_layer.", ".")
@@ -121,10 +121,14 @@ def from_peft(
             continue
         if factor == "lora_A":
             scales[module] = _scale(config, module, len(value))
-        name = places.get(place, place)
-        if name in weights and not torch.equal(weights[name], value):
-            raise ValueError(f"expected {name!r} in all its places to be one tensor, got several")
-        weights[name] = value
+        held[place] = value
+    weights = {places.get(place, place): value for place, value in held.items()}
+    for place, name in places.items():
+        if name in weights and not (place in held and torch.equal(held[place], weights[name])):
+            got = "another" if place in held else "none"
+            raise ValueError(
+                f"expected {name!r} in all places that share it, got {got} in {place!r}"
+            )
     return weights, scales
 
 
