@@ -71,6 +71,18 @@ class SetEncoder(nn.Module):
         return self.norm(z)
 
 
+def row_labels(labels: Tensor) -> Tensor:
+    """Classes ``[T, N]`` of examples; where their labels are no classes, all are of one.
+
+    Args:
+        labels: ``[T, N, ...]``, -100 ignored: an example without another label does not count.
+    """
+    if labels.dim() == 2 and labels.dtype == torch.int64:
+        return labels
+    counts = (labels != IGNORE_INDEX).unsqueeze(2).flatten(2).any(2)
+    return torch.where(counts, 0, IGNORE_INDEX)
+
+
 class Generator(nn.Module):
     """A task's vector to what is added to the initial value of every adapted tensor.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -261,6 +262,17 @@ class GradientLearner(nn.Module):
 
     def extra_repr(self) -> str:
         return f"steps={self.steps}, order={self.order}, memory={self.memory!r}"
+
+
+def warn_of_nothing(learner: nn.Module) -> None:
+    """Warn, where gradients are enabled, of a learner without meta-parameters."""
+    if torch.is_grad_enabled():
+        warnings.warn(
+            f"this {type(learner).__name__} has nothing to learn, and its loss no gradient: its "
+            "model is frozen, and it adds no parameters; unfreeze some, or evaluate under "
+            "torch.no_grad()",
+            stacklevel=2,
+        )
 
 
 def copy_parameters(

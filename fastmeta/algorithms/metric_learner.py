@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmeta.algorithms.embedding import Embedding
-from fastmeta.algorithms.learner import copy_parameters
+from fastmeta.algorithms.learner import copy_parameters, warn_of_nothing
 from fastmeta.batch import TaskBatch, check_set, ways_of
 from fastmeta.engine.allocator import reuse_large_buffers
 from fastmeta.engine.checks import check_labels, check_support_of_queries
@@ -136,6 +136,8 @@ class MetricLearner(nn.Module):
         """
         classes = self.check(batch)
         found = self._judge(batch, classes)
+        if not found.losses.requires_grad:
+            warn_of_nothing(self)
         good = torch.isfinite(found.losses.detach())
         if not bool(good.all()):
             found = Judged(*_detached(found))  # lets go of the graph before another one is built
