@@ -54,6 +54,19 @@ SETTINGS = [
 ]
 
 
+def test_unknown_settings(patched: fm.Patched) -> None:
+    """The class that was called is named, wherever its settings are defined."""
+    for learner, setting, near in (
+        (fm.MAML, "step", "'steps'"),
+        (fm.IMAML, "lambda", "'lam'"),
+        (fm.HyperNetwork, "optimiser", "'optimizer'"),
+        (fm.ProtoMAML, "temprature", "'temperature' or 'initial_temperature'"),
+        (fm.MatchingNet, "poling", "'pooling'"),
+    ):
+        found = message_of(TypeError, lambda: learner(patched, **{setting: 1}))  # noqa: B023
+        assert found == f"{learner.__name__} has no setting {setting!r} (did you mean {near}?)"
+
+
 @pytest.mark.parametrize(("setting", "error", "text"), SETTINGS, ids=lambda x: str(x)[:40])
 def test_settings(setting: dict, error: type[Exception], text: str, patched: fm.Patched) -> None:
     assert text in message_of(error, lambda: fm.MAML(patched, **setting))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastmeta._names import refuse_unknown
 from fastmeta.batch import TaskBatch
 from fastmeta.engine.allocator import reuse_large_buffers
 from fastmeta.engine.capture import capture_of
@@ -109,8 +110,10 @@ class GradientLearner(nn.Module):
         compute_dtype: torch.dtype | str | None = None,
         compile: bool | str = False,
         compile_cache: str | Path | None = None,
+        **unknown: Any,
     ) -> None:
         super().__init__()
+        refuse_unknown(type(self), unknown)
         if not isinstance(patched, Patched):
             raise TypeError(
                 f"expected a patched model (fm.patch(model, spec)), got {type(patched).__name__}"

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastmeta._names import refuse_unknown
 from fastmeta.algorithms.embedding import Embedding
 from fastmeta.algorithms.learner import copy_parameters, warn_of_nothing
 from fastmeta.batch import TaskBatch, check_set, ways_of
@@ -56,8 +57,10 @@ class MetricLearner(nn.Module):
         projection: int | nn.Module | None = None,
         normalize: bool = False,
         seed: int = 0,
+        **unknown: Any,
     ) -> None:
         super().__init__()
+        refuse_unknown(type(self), unknown)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             self.embedding = Embedding(
