@@ -24,6 +24,10 @@ class TaskBatch:
             every task uses all the logits of the head. Logits at and beyond a task's ``ways`` are
             excluded exactly.
 
+    Names that begin with ``labels`` are for the loss alone: tensors that a loss of your own reads
+    besides ``labels`` (``labels_weight``, ``labels_teacher``) travel with the tasks, and the model
+    is not given them.
+
     Raises:
         TypeError: A value is no tensor, or `ways` no integers.
         ValueError: The sets are empty, or their task counts or row counts differ.
@@ -108,7 +112,8 @@ class TaskBatch:
         """Stack tasks of unequal size, padding exactly: padding never changes a result.
 
         A missing row repeats the task's first row (so that its attention stays finite) with
-        label ``-100``; a missing column holds `pad_token_id` under ``attention_mask`` 0.
+        label ``-100`` (NaN where labels are floating point); a missing column holds `pad_token_id`
+        under ``attention_mask`` 0.
 
         Args:
             tasks: One ``(support, query)`` pair per task, tensors ``[N_t, ...]``.
@@ -217,7 +222,8 @@ def _stack(key: str, tensors: list[Tensor], pad_token_id: int, masked: bool) -> 
     for tensor in _same_columns(key, tensors, 1, pad_token_id, masked):
         missing = rows - tensor.shape[0]
         if missing and key == "labels":
-            filling = tensor.new_full((missing, *tensor.shape[1:]), IGNORE_INDEX)
+            ignored = float("nan") if tensor.is_floating_point() else IGNORE_INDEX
+            filling = tensor.new_full((missing, *tensor.shape[1:]), ignored)
         else:
             filling = tensor[:1].expand(missing, *tensor.shape[1:])
         stacked.append(torch.cat([tensor, filling]))

@@ -139,6 +139,17 @@ FAMILIES: dict[str, Family] = {
     ),
     "gpt_neox": Family(_classifier(tf.GPTNeoXConfig, **_BERT), "decoder"),
     "bloom": Family(_classifier(tf.BloomConfig, hidden_size=16, n_layer=2, n_head=2), "decoder"),
+    "falcon": Family(  # asks for its attention by the name
+        _classifier(
+            tf.FalconConfig,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            ffn_hidden_size=24,
+            max_position_embeddings=16,
+        ),
+        "decoder",
+    ),
     "bart": Family(_classifier(tf.BartConfig, **_BART), "bart"),
     "bart_lm": Family(
         _auto(tf.AutoModelForSeq2SeqLM, tf.BartConfig, scale_embedding=True, **_BART), "seq2seq"

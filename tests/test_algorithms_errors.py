@@ -50,7 +50,11 @@ SETTINGS = [
     ({"truncate": 6}, ValueError, "truncate must be between 0 and steps=5, got 6"),
     ({"truncate": -1}, ValueError, "truncate must be between 0 and steps=5, got -1"),
     ({"truncate": 1.5}, TypeError, "truncate must be an integer or None, got 1.5"),
-    ({"loss_fn": "mse"}, ValueError, "loss_fn must be one of ['causal_lm', 'classification']"),
+    (
+        {"loss_fn": "mse"},
+        ValueError,
+        "loss_fn must be one of ['causal_lm', 'classification',",
+    ),
 ]
 
 

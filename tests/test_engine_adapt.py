@@ -7,9 +7,7 @@ import threading
 import episode_oracle as oracle
 import pytest
 import torch
-import torch.nn.functional as F
-import transformers as tf
-from torch import Tensor, nn
+from torch import Tensor
 
 import fastmeta as fm
 from fastmeta import rules
@@ -96,96 +94,3 @@ def test_threads_share_a_model() -> None:
         thread.join()
     for got, want in zip(found, expected, strict=True):
         close(got, want)
-
-
-# -- language models -------------------------------------------------------------------------
-
-
-def tiny_gpt2() -> nn.Module:
-    torch.manual_seed(0)
-    config = tf.GPT2Config(
-        vocab_size=20,
-        n_embd=16,
-        n_layer=1,
-        n_head=2,
-        n_positions=12,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    model = tf.GPT2LMHeadModel(config).double().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
-
-
-def texts(tasks: int, rows: int, seed: int) -> dict[str, Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    ids = torch.randint(1, 20, (tasks, rows, 6), generator=g)
-    mask = torch.ones_like(ids)
-    mask[0, 0, 4:] = 0
-    labels = ids.masked_fill(mask == 0, -100)
-    labels[:, :, :2] = -100  # the prompt
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-
-def next_token_loss(logits: Tensor, batch: dict[str, Tensor], ways: None) -> Tensor:
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
-
-
-@pytest.mark.parametrize("memory", ["unroll", "recompute"])
-@pytest.mark.parametrize("spec", [fm.LoRA(r=2, targets="c_attn"), fm.Bias()], ids=repr)
-def test_causal_language_model(spec: fm.Spec, memory: str) -> None:
-    model = tiny_gpt2().requires_grad_(False)
-    patched = fm.patch(model, spec)
-    settings = {"lr": 0.3, "steps": 2, "loss_fn": "causal_lm"}
-    learner = fm.MAML(patched, memory=memory, **settings)
-    batch = fm.TaskBatch(texts(2, 3, 0), texts(2, 2, 1))
-    out = learner(batch)
-    tasks = [
-        (
-            {k: v[t] for k, v in batch.support.items()},
-            {k: v[t] for k, v in batch.query.items()},
-            None,
-        )
-        for t in range(2)
-    ]
-    if isinstance(spec, fm.Bias):
-        expected = oracle.loop(learner, tasks, loss_fn=next_token_loss)
-        torch.testing.assert_close(out.task_losses, torch.stack(expected.losses))
-        oracle.assert_close(oracle.gradients(learner, out.loss), expected.gradients())
-    assert out.accuracy is None and out.logits.shape == (2, 2, 6, 20)
-    found = fm.adapt(patched, batch.support, **settings)
-    close(found.params.packed, out.params.packed)
-
-
-def test_language_model_labels_are_checked() -> None:
-    patched = fm.patch(tiny_gpt2(), fm.Bias())
-    support = texts(2, 3, 0)
-    support["labels"][1, 2, 3] = 20
-    with pytest.raises(ValueError, match=r"0\.\.19 \(vocab_size is 20\) .* got 20 in task 1"):
-        fm.adapt(patched, support, lr=0.1, steps=1, loss_fn="causal_lm")
-    support = texts(2, 3, 0)
-    support["labels"][0, :, 1:] = -100
-    with pytest.raises(ValueError, match="the support set of task 0 is empty"):
-        fm.adapt(patched, support, lr=0.1, steps=1, loss_fn="causal_lm")
-
-
-def test_a_loss_of_ones_own() -> None:
-    """Regression on logits, with floating-point labels that only the loss understands."""
-
-    def squares(outputs, batch) -> Tensor:
-        return (outputs.logits[..., 0] - batch["labels"]).square().mean(1)
-
-    patched = fm.patch(oracle.tiny_bert(), fm.Head())
-    plain = oracle.as_batch(oracle.make_tasks(3))
-    sets = [
-        {**s, "labels": torch.randn(s["labels"].shape, dtype=torch.float64)}
-        for s in (plain.support, plain.query)
-    ]
-    found = fm.adapt(patched, sets[0], lr=0.1, steps=20, loss_fn=squares)
-    assert bool((found.support_losses[-1] < 0.5 * found.support_losses[0]).all())
-    out = fm.MAML(patched, lr=0.1, steps=20, loss_fn=squares)(fm.TaskBatch(*sets))
-    close(out.params.packed, found.params.packed)
-    assert out.accuracy is None
-    out.loss.backward()

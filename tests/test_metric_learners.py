@@ -191,6 +191,9 @@ def test_the_users_model_keeps_its_mode_and_shares_its_weights() -> None:
     assert learner(batch).loss != learner(batch).loss  # dropout
     learner.eval()
     assert model.training and learner(batch).loss == learner(batch).loss
+    model.bert.eval()
+    rests = fm.ProtoNet(model)
+    assert rests.training and rests(batch).loss == rests(batch).loss
     before = learner(batch).loss
     with torch.no_grad():
         model.bert.embeddings.word_embeddings.weight.mul_(1.5)

@@ -199,8 +199,29 @@ def test_training_mode_is_the_patched_models_own() -> None:
     assert not any(m.training for m in model.modules())
     patched.eval()
     model.train()
-    assert torch.equal(patched(params, **inputs).logits, patched(params, **inputs).logits)
+    with pytest.warns(UserWarning, match=r"switched to training mode .* stays in evaluation mode"):
+        before = patched(params, **inputs).logits
+    assert torch.equal(patched(params, **inputs).logits, before)  # and is said once
     assert fm.patch(model, fm.Params("*")).training
+
+
+@pytest.mark.parametrize("spec", [fm.LoRA(r=2), fm.Params("*")], ids=repr)
+def test_modules_at_rest_stay_so(spec: fm.Spec) -> None:
+    """A backbone whose dropout was switched off by hand keeps it off while the rest trains."""
+    model = families.build("bert").train()
+    model.bert.eval()
+    model.dropout.p = 0.0
+    patched = fm.patch(model, spec)
+    inputs = families.inputs("bert", 2, 3)
+    params = patched.init(2)
+    assert patched.training
+    before = patched(params, **inputs).logits
+    assert torch.equal(patched(params, **inputs).logits, before)
+    patched.train()
+    assert torch.equal(patched(params, **inputs).logits, before)
+    model.bert.train()
+    patched = fm.patch(model, spec)
+    assert not torch.equal(patched(params, **inputs).logits, before)
 
 
 def test_views_first_read_without_gradients_carry_them() -> None:

@@ -118,6 +118,18 @@ class CallsFusedAttention(nn.Module):
         return nn.functional.scaled_dot_product_attention(q, k, k).sin().mean((1, 2))
 
 
+class CallsFusedAttentionAsItCan(CallsFusedAttention):
+    """With a boolean mask, keys that heads share, another size of values, and three axes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        attention = nn.functional.scaled_dot_product_attention
+        q, k = self.q(x).unflatten(-1, (2, 2)).transpose(1, 2), self.k(x)[..., None, :2]
+        k, mask = k.transpose(1, 2), torch.ones(5, 5).tril().bool()
+        out = attention(q, k, k, attn_mask=mask)
+        out = out + attention(q, q, q.repeat(1, 1, 1, 2), is_causal=True)[..., 1:3]
+        return (out + attention(q[:, 0], q[:, 0], q[:, 1], mask).unsqueeze(1)).sin().mean((1, 2))
+
+
 def floats() -> Tensor:
     return torch.randn(2, 3, 5, 4, dtype=torch.float64)
 
@@ -149,6 +161,7 @@ PLAIN: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], dict[str, 
     "data-dependent": (lambda: nn.Sequential(DataDependent()), floats, {"0": "loop"}),
     "called-twice": (lambda: nn.Sequential(TwiceDifferently()), floats, {"0": "vmap"}),
     "fused-attention": (CallsFusedAttention, floats, {}),
+    "fused-attention-as-it-can": (CallsFusedAttentionAsItCan, floats, {}),
     "torch-layer": (Torch, floats, {"layer.self_attn": "vmap"}),
 }
 

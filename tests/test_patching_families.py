@@ -22,7 +22,7 @@ WITHOUT_BIAS = {"llama", "mistral", "qwen3", "gemma2", "gemma3", "phi3", "olmo2"
 WITHOUT_BIAS |= {"t5", "mixtral", "qwen3_moe"}
 EXPERTS = {"mixtral", "qwen3_moe"}
 # a layer runs twice, or most parameters are read by modules that run per task
-NOT_BY_LEAF = {"albert", "deberta_v2_relative", "mpnet", *EXPERTS}
+NOT_BY_LEAF = {"albert", "deberta_v2_relative", "falcon", "mpnet", *EXPERTS}
 
 
 def paddings(family: str) -> list[str | None]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastmeta.models import pooled
 from fastmeta.patching import Patched
-from fastmeta.patching.bind import copy_structure
+from fastmeta.patching.bind import copy_structure, resting, set_mode
 
 POOLINGS = ("mean", "cls", "last")
 
@@ -26,7 +26,8 @@ class Embedding(nn.Module):
     """``[T, N, ...]`` inputs to features ``[T, N, D]``: encoder, pooling, projection, unit length.
 
     The encoder is the user's model without its task head; its weights are shared, not copied, and
-    its mode (dropout) is this module's own.
+    its mode (dropout) is this module's own. Modules that are in evaluation mode while the model
+    trains stay so.
 
     Args:
         model: A transformers model, a module whose output has ``last_hidden_state`` ``[B, L, D]``
@@ -82,6 +83,7 @@ class Embedding(nn.Module):
         self.device = like.device
         self.dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         self.projection = self._projection(projection)
+        self.rest = resting(source, whole.training)
         self.train(model.training)
 
     def _projection(self, projection: int | nn.Module | None) -> nn.Module | None:
@@ -94,6 +96,12 @@ class Embedding(nn.Module):
             )
         # drawn on the CPU, whose generator has the seed
         return nn.Linear(self.inputs, projection, bias=False, dtype=self.dtype).to(self.device)
+
+    def train(self, mode: bool = True) -> Embedding:
+        super().train(mode)
+        if self.encoder is not None:
+            set_mode(self.encoder, mode, self.rest)
+        return self
 
     @property
     def inputs(self) -> int:

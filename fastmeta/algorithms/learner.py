@@ -51,7 +51,9 @@ class GradientLearner(nn.Module):
         task_chunk: Tasks differentiated at once: None (all), an integer of at least 1, or
             ``"auto"``. Chunks give the same numbers; under dropout each draws its own masks. They
             take their gradients in the forward pass: evaluate under ``torch.no_grad()``.
-        loss_fn: ``"classification"``, ``"causal_lm"`` or a callable ``(outputs, batch) -> [T]``
+        loss_fn: ``"classification"``, ``"token_classification"``, ``"causal_lm"``,
+            ``"masked_lm"``, ``"seq2seq_lm"``, ``"regression"`` or a callable
+            ``(outputs, batch) -> [T]``
             that treats tasks separately; `batch` is the support or query mapping. One that learns
             is an `nn.Module`; its parameters are meta-parameters.
         clip_norm: Bound on each task's inner gradient norm, positive, or None.

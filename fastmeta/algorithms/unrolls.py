@@ -14,7 +14,7 @@ from fastmeta.batch import TaskBatch
 from fastmeta.engine.checks import above_0, at_least_1
 from fastmeta.engine.episode import MetaOutput, with_ways, zero_loss
 from fastmeta.engine.inner import InnerLoop, Support, inner_step, model_inputs, task_losses
-from fastmeta.engine.losses import accuracy, classification
+from fastmeta.engine.losses import scores
 from fastmeta.engine.optimizers import State
 from fastmeta.patching import TaskParams
 from fastmeta.patching.prefix import PrefixCache
@@ -165,9 +165,6 @@ class _Unrolls(nn.Module):
 
     def _output(self, loss, losses, before, outputs, at: _Position) -> MetaOutput:
         logits = getattr(outputs, "logits", None)
-        scores = None
-        if logits is not None and self.learner.loss_fn is classification:
-            scores = accuracy(logits, with_ways(self.batch)[1])
         return MetaOutput(
             loss=loss,
             task_losses=losses.masked_fill(~at.active, float("nan")),
@@ -175,7 +172,7 @@ class _Unrolls(nn.Module):
             params=TaskParams(self.patched.layout, at.params.detach()),
             diverged=~at.active,
             support_losses=torch.stack(before),
-            accuracy=scores,
+            accuracy=scores(self.learner.loss_fn, logits, with_ways(self.batch)[1]),
         )
 
     def _start(self, loop: InnerLoop, batch: TaskBatch) -> None:

@@ -68,7 +68,9 @@ def adapt(
         lr: Learning rate, positive.
         optimizer: ``"sgd" | "momentum" | "adam" | "adamw" |
             "rmsprop" | "adagrad"`` or a rule object, such as a `fm.LearnedOptimizer`.
-        loss_fn: ``"classification"``, ``"causal_lm"`` or a callable ``(outputs, batch) -> [T]``.
+        loss_fn: ``"classification"``, ``"token_classification"``, ``"causal_lm"``,
+            ``"masked_lm"``, ``"seq2seq_lm"``, ``"regression"`` or a callable
+            ``(outputs, batch) -> [T]``.
         clip_norm: Bound on each task's gradient norm, positive, or None.
         task_chunk: Tasks adapted at once, at least 1, or None for all.
         params: Fast weights of T tasks to start from; default the model's own initial values.

@@ -10,7 +10,16 @@ from torch import Tensor
 
 from fastmeta.batch import IGNORE_INDEX
 from fastmeta.engine.inputs import check_inputs
-from fastmeta.engine.losses import WAYS, LossFn, causal_lm, classification
+from fastmeta.engine.losses import (
+    WAYS,
+    LossFn,
+    causal_lm,
+    classification,
+    masked_lm,
+    regression,
+    seq2seq_lm,
+    token_classification,
+)
 from fastmeta.patching import Patched
 
 
@@ -63,10 +72,28 @@ def check_sets(patched: Patched, loss_fn: LossFn, sets: Mapping[str, Mapping[str
         )
     for which, batch in sets.items():
         check_inputs(batch, which, patched.device, patched.model)
-        if loss_fn is classification:
-            check_labels(batch, which, "num_labels", 2, _setting(patched, "num_labels"))
-        elif loss_fn is causal_lm:
-            check_labels(batch, which, "vocab_size", 3, _setting(patched, "vocab_size"))
+        if loss_fn in _LABELS:
+            setting, dim = _LABELS[loss_fn]
+            first = 1 if loss_fn is causal_lm else 0  # the first token has nothing before it
+            check_labels(batch, which, setting, dim, _setting(patched, setting), first)
+        elif loss_fn is regression:
+            check_targets(batch, which, _setting(patched, "num_labels"))
+    config = getattr(patched.model, "config", None)
+    if loss_fn is causal_lm and getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(patched.model).__name__} is an encoder-decoder, whose decoder reads the labels "
+            "moved by one word: loss_fn must be 'seq2seq_lm', got 'causal_lm'"
+        )
+
+
+_LABELS: dict[LossFn, tuple[str, int]] = {
+    classification: ("num_labels", 2),
+    causal_lm: ("vocab_size", 3),
+    masked_lm: ("vocab_size", 3),
+    seq2seq_lm: ("vocab_size", 3),
+    token_classification: ("num_labels", 3),
+}
+"""Of a loss of classes: the configuration entry that bounds its labels, and their axes."""
 
 
 def _setting(patched: Patched, name: str) -> int | None:
@@ -77,8 +104,41 @@ def _setting(patched: Patched, name: str) -> int | None:
     return value if isinstance(value, int) else None
 
 
+def check_targets(batch: Mapping[str, Tensor], which: str, width: int | None) -> None:
+    """Labels of a regression are floating-point ``[T, N]`` or ``[T, N, D]``, and every task has one
+    that counts.
+
+    Args:
+        which: ``"support"`` or ``"query"``, for the message.
+        width: D of the model's output; None where unknown.
+    """
+    labels = _labels(batch, which)
+    if not labels.is_floating_point():
+        raise TypeError(f"{which} labels must be floating point, got {labels.dtype}")
+    last = labels.shape[2] if labels.dim() == 3 else 1
+    if labels.dim() not in (2, 3) or (width is not None and last != width):
+        axes = "[T, N, D]" if width is None else f"[T, N, {width}]"
+        axes = "[T, N]" if width == 1 else axes
+        raise ValueError(f"{which} labels must have shape {axes}, got {list(labels.shape)}")
+    empty = labels.isnan().flatten(1).all(1)
+    if bool(empty.any()):
+        task = int(empty.nonzero()[0])
+        raise ValueError(f"the {which} set of task {task} is empty: all its labels are NaN")
+
+
+def _labels(batch: Mapping[str, Tensor], which: str) -> Tensor:
+    if "labels" not in batch:
+        raise ValueError(f"the {which} set needs 'labels', got {sorted(batch)}")
+    return batch["labels"]
+
+
 def check_labels(
-    batch: Mapping[str, Tensor], which: str, setting: str, dim: int, num_classes: int | None
+    batch: Mapping[str, Tensor],
+    which: str,
+    setting: str,
+    dim: int,
+    num_classes: int | None,
+    first: int = 0,
 ) -> None:
     """Labels are int64, of the right rank, in range, and every task has one that counts.
 
@@ -87,16 +147,15 @@ def check_labels(
         setting: The configuration entry that bounds the labels, for the message.
         dim: Axes of the labels: 2 for ``[T, N]``, 3 for ``[T, N, L]``.
         num_classes: Labels must be below it; None where unknown.
+        first: Of the tokens, the first whose label counts.
     """
-    if "labels" not in batch:
-        raise ValueError(f"the {which} set needs 'labels', got {sorted(batch)}")
-    labels, ways = batch["labels"], batch.get(WAYS)
+    labels, ways = _labels(batch, which), batch.get(WAYS)
     if labels.dtype != torch.int64:
         raise TypeError(f"{which} labels must be int64 class indices, got {labels.dtype}")
     if labels.dim() != dim:
         axes = "[T, N]" if dim == 2 else "[T, N, L]"
         raise ValueError(f"{which} labels must have shape {axes}, got {list(labels.shape)}")
-    counted = labels if dim == 2 else labels[:, :, 1:]  # the first token has nothing before it
+    counted = labels if dim == 2 else labels[:, :, first:]
     valid = (counted != IGNORE_INDEX).flatten(1)
     wrong = (labels != IGNORE_INDEX) & (labels < 0)
     if num_classes is not None:

@@ -23,7 +23,7 @@ from fastmeta.engine.inner import (
     task_losses,
     unroll,
 )
-from fastmeta.engine.losses import WAYS, accuracy, classification
+from fastmeta.engine.losses import WAYS, scores
 from fastmeta.engine.memory import MemoryPlan
 from fastmeta.engine.narrow import looked_up, narrowed
 from fastmeta.engine.recompute import joined, recompute, slices
@@ -46,7 +46,7 @@ class MetaOutput:
             weights from before that step; `loss` and its gradient are what they would be without
             them.
         support_losses: Support losses before each step ``[K, T]``, detached.
-        accuracy: Share of right query answers ``[T]`` for classification, else None.
+        accuracy: Share of right query answers ``[T]`` for classes, else None.
     """
 
     loss: Tensor
@@ -90,9 +90,6 @@ def run_episode(
     else:
         loss = zero_loss([*start.tensors(), *loop.added_parameters(), *loop.shared])
     logits = results.logits if results.logits.numel() else None
-    scores = None
-    if logits is not None and loop.loss_fn is classification:
-        scores = accuracy(logits, with_ways(batch)[1])
     return MetaOutput(
         loss=loss,
         task_losses=results.losses,
@@ -100,7 +97,7 @@ def run_episode(
         params=results.params,
         diverged=~good,
         support_losses=results.support_losses.t(),
-        accuracy=scores,
+        accuracy=scores(loop.loss_fn, logits, with_ways(batch)[1]),
     )
 
 

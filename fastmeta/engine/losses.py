@@ -19,11 +19,13 @@ WAYS = "ways"
 
 
 def mask_ways(logits: Tensor, ways: Tensor | int | None) -> Tensor:
-    """Logits ``[T, N, C]`` with the classes a task does not have at -inf."""
+    """Logits ``[T, N, ..., C]`` with the classes a task does not have at -inf."""
     if ways is None:
         return logits
     ways = ways_of(ways, logits.shape[0], logits.device)
-    beyond = torch.arange(logits.shape[-1], device=logits.device) >= ways.view(-1, 1, 1)
+    beyond = torch.arange(logits.shape[-1], device=logits.device) >= ways.view(
+        -1, *(1,) * (logits.dim() - 1)
+    )
     return logits.masked_fill(beyond, float("-inf"))
 
 
@@ -39,21 +41,65 @@ def causal_lm(outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
     return _mean_cross_entropy(logits[:, :, :-1], batch["labels"][:, :, 1:])
 
 
+def token_classification(outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """Mean cross-entropy of each task's tokens, ``[T]``; labels ``[T, N, L]``, -100 ignored."""
+    logits = mask_ways(_logits(outputs, 4, "token_classification"), batch.get(WAYS))
+    return _mean_cross_entropy(logits, batch["labels"])
+
+
+def masked_lm(outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """Mean cross-entropy of each task's words where they stand, ``[T]``; labels ``[T, N, L]``, -100
+    ignored."""
+    return _mean_cross_entropy(_logits(outputs, 4, "masked_lm"), batch["labels"])
+
+
+def seq2seq_lm(outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """As :func:`masked_lm`: the decoder's inputs are the labels, moved by one word already."""
+    return _mean_cross_entropy(_logits(outputs, 4, "seq2seq_lm"), batch["labels"])
+
+
+def regression(outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """Mean squared error of each task's rows, ``[T]``; labels ``[T, N]`` or ``[T, N, D]`` in
+    floating point, NaN ignored."""
+    values, labels = _logits(outputs, 3, "regression"), batch["labels"]
+    labels = labels.to(values.dtype).view_as(values)
+    ignored = labels.isnan()
+    errors = (values - labels.masked_fill(ignored, 0)).masked_fill(ignored, 0)
+    return errors.square().flatten(1).sum(1) / (~ignored).flatten(1).sum(1).clamp_min(1)
+
+
+LOSSES: dict[str, LossFn] = {
+    "classification": classification,
+    "causal_lm": causal_lm,
+    "masked_lm": masked_lm,
+    "seq2seq_lm": seq2seq_lm,
+    "token_classification": token_classification,
+    "regression": regression,
+}
+"""The losses that have a name."""
+
+
 def resolve_loss(loss_fn: str | LossFn) -> LossFn:
     """The loss of that name, or the callable itself."""
     if callable(loss_fn):
         return loss_fn
-    known = {"classification": classification, "causal_lm": causal_lm}
-    if loss_fn not in known:
+    if loss_fn not in LOSSES:
         raise ValueError(
-            f"loss_fn must be one of {sorted(known)} or a callable (outputs, batch) -> [T], "
+            f"loss_fn must be one of {sorted(LOSSES)} or a callable (outputs, batch) -> [T], "
             f"got {loss_fn!r}"
         )
-    return known[loss_fn]
+    return LOSSES[loss_fn]
+
+
+def scores(loss_fn: LossFn, outputs: Tensor | None, batch: Mapping[str, Tensor]) -> Tensor | None:
+    """Of losses of classes: the :func:`accuracy` of logits."""
+    if outputs is None or loss_fn not in (classification, token_classification):
+        return None
+    return accuracy(outputs, batch)
 
 
 def accuracy(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-    """Share of right answers per task, ``[T]``; ignored rows do not count."""
+    """Share of right rows or tokens per task, ``[T]``; ignored ones do not count."""
     labels = batch["labels"]
     predicted = mask_ways(logits.detach(), batch.get(WAYS)).argmax(-1)
     valid = labels != IGNORE_INDEX

@@ -6,6 +6,8 @@ place of ``sdpa`` and the flash and flex variants, with the same masks and the s
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -24,7 +26,7 @@ NAME = "fastmeta"
 
 
 def attention(
-    module: nn.Module,
+    module: nn.Module | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -62,7 +64,7 @@ def attention(
 
 
 def _attention(
-    module: nn.Module,
+    module: nn.Module | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -159,6 +161,18 @@ def use_in(structure: nn.Module, every: bool = False) -> None:
             differentiates twice already, stays as it is.
     """
     register()
+    kept = () if every else ("eager",)
+    _select(structure, lambda chosen: chosen if chosen in kept else NAME)
+
+
+def leave_in(structure: nn.Module) -> None:
+    """Leave a copied structure the name of the attention that it chose, except flash and flex:
+    what it asks of torch runs by the operator all the same, see :class:`twice_differentiable`."""
+    _select(structure, lambda chosen: chosen if chosen == "eager" else "sdpa")
+
+
+def _select(structure: nn.Module, choose: Callable[[str], str]) -> None:
+    """Choose anew in every (sub)configuration that names an attention."""
     seen: set[int] = set()
     for module in structure.modules():
         config = getattr(module, "config", None)
@@ -169,8 +183,8 @@ def use_in(structure: nn.Module, every: bool = False) -> None:
                 continue
             seen.add(id(config))
             chosen = getattr(config, "_attn_implementation", None)
-            if chosen is not None and (every or chosen != "eager"):
-                config._attn_implementation_internal = NAME
+            if chosen is not None:
+                config._attn_implementation_internal = choose(chosen)
             stack += [
                 sub
                 for key in getattr(config, "sub_configs", {})
@@ -191,8 +205,9 @@ class watch_fused(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class plain_attention(TorchFunctionMode):
-    """Within, torch's own attention runs by plain operations, which differentiate twice.
+class twice_differentiable(TorchFunctionMode):
+    """Within, torch's own attention runs by the operator, or by plain operations where that has no
+    such form.
 
     For models that call it themselves; also keeps torch's transformer layers off the fused kernels
     that read their children's weights past the children.
@@ -201,7 +216,7 @@ class plain_attention(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            return _plain(*args, **kwargs)
+            return _in_place_of_torch(*args, **kwargs)
         if func is F.multi_head_attention_forward:
             # Asked for its weights, it computes them and leaves the fused kernels alone.
             out, weights = func(*args, **{**kwargs, "need_weights": True})
@@ -209,7 +224,7 @@ class plain_attention(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _plain(
+def _in_place_of_torch(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -219,11 +234,17 @@ def _plain(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
+    shapes = query.shape, key.shape
+    if query.dim() == 4 and key.shape == value.shape and shapes[0][::3] == shapes[1][::3]:
+        heads, shared = shapes[0][1], shapes[1][1]
+        if heads == shared or ((enable_gqa or shared == 1) and heads % shared == 0):
+            out, _ = attention(None, query, key, value, attn_mask, dropout_p, scale, is_causal)
+            return out.transpose(1, 2)
     return torch.ops.aten._scaled_dot_product_attention_math(
         query,
         key,
         value,
-        attn_mask,
+        None if attn_mask is None else additive(attn_mask, query.dtype),
         dropout_p,
         is_causal,
         scale=scale,

@@ -57,6 +57,18 @@ def bind(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     return clone
 
 
+def resting(module: nn.Module, training: bool) -> frozenset[str]:
+    """What of a module its user keeps in evaluation mode while the model trains."""
+    return frozenset(n for n, m in module.named_modules() if training and not m.training)
+
+
+def set_mode(structure: nn.Module, mode: bool, rest: frozenset[str]) -> None:
+    """Set the mode of a copied structure, except of modules that rest."""
+    structure.train(mode)
+    for name in rest:
+        structure.get_submodule(name).training = False
+
+
 def copy_structure(model: nn.Module) -> nn.Module:
     """A deep copy of the modules of `model` that shares all its parameters and buffers."""
     memo: dict[int, object] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fastmeta.patching import prefix, probe
+from fastmeta.patching.bind import resting
 from fastmeta.patching.context import Call, running
 from fastmeta.patching.initial_params import InitialParams, with_zeros
 from fastmeta.patching.plan import Plan
@@ -64,6 +66,10 @@ class Patched(nn.Module):
 
     ``parameters()`` yields the meta-parameters: initial values of everything adapted, and every
     other weight of the model that requires grad. Several threads may call it at once.
+
+    It has a mode of its own, at first the model's: ``train()`` and ``eval()`` set it, and leave the
+    user's model in its own. Modules that are in evaluation mode while the model trains when it is
+    patched stay so.
     """
 
     boundaries: frozenset[str] = frozenset()
@@ -88,6 +94,8 @@ class Patched(nn.Module):
         self._lock = threading.RLock()
         self._tokens = WeakIdKeyDictionary()  # of a mask: the positions that count
         self.captures: dict[Any, Any] = {}  # what the engine has captured of this model
+        self._rest = resting(model, model.training)
+        self._models_mode = model.training
         super().train(model.training)
 
     # -- meta-parameters ---------------------------------------------------------------------
@@ -175,11 +183,13 @@ class Patched(nn.Module):
     def train(self, mode: bool = True) -> Patched:
         super().train(mode)
         for plan in self._plans.values():
-            plan.train(mode)
+            plan.train(mode, self._rest)
         return self
 
     def plan(self, inputs: Mapping[str, Any]) -> Plan:
         """How each adapted module runs for inputs of these names; found on their first use."""
+        if self.model.training != self._models_mode:
+            self._warn_of_mode()
         key = tuple(sorted(inputs))
         plan = self._plans.get(key)
         if plan is None:
@@ -193,10 +203,22 @@ class Patched(nn.Module):
                     # Exact: what passes show then does not depend on who comes first.
                     with torch.autocast(self.device.type, enabled=False):
                         plan = make_plan(self.model, self.slots, small, large, self.boundaries)
-                    plan.train(self.training)
+                    plan.train(self.training, self._rest)
                     warn_of_unknown(self.model, inputs)
                     self._plans[key] = plan
         return plan
+
+    def _warn_of_mode(self) -> None:
+        self._models_mode = self.model.training
+        if self._models_mode != self.training:
+            modes = {True: "training", False: "evaluation"}
+            warnings.warn(
+                f"the model was switched to {modes[self._models_mode]} mode after it was patched; "
+                f"the patched model has one of its own, and stays in {modes[self.training]} mode: "
+                "switch it with train() and eval() of the learner or of the patched model",
+                UserWarning,
+                stacklevel=4,
+            )
 
     def __reduce_ex__(self, protocol: int) -> Any:
         raise TypeError(

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastmeta.patching import activations, attention, prefix
-from fastmeta.patching.bind import bind, copy_structure, install
+from fastmeta.patching import attention, prefix
+from fastmeta.patching.bind import bind, install, set_mode
 from fastmeta.patching.context import Call, current_call
 from fastmeta.patching.methods import split_key
+from fastmeta.patching.prepared import prepared_copy
 from fastmeta.patching.probe import CallKind, PatchError
 from fastmeta.patching.rules import Adapted, gathering, isolating_rule, lora_delta, rule_for
 from fastmeta.patching.slots import Slots
@@ -64,13 +64,14 @@ class Plan:
         slots: Slots,
         modes: Mapping[str, str],
         kinds: Mapping[str, CallKind],
+        own_attention: bool = False,
     ) -> None:
         self.owners = slots.owners
         self.read_by_units: set[int] = set()
         self.leaf_slots: dict[int, LeafSlot] | None = None
         self.modes = dict(modes)
-        self.structure = prepared_copy(model, slots)
-        self.pristine = prepared_copy(model, slots)
+        self.structure = prepared_copy(model, slots, own_attention)
+        self.pristine = prepared_copy(model, slots, own_attention)
         self.prefix: list[str] = []
         self.fused_attention = False
         self.word_table: str | None = None
@@ -113,9 +114,9 @@ class Plan:
             if self.modes.get(name) == "skip":
                 install(self.structure.get_submodule(name), "forward", _refusal(name))
 
-    def train(self, mode: bool) -> None:
-        self.structure.train(mode)
-        self.pristine.train(mode)
+    def train(self, mode: bool, rest: frozenset[str] = frozenset()) -> None:
+        set_mode(self.structure, mode, rest)
+        set_mode(self.pristine, mode, rest)
 
     def prefix_is_random(self) -> bool:
         return any(prefix.is_random(self.structure.get_submodule(n)) for n in self.prefix)
@@ -123,7 +124,7 @@ class Plan:
     def run(self, flat: Mapping[str, Any]) -> Any:
         """The model's output for inputs ``[T * N, ...]``, in the current call."""
         if self.fused_attention:
-            with attention.plain_attention():
+            with attention.twice_differentiable():
                 return self.structure(**flat)
         return self.structure(**flat)
 
@@ -141,30 +142,6 @@ class Plan:
 
 class _PrefixDone(Exception):
     """The first adapted module was reached while only the prefix was wanted."""
-
-
-def prepared_copy(model: nn.Module, slots: Slots) -> nn.Module:
-    """A copy of the model's structure, sharing its tensors, ready to be differentiated twice."""
-    structure = copy_structure(model)
-    attention.use_in(structure, every=bool(slots.prefixes))
-    activations.use_in(structure)
-    for module in structure.modules():
-        config = getattr(module, "config", None)
-        if getattr(config, "use_cache", False):
-            # Key-value caches serve generation; here they would only hold memory.
-            config.use_cache = False
-        if getattr(module, "gradient_checkpointing", False):
-            # It would run modules again outside of their call; learners have memory modes.
-            module.gradient_checkpointing = False
-        if getattr(config, "_experts_implementation", None) is not None:
-            # Grouped products of routed experts have no double backward; plain ones do.
-            config._experts_implementation_internal = "eager"
-        if isinstance(module, _BatchNorm):
-            # Training must not move the running statistics: they are the user's model's.
-            module.track_running_stats = False
-    for name, pair in slots.prefixes.items():
-        structure.get_submodule(name).fastmeta_prefix = pair
-    return structure
 
 
 def inside_any(name: str, units: list[str]) -> bool:

@@ -24,9 +24,9 @@ from fastmeta.patching.plan import (
     Plan,
     different_tasks,
     inside_any,
-    prepared_copy,
     unit_tensors,
 )
+from fastmeta.patching.prepared import needs_own_attention, prepared_copy
 from fastmeta.patching.probe import PatchError, Trace
 from fastmeta.patching.rules import rule_for
 from fastmeta.patching.slots import Slots
@@ -111,7 +111,8 @@ class _Search:
         self.views = different_tasks(slots, probe.TASKS)
         self.tolerance = _TOLERANCE.get(slots.initial[0].dtype, _LOW_PRECISION_TOLERANCE)
         self.modules = dict(model.named_modules())
-        self.reference = prepared_copy(model, slots).eval()
+        self.own_attention = needs_own_attention(model, slots, small, self.tolerance)
+        self.reference = prepared_copy(model, slots, self.own_attention).eval()
         self.trace, other = self._trace(small, large)
         rows = probe.TASKS * probe.ROWS, probe.TASKS * (probe.ROWS + 1)
         self.kinds = probe.call_kinds(self.trace, other, rows)
@@ -258,9 +259,7 @@ class _Search:
     def try_modes(self) -> Plan | None:
         """The plan of the present rungs if it computes the right results; else move down."""
         modes = {name: rungs[0] for name, rungs in self.rungs.items()}
-        plan = Plan(self.model, self.slots, modes, self.kinds)
-        plan.train(False)
-        plan.fused_attention = self.fused_attention
+        plan = self._plan(modes)
         error: Exception | None = None
         try:
             with torch.no_grad(), running(Call(self.views, probe.TASKS, probe.ROWS)):
@@ -276,6 +275,12 @@ class _Search:
         self._move_down(place, modes)
         return None
 
+    def _plan(self, modes: Mapping[str, str]) -> Plan:
+        plan = Plan(self.model, self.slots, modes, self.kinds, self.own_attention)
+        plan.train(False)
+        plan.fused_attention = self.fused_attention
+        return plan
+
     def try_first_token(self, plan: Plan) -> Plan:
         """The plan with its last layer shortened, where the model's output does not change."""
         order = [name for kind, name in self.trace.order if kind == "enter"]
@@ -283,9 +288,7 @@ class _Search:
         lengths = [v.shape[1] for v in self.small.values() if isinstance(v, Tensor) and v.dim() > 1]
         if name is None or not lengths or min(lengths) < 2:
             return plan
-        shorter = Plan(self.model, self.slots, plan.modes, self.kinds)
-        shorter.train(False)
-        shorter.fused_attention = self.fused_attention
+        shorter = self._plan(plan.modes)
         first_token.shorten(shorter.structure, name, self.slots.owners, shorter.modes)
         shorter.shortened = name
         texts = [(self.small, self.expected)]
@@ -336,9 +339,7 @@ class _Search:
         """
         expected: list[Any] = []
         for layers in filter(None, runs):
-            trial = Plan(self.model, self.slots, plan.modes, self.kinds)
-            trial.train(False)
-            trial.fused_attention = self.fused_attention
+            trial = self._plan(plan.modes)
             if plan.shortened is not None:
                 first_token.shorten(trial.structure, plan.shortened, self.slots.owners, trial.modes)
             unpadded.install_in(trial.structure, layers)

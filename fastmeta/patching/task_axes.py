@@ -14,6 +14,9 @@ from torch.utils._pytree import tree_map
 
 from fastmeta.patching.unpadded import IDS, MASK
 
+LABELS = "labels"
+"""What names begin with whose tensors are for the loss alone."""
+
 
 def leading_axes(inputs: Mapping[str, Any]) -> tuple[str, int, int]:
     """The input that counts, T and N."""
@@ -31,14 +34,18 @@ def _has_axes(value: Any, tasks: int, rows: int) -> bool:
 
 
 def model_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """What the model is called with: rows of all tasks on one axis, no labels."""
+    """What the model is called with: rows of all tasks on one axis, nothing of the loss alone."""
     _, tasks, rows = leading_axes(inputs)
-    flat = {k: v.flatten(0, 1) if _has_axes(v, tasks, rows) else v for k, v in inputs.items()}
-    labels = flat.pop("labels", None)
+    flat = {
+        k: v.flatten(0, 1) if _has_axes(v, tasks, rows) else v
+        for k, v in inputs.items()
+        if not k.startswith(LABELS)
+    }
+    labels = inputs.get(LABELS)
     prepare = getattr(model, "prepare_decoder_input_ids_from_labels", None)
     if labels is not None and prepare is not None and "decoder_input_ids" not in flat:
-        if labels.dim() == 2:
-            flat["decoder_input_ids"] = prepare(labels=labels)
+        if labels.dim() == 3:
+            flat["decoder_input_ids"] = prepare(labels=labels.flatten(0, 1))
     return flat
 
 
@@ -80,7 +87,7 @@ def check_mask(inputs: Mapping[str, Any]) -> None:
 
 def warn_of_unknown(model: nn.Module, inputs: Mapping[str, Any]) -> None:
     """Warn of tensors that no module of the model names: forwards that take any may drop them."""
-    names = {name for name, value in inputs.items() if isinstance(value, Tensor)} - {"labels"}
+    names = {n for n, v in inputs.items() if isinstance(v, Tensor) and not n.startswith(LABELS)}
     known = {p for m in model.modules() for p in inspect.signature(m.forward).parameters}
     for name in sorted(names - known):
         close = difflib.get_close_matches(name, known, 1)

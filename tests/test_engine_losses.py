@@ -1,0 +1,245 @@
+"""Losses by name, and of one's own, against the per-task loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import episode_oracle as oracle
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers as tf
+from torch import Tensor, nn
+
+import fastmeta as fm
+
+SMALL = {"vocab_size": 20, "pad_token_id": 0, "num_labels": 3}
+BERT = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "max_position_embeddings": 12,
+}
+T5 = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual.detach(), expected.detach(), rtol=1e-9, atol=1e-12)
+
+
+def bert(auto: type, **settings) -> nn.Module:
+    torch.manual_seed(0)
+    return auto.from_config(tf.BertConfig(**SMALL, **BERT, **settings)).double().eval()
+
+
+def t5() -> nn.Module:
+    torch.manual_seed(0)
+    config = tf.T5Config(**SMALL, **T5, decoder_start_token_id=0)
+    return tf.T5ForConditionalGeneration(config).double().eval()
+
+
+def word_loss(logits: Tensor, batch: dict[str, Tensor], ways: None) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
+
+
+def squares(values: Tensor, batch: dict[str, Tensor], ways: None) -> Tensor:
+    known = ~batch["labels"].isnan()
+    return (values.view_as(batch["labels"])[known] - batch["labels"][known]).square().mean()
+
+
+def words(classes: int) -> Callable[[dict[str, Tensor], torch.Generator], Tensor]:
+    """Labels of tokens, -100 at padding."""
+
+    def labels(inputs: dict[str, Tensor], g: torch.Generator) -> Tensor:
+        mask = inputs["attention_mask"]
+        drawn = torch.randint(0, classes, mask.shape, generator=g)
+        return drawn.masked_fill((mask == 0) | (torch.arange(mask.shape[1]) == 1), -100)
+
+    return labels
+
+
+def numbers(*size: int) -> Callable[[dict[str, Tensor], torch.Generator], Tensor]:
+    def labels(inputs: dict[str, Tensor], g: torch.Generator) -> Tensor:
+        drawn = torch.randn(len(inputs["input_ids"]), *size, generator=g, dtype=torch.float64)
+        drawn.view(-1)[1] = float("nan")
+        return drawn
+
+    return labels
+
+
+# name -> model, labels of a set, the loss of the loop
+NAMED = {
+    "token_classification": (
+        lambda: bert(tf.AutoModelForTokenClassification), words(3), word_loss),
+    "masked_lm": (lambda: bert(tf.AutoModelForMaskedLM), words(20), word_loss),
+    "seq2seq_lm": (t5, words(20), word_loss),
+    "regression": (lambda: bert(tf.AutoModelForSequenceClassification), numbers(3), squares),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("compile", [False, True], ids=["eager", "captured"])
+@pytest.mark.parametrize("name", NAMED)
+def test_losses_by_name(name: str, compile: bool) -> None:
+    make, labels, loss = NAMED[name]
+    model, g = make(), torch.Generator().manual_seed(0)
+    tasks = []
+    for support, query, _ in oracle.make_tasks(3):
+        sets = [{**s, "labels": labels(s, g)} for s in (support, query)]
+        tasks.append((*sets, None))
+    settings = {"lr": 0.1, "steps": 2, "loss_fn": name, "compile": compile}
+    learner = fm.MAML(fm.patch(model, fm.LoRA(r=2) + fm.Norm()), **settings)
+    out = learner(oracle.as_batch(tasks))
+    if name == "seq2seq_lm":
+        for s in (s for task in tasks for s in task[:2]):
+            s["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(s["labels"])
+    expected = oracle.loop(learner, tasks, loss_fn=loss)
+    close(out.task_losses, torch.stack(expected.losses))
+    oracle.assert_close(oracle.gradients(learner, out.loss), expected.gradients())
+    assert (out.accuracy is not None) is (name == "token_classification")
+
+
+def test_a_regression_of_one_number() -> None:
+    """Labels ``[T, N]``; rows that collate adds do not count."""
+    model = bert(tf.AutoModelForSequenceClassification)
+    model.classifier, model.config.num_labels = nn.Linear(16, 1).double(), 1
+    g = torch.Generator().manual_seed(0)
+    tasks = [
+        (*({**s, "labels": numbers()(s, g)} for s in task[:2]), None)
+        for task in oracle.make_tasks(3, ragged=True)
+    ]
+    learner = fm.MAML(fm.patch(model, fm.Head()), lr=0.1, steps=2, loss_fn="regression")
+    out = learner(oracle.as_batch(tasks))
+    expected = oracle.loop(learner, tasks, loss_fn=squares)
+    close(out.task_losses, torch.stack(expected.losses))
+
+
+def test_regression_labels_are_checked() -> None:
+    patched = fm.patch(bert(tf.AutoModelForSequenceClassification), fm.Head())
+    plain = oracle.as_batch(oracle.make_tasks(3)).support
+
+    def adapt(labels: Tensor) -> None:
+        fm.adapt(patched, {**plain, "labels": labels}, lr=0.1, steps=1, loss_fn="regression")
+
+    with pytest.raises(TypeError, match=r"support labels must be floating point, got torch\.int64"):
+        adapt(plain["labels"])
+    with pytest.raises(ValueError, match=r"must have shape \[T, N, 3\], got \[3, 3\]"):
+        adapt(torch.zeros(3, 3))
+    labels = torch.zeros(3, 3, 3)
+    labels[1] = float("nan")
+    with pytest.raises(ValueError, match="the support set of task 1 is empty: all its labels are"):
+        adapt(labels)
+
+
+def test_an_encoder_decoder_moves_its_labels_already() -> None:
+    patched = fm.patch(t5(), fm.LoRA(r=2))
+    with pytest.raises(ValueError, match="loss_fn must be 'seq2seq_lm', got 'causal_lm'"):
+        fm.adapt(patched, texts(2, 3, 0), lr=0.1, steps=1, loss_fn="causal_lm")
+
+
+def test_tensors_for_the_loss_alone() -> None:
+    """Names that begin with ``labels`` travel with the tasks and do not reach the model."""
+
+    def weighted(outputs, batch) -> Tensor:
+        losses = F.cross_entropy(outputs.logits.mT, batch["labels"], reduction="none")
+        return (losses * batch["labels_weight"]).sum(1)
+
+    plain = oracle.as_batch(oracle.make_tasks(3))
+    sets = [
+        {**s, "labels_weight": torch.rand(s["labels"].shape)} for s in (plain.support, plain.query)
+    ]
+    patched = fm.patch(oracle.tiny_bert(), fm.Head())
+    learner = fm.MAML(patched, lr=0.1, steps=2, loss_fn=weighted, compile=True)
+    once = learner(fm.TaskBatch(*sets))
+    sets[1] = {**sets[1], "labels_weight": 2 * sets[1]["labels_weight"]}
+    close(learner(fm.TaskBatch(*sets)).task_losses, 2 * once.task_losses)
+
+
+def tiny_gpt2() -> nn.Module:
+    torch.manual_seed(0)
+    config = tf.GPT2Config(
+        vocab_size=20,
+        n_embd=16,
+        n_layer=1,
+        n_head=2,
+        n_positions=12,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    model = tf.GPT2LMHeadModel(config).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def texts(tasks: int, rows: int, seed: int) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, 20, (tasks, rows, 6), generator=g)
+    mask = torch.ones_like(ids)
+    mask[0, 0, 4:] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, :, :2] = -100  # the prompt
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def next_token_loss(logits: Tensor, batch: dict[str, Tensor], ways: None) -> Tensor:
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+
+
+@pytest.mark.parametrize("memory", ["unroll", "recompute"])
+@pytest.mark.parametrize("spec", [fm.LoRA(r=2, targets="c_attn"), fm.Bias()], ids=repr)
+def test_causal_language_model(spec: fm.Spec, memory: str) -> None:
+    model = tiny_gpt2().requires_grad_(False)
+    patched = fm.patch(model, spec)
+    settings = {"lr": 0.3, "steps": 2, "loss_fn": "causal_lm"}
+    learner = fm.MAML(patched, memory=memory, **settings)
+    batch = fm.TaskBatch(texts(2, 3, 0), texts(2, 2, 1))
+    out = learner(batch)
+    tasks = [
+        (
+            {k: v[t] for k, v in batch.support.items()},
+            {k: v[t] for k, v in batch.query.items()},
+            None,
+        )
+        for t in range(2)
+    ]
+    if isinstance(spec, fm.Bias):
+        expected = oracle.loop(learner, tasks, loss_fn=next_token_loss)
+        torch.testing.assert_close(out.task_losses, torch.stack(expected.losses))
+        oracle.assert_close(oracle.gradients(learner, out.loss), expected.gradients())
+    assert out.accuracy is None and out.logits.shape == (2, 2, 6, 20)
+    found = fm.adapt(patched, batch.support, **settings)
+    close(found.params.packed, out.params.packed)
+
+
+def test_language_model_labels_are_checked() -> None:
+    patched = fm.patch(tiny_gpt2(), fm.Bias())
+    support = texts(2, 3, 0)
+    support["labels"][1, 2, 3] = 20
+    with pytest.raises(ValueError, match=r"0\.\.19 \(vocab_size is 20\) .* got 20 in task 1"):
+        fm.adapt(patched, support, lr=0.1, steps=1, loss_fn="causal_lm")
+    support = texts(2, 3, 0)
+    support["labels"][0, :, 1:] = -100
+    with pytest.raises(ValueError, match="the support set of task 0 is empty"):
+        fm.adapt(patched, support, lr=0.1, steps=1, loss_fn="causal_lm")
+
+
+def test_a_loss_of_ones_own() -> None:
+    """Regression on logits, with floating-point labels that only the loss understands."""
+
+    def squares(outputs, batch) -> Tensor:
+        return (outputs.logits[..., 0] - batch["labels"]).square().mean(1)
+
+    patched = fm.patch(oracle.tiny_bert(), fm.Head())
+    plain = oracle.as_batch(oracle.make_tasks(3))
+    sets = [
+        {**s, "labels": torch.randn(s["labels"].shape, dtype=torch.float64)}
+        for s in (plain.support, plain.query)
+    ]
+    found = fm.adapt(patched, sets[0], lr=0.1, steps=20, loss_fn=squares)
+    assert bool((found.support_losses[-1] < 0.5 * found.support_losses[0]).all())
+    out = fm.MAML(patched, lr=0.1, steps=20, loss_fn=squares)(fm.TaskBatch(*sets))
+    close(out.params.packed, found.params.packed)
+    assert out.accuracy is None
+    out.loss.backward()
