@@ -245,6 +245,8 @@ def test_texts_of_a_language_model_are_read():
     expected = torch.zeros(TASKS, SHOTS * WAYS, dtype=torch.int64)
     expected[1, 2] = -100
     assert torch.equal(row_labels(support["labels"]), expected)
+    numbers = torch.where(expected == 0, 0.5, float("nan"))
+    assert torch.equal(row_labels(numbers), expected)
     with keep_float64():
         found = learner(fm.TaskBatch(support, query))
         found.loss.backward()

@@ -75,12 +75,13 @@ def row_labels(labels: Tensor) -> Tensor:
     """Classes ``[T, N]`` of examples; where their labels are no classes, all are of one.
 
     Args:
-        labels: ``[T, N, ...]``, -100 ignored: an example without another label does not count.
+        labels: ``[T, N, ...]``; an example with none but ignored ones (-100, of numbers NaN) does
+            not count.
     """
     if labels.dim() == 2 and labels.dtype == torch.int64:
         return labels
-    counts = (labels != IGNORE_INDEX).unsqueeze(2).flatten(2).any(2)
-    return torch.where(counts, 0, IGNORE_INDEX)
+    ignored = labels.isnan() if labels.is_floating_point() else labels == IGNORE_INDEX
+    return torch.where(ignored.unsqueeze(2).flatten(2).all(2), IGNORE_INDEX, 0)
 
 
 class Generator(nn.Module):
