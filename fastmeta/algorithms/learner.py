@@ -25,6 +25,7 @@ from fastmeta.engine.optimizers import UpdateRule, resolve_rule
 from fastmeta.engine.rates import LearnedRate, Rates
 from fastmeta.engine.replays import WHOLE, replays_of
 from fastmeta.patching import Patched
+from fastmeta.patching.shared import check_unmoved
 
 
 class GradientLearner(nn.Module):
@@ -260,10 +261,11 @@ class GradientLearner(nn.Module):
                 forget_others(self._memory_plans, plan)
 
     def _apply(self, fn: Any, recurse: bool = True) -> GradientLearner:
-        raise RuntimeError(
-            "a learner shares its weights with the user's model: move or convert the model "
-            "before fm.patch, and build the learner on what that returns"
-        )
+        model = self.patched.model
+        own = [*model.parameters(), *model.buffers(), *self.parameters()]
+        instead = "the model before fm.patch, and build the learner on what that returns"
+        check_unmoved(own, fn, "a learner", instead)
+        return self
 
     def extra_repr(self) -> str:
         return f"steps={self.steps}, order={self.order}, memory={self.memory!r}"

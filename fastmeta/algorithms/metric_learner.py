@@ -18,6 +18,7 @@ from fastmeta.engine.episode import MetaOutput, with_ways, zero_loss
 from fastmeta.engine.inputs import check_inputs
 from fastmeta.engine.losses import WAYS, accuracy, classification
 from fastmeta.patching import ParamLayout, Patched, TaskParams
+from fastmeta.patching.shared import check_unmoved
 
 
 class Judged(NamedTuple):
@@ -113,10 +114,10 @@ class MetricLearner(nn.Module):
         copy_parameters(dict(self.named_parameters()), state_dict, strict)
 
     def _apply(self, fn: Any, recurse: bool = True) -> MetricLearner:
-        raise RuntimeError(
-            "a learner shares its weights with the user's model: move or convert the model "
-            "first, and build the learner on what that returns"
-        )
+        own = [*self.model.parameters(), *self.model.buffers(), *self.parameters()]
+        instead = "the model first, and build the learner on what that returns"
+        check_unmoved(own, fn, "a learner", instead)
+        return self
 
     # -- running -----------------------------------------------------------------------------
 
