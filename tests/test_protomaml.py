@@ -246,6 +246,26 @@ def test_heads_that_prototypes_do_not_fit() -> None:
         learner(oracle.as_batch(TASKS))
 
 
+def test_a_head_that_runs_one_task_after_another() -> None:
+    class Gained(tf.BertForSequenceClassification):
+        def __init__(self, config) -> None:
+            super().__init__(config)
+            self.gain = nn.Parameter(torch.ones(16))
+
+        def forward(self, **inputs):
+            return self.classifier(self.bert(**inputs).pooler_output * self.gain)
+
+    model = Gained(oracle.tiny_bert().config).double()
+    learner = fm.ProtoMAML(fm.patch(model, fm.Params("gain", "classifier")), steps=1)
+    with (
+        pytest.warns(fm.PerformanceWarning, match="the whole model"),
+        pytest.raises(ValueError, match="'classifier' must run for all tasks at once, but lies in"),
+    ):
+        learner(oracle.as_batch(TASKS))
+    learner = fm.ProtoMAML(fm.patch(model, fm.Params("classifier")), steps=1)
+    assert learner(oracle.as_batch(TASKS)).loss.isfinite()
+
+
 def test_classes_of_the_support_set() -> None:
     learner = fm.ProtoMAML(oracle.tiny_bert(), ways=2)
     with pytest.raises(ValueError, match="a task has 3 classes, but the head 2"):

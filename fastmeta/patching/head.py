@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from fastmeta.patching.context import running
+from fastmeta.patching.plan import WHOLE, inside_any
 from fastmeta.patching.prefix import PrefixCache
 from fastmeta.patching.rules import Adapted
 from fastmeta.patching.spec import Head
@@ -83,6 +84,13 @@ def read_by(
         plain = y is logits and y._version == version
         if called == name and plain and x.dim() == 2 and x.shape[0] == tasks * rows:
             return x.unflatten(0, (tasks, rows))
+    for unit, mode in plan.modes.items():
+        if mode in WHOLE and inside_any(name, [unit]):
+            raise ValueError(
+                f"{name!r} must run for all tasks at once, but lies in "
+                f"{repr(unit) if unit else 'a model'} that runs task by task: adapt fewer "
+                "parameters of it"
+            )
     raise ValueError(
         f"the logits must be what {name!r} gives on one row per example, and "
         f"{type(patched.model).__name__}'s are not"
