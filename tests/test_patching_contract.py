@@ -55,9 +55,9 @@ def test_the_model_is_not_modified_by_errors() -> None:
     patched = fm.patch(model, fm.Params("*"))
     inputs = families.inputs("bert", 2, 2)
     with pytest.raises(ValueError, match="BertForSequenceClassification"):
-        patched(patched.init(2), input_ids=inputs["input_ids"] + 1000)
+        patched(patched.init(2), attention_mask=inputs["attention_mask"])
     patched(patched.init(2), **inputs)
-    with pytest.raises(IndexError):
+    with pytest.raises(ValueError):
         patched(patched.init(2), input_ids=inputs["input_ids"] + 1000, attention_mask=None)
     with pytest.raises(ValueError):
         patched(patched.init(3), **inputs)
@@ -222,6 +222,18 @@ def test_modules_at_rest_stay_so(spec: fm.Spec) -> None:
     model.bert.train()
     patched = fm.patch(model, spec)
     assert not torch.equal(patched(params, **inputs).logits, before)
+
+
+@pytest.mark.parametrize("word", [-1, families.VOCAB])
+def test_words_are_checked_where_nothing_learns_too(word: int) -> None:
+    """A table that adapts would read another word's row at -1."""
+    patched = fm.patch(families.build("bert"), fm.Params("*"))
+    inputs = families.inputs("bert", 2, 3)
+    inputs["input_ids"][1, 2, 3] = word
+    with pytest.raises(
+        ValueError, match=rf"given input_ids must be in 0\.\.22 .* got {word} in ta"
+    ):
+        patched(patched.init(2), **inputs)
 
 
 def test_views_first_read_without_gradients_carry_them() -> None:

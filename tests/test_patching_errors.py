@@ -175,7 +175,7 @@ def test_inputs(patched: fm.Patched) -> None:
         patched(patched.init(2))
     with pytest.raises(ValueError, match="BertForSequenceClassification does not run on the inp"):
         patched(patched.init(2), attention_mask=inputs["attention_mask"])
-    with pytest.raises(ValueError, match=r"params are on cpu, but attention_mask is on meta"):
+    with pytest.raises(ValueError, match=r"model is on cpu, but given\[.attention_mask.\] is"):
         patched(
             patched.init(2),
             input_ids=inputs["input_ids"],

@@ -25,11 +25,11 @@ from fastmeta.engine.checks import above_0, at_least_1, check_classes, check_ste
 from fastmeta.engine.conditions import computing
 from fastmeta.engine.episode import MetaOutput, adapt_tasks, run_episode, with_ways, zero_loss
 from fastmeta.engine.inner import InnerLoop
-from fastmeta.engine.inputs import check_inputs
 from fastmeta.engine.losses import classification, mask_ways
 from fastmeta.engine.memory import MemoryPlan
 from fastmeta.patching import Patched, TaskParams
 from fastmeta.patching.head import classifying_head
+from fastmeta.patching.inputs import check_inputs
 
 READS = ("support", "description", "both")
 

@@ -15,9 +15,9 @@ from fastmeta.batch import TaskBatch, check_set, ways_of
 from fastmeta.engine.allocator import reuse_large_buffers
 from fastmeta.engine.checks import check_labels, check_support_of_queries
 from fastmeta.engine.episode import MetaOutput, with_ways, zero_loss
-from fastmeta.engine.inputs import check_inputs
 from fastmeta.engine.losses import WAYS, accuracy, classification
 from fastmeta.patching import ParamLayout, Patched, TaskParams
+from fastmeta.patching.inputs import check_inputs
 from fastmeta.patching.shared import check_unmoved
 
 

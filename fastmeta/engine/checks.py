@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from fastmeta.batch import IGNORE_INDEX
-from fastmeta.engine.inputs import check_inputs
 from fastmeta.engine.losses import (
     WAYS,
     LossFn,
@@ -21,6 +20,7 @@ from fastmeta.engine.losses import (
     token_classification,
 )
 from fastmeta.patching import Patched
+from fastmeta.patching.inputs import check_inputs
 
 
 def check_steps(steps: object, least: int = 1) -> int:

@@ -188,7 +188,7 @@ def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def task_losses(loop: InnerLoop, params: TaskParams, batch: Mapping[str, Tensor], prefix=None):
     """Losses ``[T]`` and outputs of the model."""
-    outputs = loop.patched(params, prefix_cache=prefix, **model_inputs(batch))
+    outputs = loop.patched.run(params, model_inputs(batch), prefix)
     fewer = "memory='auto' measures with few tasks, and chunks hold fewer than a batch"
     try:
         losses = loop.loss_fn(outputs, batch)

@@ -9,6 +9,7 @@ from transformers.masking_utils import sdpa_mask
 
 from fastmeta.patching import attention
 from fastmeta.patching.bind import copy_structure
+from fastmeta.patching.inputs import vocabulary
 
 _SPY = "fastmeta_discover"
 
@@ -53,14 +54,6 @@ def self_attentions(model: nn.Module) -> list[tuple[str, int, int]]:
             "attention interface, which Prefix needs; use LoRA or Params instead"
         )
     return list(found.values())
-
-
-def vocabulary(model: nn.Module) -> int | None:
-    """How many words the model's table has; None where it has none. Tables may be resized."""
-    try:
-        return model.get_input_embeddings().num_embeddings
-    except (AttributeError, NotImplementedError):
-        return None
 
 
 def _dummy_inputs(model: nn.Module) -> dict[str, Tensor] | None:

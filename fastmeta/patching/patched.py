@@ -9,19 +9,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from fastmeta.patching import prefix, probe
 from fastmeta.patching.bind import resting
 from fastmeta.patching.context import Call, running
+from fastmeta.patching.generation import generate
 from fastmeta.patching.initial_params import InitialParams, with_zeros
+from fastmeta.patching.inputs import check_inputs
+from fastmeta.patching.known_tokens import KnownTokens
 from fastmeta.patching.plan import Plan
 from fastmeta.patching.search import make_plan
 from fastmeta.patching.shared import check_unmoved
 from fastmeta.patching.slots import Slots, make_slots
 from fastmeta.patching.spec import Spec
 from fastmeta.patching.task_axes import (
-    check_mask,
     few,
     leading_axes,
     model_inputs,
@@ -29,15 +30,7 @@ from fastmeta.patching.task_axes import (
     warn_of_unknown,
 )
 from fastmeta.patching.task_params import TaskParams
-from fastmeta.patching.unpadded import (
-    IDS,
-    MASK,
-    Tokens,
-    Unpadded,
-    ignored_by,
-    is_traced,
-    tokens_of,
-)
+from fastmeta.patching.unpadded import MASK, Tokens, Unpadded, is_traced
 
 
 def patch(model: nn.Module, spec: Spec, *, seed: int = 0) -> Patched:
@@ -93,7 +86,7 @@ class Patched(nn.Module):
         self.layout = self.slots.layout
         self._plans: dict[tuple[str, ...], Plan] = {}
         self._lock = threading.RLock()
-        self._tokens = WeakIdKeyDictionary()  # of a mask: the positions that count
+        self._tokens = KnownTokens()
         self.captures: dict[Any, Any] = {}  # what the engine has captured of this model
         self._rest = resting(model, model.training)
         self._models_mode = model.training
@@ -241,7 +234,7 @@ class Patched(nn.Module):
             widths: Unless 0: without padding, round the number of tokens up to one of so many. What
                 is returned then says which tokens there are, also where there is no prefix.
         """
-        flat, _, _ = self._flatten(params, inputs)
+        flat, _, _ = self.flatten(params, inputs)
         plan = self.plan(inputs)
         reused = plan.prefix and not plan.prefix_is_random()
         if not (reused or widths):
@@ -276,9 +269,43 @@ class Patched(nn.Module):
             The model's output with ``[T, N, ...]`` in place of ``[B, ...]``.
 
         Raises:
-            ValueError: Inputs and params disagree on T, or a mask and its words on their shape.
+            ValueError: Inputs and params disagree on T, or a mask and its words on their shape;
+                a word that the model does not know, or a text that is too long.
         """
-        flat, tasks, rows = self._flatten(params, inputs)
+        check_inputs(inputs, "given", self.device, self.model)
+        return self.run(params, inputs, prefix_cache)
+
+    def generate(self, params: TaskParams, **given: Any) -> Any:
+        """Continue the texts of T tasks in one batch, each with its own fast weights.
+
+        Args:
+            params: Fast weights of T tasks.
+            given: The model's inputs ``[T, N, L]``, padded on the left where one is not an
+                encoder-decoder, and settings of transformers' ``generate``, such as
+                ``max_new_tokens``, ``do_sample`` or ``generation_config``; one continuation of
+                each text. Keys and values of earlier words are kept (``use_cache=False``: are not).
+
+        Returns:
+            What ``generate`` returns, with ``[T, N, ...]`` in place of ``[B, ...]``: words
+            ``[T, N, L']``. Without sampling, those of each task alone.
+
+        Raises:
+            TypeError: The model does not generate.
+            ValueError: Inputs and params disagree, texts are padded on the right, or several
+                continuations were asked for.
+            PatchError: The model generates, but not with these per-task parameters; asked on the
+                first use.
+        """
+        return generate(self, params, given)
+
+    def run(
+        self,
+        params: TaskParams,
+        inputs: Mapping[str, Any],
+        prefix_cache: prefix.PrefixCache | None = None,
+    ) -> Any:
+        """:meth:`forward` for inputs that were checked."""
+        flat, tasks, rows = self.flatten(params, inputs)
         plan = self.plan(inputs)
         with running(self.call(params.bound(plan), inputs, prefix_cache=prefix_cache)):
             out = plan.run(flat)
@@ -308,14 +335,14 @@ class Patched(nn.Module):
                     )
                 call.unpadded = Unpadded(prefix_cache.tokens)
         elif plan.unpadded and not padded:
-            call.unpadded = self._unpadded(plan, inputs, widths)
+            tokens = self._tokens.of(plan, inputs, widths)
+            call.unpadded = None if tokens is None else Unpadded(tokens)
         return call
 
     def tokens(self, inputs: Mapping[str, Any], widths: int = 0) -> Tokens | None:
         """Which positions of inputs ``[T, N, ...]`` layers compute; None where those are all."""
         plan = self.plan(inputs)
-        unpadded = self._unpadded(plan, inputs, widths) if plan.unpadded else None
-        return None if unpadded is None else unpadded.tokens
+        return self._tokens.of(plan, inputs, widths) if plan.unpadded else None
 
     def computed_tokens(self, inputs: Mapping[str, Any], widths: int = 0) -> int | None:
         """Positions of each task that layers compute for inputs ``[T, N, ...]``; None where those
@@ -326,26 +353,7 @@ class Patched(nn.Module):
         tokens = self.tokens(inputs, widths)
         return mask[0].numel() if tokens is None else tokens.width
 
-    def _unpadded(self, plan: Plan, inputs: Mapping[str, Any], widths: int = 0) -> Unpadded | None:
-        """Asks how many tokens there are, which waits for the device, once for every mask."""
-        mask = inputs.get(MASK)
-        if not isinstance(mask, Tensor) or is_traced(mask):
-            return None
-        # what the answer depends on; kept, so that their ids stay their own
-        asked = [mask]
-        asked += [inputs.get(IDS)] if plan.padding_word is not None else []
-        asked += [inputs.get("labels")] if plan.shows_padding else []
-        state = [(id(t), _version(t)) for t in asked]
-        answers: dict[int, tuple[list, list, Tokens | None]] = self._tokens.setdefault(mask, {})
-        known = answers.get(widths)
-        if known is None or known[0] != state or any(version is None for _, version in state):
-            # Made while a model is evaluated, they may serve its training too.
-            with torch.inference_mode(False):
-                tokens = _tokens(plan, inputs, widths)
-            known = answers[widths] = state, asked[1:], tokens
-        return None if known[2] is None else Unpadded(known[2])
-
-    def _flatten(
+    def flatten(
         self, params: TaskParams, inputs: Mapping[str, Any]
     ) -> tuple[dict[str, Any], int, int]:
         """``[T, N, ...]`` inputs -> the model's ``[T * N, ...]`` inputs, T, N."""
@@ -365,12 +373,10 @@ class Patched(nn.Module):
                 f"params hold {params.num_tasks} tasks, but {name} has {tasks} "
                 f"(shape {list(inputs[name].shape)})"
             )
-        check_mask(inputs)
         if rows == 0:
             raise ValueError(f"{name} holds no examples (shape {list(inputs[name].shape)})")
-        for key, value in inputs.items():
-            if isinstance(value, Tensor) and value.device != params.device:
-                raise ValueError(f"params are on {params.device}, but {key} is on {value.device}")
+        if params.device != self.device:
+            raise ValueError(f"params are on {params.device}, but the model is on {self.device}")
         return model_inputs(self.model, inputs), tasks, rows
 
     def extra_repr(self) -> str:
@@ -378,23 +384,3 @@ class Patched(nn.Module):
             f"{type(self.model).__name__}, {self.spec!r}, "
             f"{self.layout.num_elements} adapted parameters per task"
         )
-
-
-def _tokens(plan: Plan, inputs: Mapping[str, Any], widths: int) -> Tokens | None:
-    """The positions of inputs ``[T, N, ...]`` that count, None where padding is to be computed."""
-    mask, word = inputs[MASK], plan.padding_word
-    tokens = tokens_of(mask, widths)
-    if tokens is None:
-        return None
-    if word is not None and not bool(((inputs.get(IDS) == word) | (mask != 0)).all()):
-        return None
-    if plan.shows_padding and not ignored_by(inputs.get("labels"), mask):
-        return None
-    return tokens
-
-
-def _version(t: Any) -> int | None:
-    """Changes when a tensor is written to; those of inference mode do not count that."""
-    if not isinstance(t, Tensor):
-        return 0
-    return None if t.is_inference() else t._version

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,6 +51,8 @@ class Plan:
         modes: Adapted module, or shared method, -> one of :data:`MODES`.
         prefix: Modules whose outputs do not depend on the fast weights, in the order they run.
         fused_attention: Whether the model calls torch's fused attention past the registries.
+        tolerance: Relative difference of results that a check allows.
+        generates: Whether texts were continued by it as by each task alone.
         word_table: The embedding that is called once, on the model's ``input_ids``, or None.
         shortened: The layer that returns its first token alone, or None.
         unpadded: Layers that can leave out padding.
@@ -74,6 +77,8 @@ class Plan:
         self.pristine = prepared_copy(model, slots, own_attention)
         self.prefix: list[str] = []
         self.fused_attention = False
+        self.tolerance = 0.0
+        self.generates = False
         self.word_table: str | None = None
         self.shortened: str | None = None
         self.unpadded: list[str] = []
@@ -123,10 +128,12 @@ class Plan:
 
     def run(self, flat: Mapping[str, Any]) -> Any:
         """The model's output for inputs ``[T * N, ...]``, in the current call."""
-        if self.fused_attention:
-            with attention.twice_differentiable():
-                return self.structure(**flat)
-        return self.structure(**flat)
+        with self.attention():
+            return self.structure(**flat)
+
+    def attention(self) -> AbstractContextManager:
+        """Within, torch's own attention is replaced where the model calls it."""
+        return attention.twice_differentiable() if self.fused_attention else nullcontext()
 
     def run_prefix(self, flat: Mapping[str, Any]) -> None:
         """Run until the first adapted module; the current call's cache records."""
@@ -157,12 +164,13 @@ def _by_rule(module: nn.Module, adapted: Adapted, rule: Callable, mode: str) -> 
         x, *others = (*args, *kwargs.values())
         if any(isinstance(o, Tensor) for o in others):
             raise TypeError(f"the rule of {type(module).__name__} takes one tensor")
-        if mode == "single":
+        single = mode == "single" and x.shape[0] == 1
+        if single:
             x = x.expand(call.tasks, *x.shape[1:])
         elif mode == "lift":
             x = x.expand(call.tasks, *x.shape)
         y = rule(module, adapted, call, x)
-        if mode in ("single", "lift"):
+        if single or mode == "lift":
             # Every task computes its own [T, ...]; each of its rows reads it.
             y = y.unsqueeze(1).expand(-1, call.rows, *y.shape[1:]).flatten(0, 1)
         if call.tap is not None and adapted.slots:

@@ -278,7 +278,7 @@ class _Search:
     def _plan(self, modes: Mapping[str, str]) -> Plan:
         plan = Plan(self.model, self.slots, modes, self.kinds, self.own_attention)
         plan.train(False)
-        plan.fused_attention = self.fused_attention
+        plan.fused_attention, plan.tolerance = self.fused_attention, self.tolerance
         return plan
 
     def try_first_token(self, plan: Plan) -> Plan:

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from fastmeta.patching.discover import vocabulary
 from fastmeta.patching.task_axes import check_mask
+from fastmeta.patching.unpadded import is_traced
 
 _POSITIONS = ("position_embeddings", "positions_embed", "embed_positions", "wpe")
 """Names of tables that bound the length of a text."""
 
 _TABLES: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
 """Model -> name of such a table in it, or None: the table itself may be replaced."""
+
+
+def vocabulary(model: nn.Module) -> int | None:
+    """How many words the model's table has; None where it has none. Tables may be resized."""
+    try:
+        return model.get_input_embeddings().num_embeddings
+    except (AttributeError, NotImplementedError):
+        return None
 
 
 def _most_tokens(model: nn.Module) -> int | None:
@@ -41,23 +50,23 @@ def _most_tokens(model: nn.Module) -> int | None:
 
 
 def check_inputs(
-    inputs: Mapping[str, Tensor], which: str, device: torch.device, model: nn.Module
+    inputs: Mapping[str, Any], which: str, device: torch.device, model: nn.Module
 ) -> None:
     """Raise unless inputs are on the device, a mask fits, and the model knows all words: at one
     that it does not, a GPU stops for good.
 
     Args:
-        which: ``"support"`` or ``"query"``, for the message.
+        which: ``"support"``, ``"query"`` or ``"given"``, for the message.
     """
     for key, value in inputs.items():
-        if value.device != device:
+        if isinstance(value, Tensor) and value.device != device:
             raise ValueError(
                 f"the model is on {device}, but {which}[{key!r}] is on "
                 f"{value.device}; move it with .to({str(device)!r})"
             )
     check_mask(inputs)
     ids, words = inputs.get("input_ids"), vocabulary(model)
-    if ids is None or ids.is_floating_point():
+    if ids is None or ids.is_floating_point() or is_traced(ids):
         return
     most = _most_tokens(model)
     if most is not None and ids.shape[-1] > most:
