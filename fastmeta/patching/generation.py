@@ -59,13 +59,11 @@ def generate(patched: Patched, params: TaskParams, given: Mapping[str, Any]) -> 
 
 
 def _with_decoder(model: Any, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Inputs that the model runs on: those of an encoder-decoder with the start of its answer."""
+    """Inputs that the model runs on: those of an encoder-decoder with some answer."""
     if not model.config.is_encoder_decoder or "decoder_input_ids" in inputs:
         return inputs
-    start = model.generation_config.decoder_start_token_id
-    start = model.config.decoder_start_token_id if start is None else start
-    _, tasks, rows = leading_axes(inputs)
-    ids = torch.full((tasks, rows, 2), start, device=next(iter(inputs.values())).device)
+    name, tasks, rows = leading_axes(inputs)
+    ids = torch.zeros(tasks, rows, 2, dtype=torch.int64, device=inputs[name].device)
     return {**inputs, "decoder_input_ids": ids}
 
 
