@@ -73,7 +73,7 @@ def read_by(
     Raises:
         ValueError: The logits are anything but what it gives on one row per example.
     """
-    flat, tasks, rows = patched._flatten(params, inputs)
+    flat, tasks, rows = patched.flatten(params, inputs)
     plan = patched.plan(inputs)
     call = patched.call(params.bound(plan), inputs, prefix_cache=prefix)
     call.tap = tap = Tap()
@@ -109,7 +109,7 @@ def head_features(
     Returns:
         None where the model's logits are anything but what the head gave on one row per example.
     """
-    flat, tasks, rows = patched._flatten(params, inputs)
+    flat, tasks, rows = patched.flatten(params, inputs)
     plan = patched.plan(inputs)
     if plan.modes.get(adapted.name) != "rule":
         return None

@@ -210,11 +210,8 @@ class Evaluator:
             batch.support["labels"], batch.ways, inputs_of, seed=self.seed,
         )  # fmt: skip
         judged = FrozenPass(self.net, query, proposals)
-        logits = self.net(
-            fast,
-            prefix_cache=LivePass(judged, range(len(scores))),
-            **repeated(query, len(scores)),
-        )
+        live = LivePass(judged, range(len(scores)))
+        logits = self.net.run(fast, repeated(query, len(scores)), live)
         _judge(scores, logits, finite, batch)
 
     def _heads(self, scores: list[Score], batch: TaskBatch) -> bool:
@@ -267,7 +264,7 @@ class Evaluator:
         inputs = {k: v.to(self.net.device) for k, v in _inputs(rows).items()}
         gates = LivePass(FrozenPass(self.net, inputs, proposals), range(len(proposals)))
         params = self.net.init(len(proposals) * gates.tasks)
-        flat, units, n = self.net._flatten(params, repeated(inputs, len(proposals)))
+        flat, units, n = self.net.flatten(params, repeated(inputs, len(proposals)))
         tap = Tap()
         with running(Call(params.views, units, n, prefix=gates.stem, gates=gates, tap=tap)):
             out = self.net.plan(inputs).run(flat)
