@@ -1,4 +1,4 @@
-"""From a configuration to objects: model, data, learner, optimizer, trainer."""
+"""From a configuration to objects: model, learner, optimizer, trainer."""
 
 from __future__ import annotations
 
@@ -14,16 +14,13 @@ from torch import nn
 
 import fastmeta as fm
 from fastmeta.cli.config import METRIC, Config
+from fastmeta.cli.data import build_episodes
 from fastmeta.cli.errors import UserError, as_user_errors
 from fastmeta.cli.specs import options, parse_spec
-from fastmeta.data import Episodes, LabelledTexts
-from fastmeta.data.benchmarks import PARTS
 from fastmeta.training import Trainer
 from fastmeta.training.export import quiet_transformers
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}
-# Fixed, different from a training run's own seeds: evaluation episodes are the same for all runs.
-_EVAL_SEED = {"train": 10_000_001, "valid": 10_000_002, "test": 10_000_003}
 
 
 @dataclass
@@ -250,74 +247,6 @@ def _temperature(config: Config) -> dict[str, Any]:
     if config.learn_temperature:
         return {"temperature": "learned", "initial_temperature": config.temperature}
     return {"temperature": config.temperature}
-
-
-# -- data ----------------------------------------------------------------------------------------
-
-
-def load_texts(config: Config, part: str) -> LabelledTexts:
-    """The labelled texts of the training, validation or test classes."""
-    with as_user_errors():
-        if config.data == "builtin":
-            return fm.data.builtin(part)
-        path = Path(config.data).expanduser()
-        if path.is_dir():
-            return fm.data.clinc(path, split=config.split, part=part)
-        if path.suffix in (".jsonl", ".json") or path.is_file():
-            return _from_files(config, path, part)
-        if config.data.startswith((".", "/", "~")):
-            raise UserError(f"data {config.data!r}: no such file or folder")
-        return _from_hub(config, part)
-
-
-def _from_files(config: Config, path: Path, part: str) -> LabelledTexts:
-    def read(file: str | Path) -> LabelledTexts:
-        return fm.data.from_jsonl(
-            Path(file).expanduser(), text=config.text_key, label=config.label_key
-        )
-
-    other = {"train": None, "valid": config.valid, "test": config.test}[part]
-    if other is not None:
-        return read(other)
-    if config.valid is None and config.test is None:
-        return _split(read(path), config.seed, part)
-    if part == "train":
-        return read(path)
-    raise UserError(f"no {part} classes: {config.data} has no split, give --{part} FILE")
-
-
-def _from_hub(config: Config, part: str) -> LabelledTexts:
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(
-            f"data {config.data!r} is no file or folder, and reading it from the hub needs the "
-            "package 'datasets' (pip install fastmeta[data])"
-        ) from None
-    try:
-        dataset = datasets.load_dataset(config.data, split="train")
-    except Exception as error:  # whatever the hub, the network or the format have to say
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"data {config.data!r} cannot be loaded: {reason}") from error
-    data = fm.data.from_huggingface(dataset, config.text_key or "text", config.label_key)
-    return _split(data, config.seed, part)
-
-
-def _split(data: LabelledTexts, seed: int, part: str) -> LabelledTexts:
-    """Classes split 60 : 20 : 20 at random."""
-    return dict(zip(PARTS, data.split(0.6, 0.2, 0.2, seed=seed), strict=True))[part]
-
-
-def build_episodes(
-    config: Config, tokenizer: Any, part: str, *, seed: int | None = None, **changes: Any
-) -> Episodes:
-    """Endless episodes of the training, validation or test classes."""
-    texts = load_texts(config, part)
-    if seed is None:
-        seed = config.seed if part == "train" else _EVAL_SEED[part]
-    settings = {k: getattr(config, k) for k in ("ways", "shots", "queries", "tasks", "max_length")}
-    with as_user_errors():
-        return Episodes(texts, tokenizer, seed=seed, **{**settings, **changes})
 
 
 # -- outer loop ----------------------------------------------------------------------------------

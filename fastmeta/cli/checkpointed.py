@@ -6,6 +6,7 @@ import argparse
 
 from fastmeta.cli import config as configs
 from fastmeta.cli.build import Parts, build_parts
+from fastmeta.cli.data import check_files
 from fastmeta.cli.train import saved_config
 from fastmeta.training import find_checkpoint, load_learner, read_checkpoint
 
@@ -24,7 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser, keys: tuple[str, ...]) -> Non
 def load(arguments: argparse.Namespace) -> Parts:
     """Rebuild the learner that the checkpoint was trained with and load its meta-parameters."""
     folder = find_checkpoint(arguments.checkpoint)
-    config = configs.make_config(saved_config(folder), configs.flag_values(arguments))
+    saved, given = saved_config(folder), configs.flag_values(arguments)
+    if "data" in given:
+        saved |= {"valid": None, "test": None}  # files of the run's own data
+    config = configs.make_config(saved, given)
+    check_files(config, given)
     parts = build_parts(config)
     load_learner(parts.learner, read_checkpoint(folder), folder)
     return parts

@@ -56,10 +56,14 @@ class Config:
     )
     dropout: bool = _key(False, "whether the model's own dropout is on while training")
     # data
-    data: str = _key("builtin", "builtin, a folder as of CLINC150/HWU64, a JSONL file, a hub name")
+    data: str = _key(
+        "builtin",
+        "builtin, a folder as of CLINC150/HWU64, a JSONL file or a hub name; the classes of the "
+        "last two are split 60 : 20 : 20 at random, unless valid or test is given",
+    )
     split: int = _key(1, "class split of a folder's splits/", least=1)
-    valid: str | None = _key(None, "JSONL file of validation classes (with data: a JSONL file)")
-    test: str | None = _key(None, "JSONL file of test classes (with data: a JSONL file)")
+    valid: str | None = _key(None, "JSONL file of validation classes; default: those of data")
+    test: str | None = _key(None, "JSONL file of test classes; default: those of data")
     text_key: str | None = _key(None, "key or column of the text; default: text or sentence")
     label_key: str = _key("label", "key or column of the label")
     max_length: int = _key(128, "longest text in tokens", least=1)

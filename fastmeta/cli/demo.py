@@ -7,8 +7,9 @@ import json
 import time
 from pathlib import Path
 
-from fastmeta.cli.build import build_episodes, build_parts, build_trainer
+from fastmeta.cli.build import build_parts, build_trainer
 from fastmeta.cli.config import make_config
+from fastmeta.cli.data import build_episodes
 from fastmeta.cli.evaluate import adapted, table
 from fastmeta.cli.train import clear_run, train
 from fastmeta.training import nearest_class_mean

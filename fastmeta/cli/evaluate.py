@@ -12,8 +12,10 @@ import torch
 from tqdm import tqdm
 
 from fastmeta.cli import checkpointed
-from fastmeta.cli.build import Parts, build_episodes
-from fastmeta.cli.config import GRADIENT, METRIC
+from fastmeta.cli.build import Parts
+from fastmeta.cli.config import GRADIENT, METRIC, flag_values
+from fastmeta.cli.data import announce_split, build_episodes, source
+from fastmeta.cli.errors import UserError
 from fastmeta.data.benchmarks import PARTS
 from fastmeta.training import (
     Evaluation,
@@ -41,15 +43,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     if arguments.episodes < 1:
-        from fastmeta.cli.errors import UserError
-
         raise UserError(f"--episodes: expected at least 1, got {arguments.episodes}")
     if arguments.json:
         check_writable(Path(arguments.json).parent)
+    given = flag_values(arguments)
+    for part in ("valid", "test"):
+        if part in given and part != arguments.part:
+            raise UserError(
+                f"--{part} is for --part {part}: expected no other, got {arguments.part}"
+            )
     parts = checkpointed.load(arguments)
     config = parts.config
     seed = arguments.episode_seed
     episodes = build_episodes(config, parts.tokenizer, arguments.part, seed=seed)
+    announce_split(config)
     start = time.perf_counter()
     taken = config.refine_steps if config.method == "hypernet" else config.inner_steps
     steps = "" if config.method in METRIC else f", {taken} inner steps"
@@ -62,8 +69,9 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.no_baselines:
         results |= baselines(parts, episodes, arguments.episodes)
     print(
-        f"{arguments.part} classes of {config.data}: {config.ways}-way {config.shots}-shot, "
-        f"{arguments.episodes} episodes, {arguments.episodes / seconds:.1f} tasks/s"
+        f"{arguments.part} classes of {source(config, arguments.part)}: "
+        f"{config.ways}-way {config.shots}-shot, {arguments.episodes} episodes, "
+        f"{arguments.episodes / seconds:.1f} tasks/s"
     )
     print(table(results))
     if arguments.json:

@@ -11,6 +11,7 @@ import torch
 from fastmeta.cli import config as configs
 from fastmeta.cli.build import build_parts, build_trainer
 from fastmeta.cli.config import Config
+from fastmeta.cli.data import announce_split, check_files
 from fastmeta.cli.errors import UserError
 from fastmeta.cli.signals import stopping
 from fastmeta.training import CheckpointError, Trainer, find_checkpoint, read_checkpoint
@@ -40,10 +41,12 @@ def run(arguments: argparse.Namespace) -> int:
     tables.append(configs.flag_values(arguments))
     if arguments.resume is None:
         config = configs.make_config(*tables)
+        check_files(config, configs.KEYS)
         prepare_folder(config, overwrite=arguments.overwrite)
     else:
         config = _resumed_config(arguments.resume, tables)
     trainer = build_trainer(config, build_parts(config), progress=not arguments.quiet)
+    announce_split(config)
     if arguments.resume is None:
         torch.manual_seed(config.seed)  # of dropout; the rest has seeds of its own
         if arguments.overwrite:

@@ -15,13 +15,12 @@ from fastmeta.engine.checks import check_clip_norm, check_sets, check_steps, com
 from fastmeta.engine.chunks import split
 from fastmeta.engine.conditions import computing
 from fastmeta.engine.episode import adapt_tasks
-from fastmeta.engine.inner import InnerLoop
+from fastmeta.engine.inner import InnerLoop, Trajectory
 from fastmeta.engine.losses import WAYS, LossFn, resolve_loss
 from fastmeta.engine.memory import check_memory
 from fastmeta.engine.optimizers import UpdateRule, resolve_rule
 from fastmeta.engine.rates import LearnedRate, Rates
 from fastmeta.patching import Patched, TaskParams
-from fastmeta.patching.narrow_params import joined
 
 
 @dataclass
@@ -84,9 +83,10 @@ def adapt(
         The adapted fast weights: ``patched(adapted.params, **query_inputs)``.
 
     Raises:
-        TypeError: `patched` is no patched model, `lr` or `steps` no number, labels not int64.
+        TypeError: `patched` is no patched model, `params` no fast weights, `lr` or `steps` no
+            number, labels not int64.
         ValueError: Empty support, labels out of range, tensors on another device, steps below 1,
-            `lr` not positive, `params` of another number of tasks.
+            `lr` not positive, `params` of another model, specification or number of tasks.
 
     Not differentiable; use a learner for meta-gradients. Several threads may call it at once.
     """
@@ -104,8 +104,10 @@ def adapt(
         raise TypeError("adapt takes a number as lr; learned rates belong to a learner")
     rates = Rates(lr, patched.layout, steps, patched.slots.initial[0])
     tasks = check_set("support", support)
-    if params is not None and params.num_tasks != tasks:
-        raise ValueError(f"params hold {params.num_tasks} tasks, but the support set {tasks}")
+    if params is not None:
+        patched.check_params(params)
+        if params.num_tasks != tasks:
+            raise ValueError(f"params hold {params.num_tasks} tasks, but the support set {tasks}")
     if ways is not None:
         support = {**support, WAYS: ways_of(ways, tasks, patched.device)}
     capture = capture_of(patched, compile, compile_cache)
@@ -127,8 +129,5 @@ def adapt(
             adapt_tasks(loop, start.select(s), {k: v[s] for k, v in support.items()}, "unroll")
             for s in split(slice(0, tasks), task_chunk)
         ]
-    return Adapted(
-        joined([p.params for p in pieces]),
-        torch.cat([torch.stack(p.losses) for p in pieces], dim=1),
-        ~torch.cat([p.active for p in pieces]),
-    )
+    whole = Trajectory.joined(pieces)
+    return Adapted(whole.params, torch.stack(whole.losses), ~whole.active)

@@ -26,7 +26,7 @@ from fastmeta.engine.inner import (
 from fastmeta.engine.losses import WAYS, scores
 from fastmeta.engine.memory import MemoryPlan
 from fastmeta.engine.narrow import looked_up, narrowed
-from fastmeta.engine.recompute import joined, recompute, slices
+from fastmeta.engine.recompute import recompute, slices
 from fastmeta.patching import TaskParams
 from fastmeta.patching.leaf_params import LeafParams
 from fastmeta.patching.unpadded import IDS
@@ -238,7 +238,7 @@ def adapt_tasks(
                 places = None if tasks is None else tasks[part]
                 support = _support(loop, mine := start.select(part), texts, places)
                 found.append(_recomputed(loop, mine, support, keep))
-            return joined(found)
+            return Trajectory.joined(found)
         return _recomputed(loop, start, _support(loop, start, inputs, tasks), keep)
     support = _support(loop, start, inputs, tasks)
     if loop.head is None and may_serve(loop, start):

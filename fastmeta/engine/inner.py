@@ -16,7 +16,7 @@ from fastmeta.engine.optimizers import State, UpdateRule
 from fastmeta.engine.prototype_head import PrototypeHead
 from fastmeta.engine.rates import Rates
 from fastmeta.patching import ParamLayout, Patched, TaskParams
-from fastmeta.patching.narrow_params import Narrowing, NarrowParams
+from fastmeta.patching.narrow_params import Narrowing, NarrowParams, joined
 from fastmeta.patching.prefix import PrefixCache
 from fastmeta.patching.words import TextRows
 
@@ -179,6 +179,15 @@ class Trajectory:
     params: TaskParams
     active: Tensor
     losses: list[Tensor]
+
+    @classmethod
+    def joined(cls, parts: Sequence[Trajectory]) -> Trajectory:
+        """The trajectory of all tasks from those of slices of them."""
+        return cls(
+            joined([p.params for p in parts]),
+            torch.cat([p.active for p in parts]),
+            [torch.cat(losses) for losses in zip(*(p.losses for p in parts), strict=True)],
+        )
 
 
 def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from fastmeta.engine.conditions import Conditions, versions
 from fastmeta.engine.inner import InnerLoop, Support, Trajectory, inner_step
-from fastmeta.patching import narrow_params
 from fastmeta.patching.prefix import is_random
 
 SLICES = 2
@@ -34,17 +33,6 @@ def slices(loop: InnerLoop, tasks: int) -> list[slice]:
     random = loop.patched.training and is_random(loop.patched.model)
     size = tasks if random or not loop.asks else max(1, tasks // SLICES)
     return [slice(i, min(i + size, tasks)) for i in range(0, tasks, size)]
-
-
-def joined(parts: Sequence[Trajectory]) -> Trajectory:
-    """The trajectory of all tasks from those of slices of them."""
-    if len(parts) == 1:
-        return parts[0]
-    return Trajectory(
-        narrow_params.joined([p.params for p in parts]),
-        torch.cat([p.active for p in parts]),
-        [torch.cat(losses) for losses in zip(*(p.losses for p in parts), strict=True)],
-    )
 
 
 def recompute(

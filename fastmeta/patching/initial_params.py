@@ -71,7 +71,7 @@ class InitialParams(TaskParams):
             rows = LookedUp(rows.slot, *tensors[self.shared :])
         return InitialParams(self.layout, parts, self.num_tasks, rows)
 
-    def select(self, index: Tensor | slice) -> InitialParams:
+    def _select(self, index: Tensor | slice | Sequence[int]) -> InitialParams:
         every, rows = self.parts[0].new_empty(self.num_tasks, 0), self.looked_up
         if rows is not None:
             rows = LookedUp(rows.slot, rows.support[index], rows.query[index])

@@ -64,6 +64,20 @@ class ParamLayout:
             found = self._with_rows[slot, rows] = ParamLayout(self.names, shapes)
         return found
 
+    def difference(self, other: ParamLayout) -> str | None:
+        """How another layout differs from this one, as a clause; None where it does not."""
+        if other is self or (other.names, other.shapes) == (self.names, self.shapes):
+            return None
+        missing = [n for n in self.names if n not in other.index]
+        extra = [n for n in other.names if n not in self.index]
+        if missing or extra:
+            return f"expected {_few(missing) or 'no more'}, got {_few(extra) or 'none'}"
+        for name, shape in zip(self.names, self.shapes, strict=True):
+            found = other.shapes[other.index[name]]
+            if found != shape:
+                return f"expected {name} of shape {list(shape)}, got {list(found)}"
+        return f"expected parameters in the order of {self.names[:2]}, got {other.names[:2]}"
+
     def __len__(self) -> int:
         return len(self.names)
 
@@ -98,3 +112,8 @@ class ParamLayout:
         return [
             p.view(packed.shape[0], *shape) for p, shape in zip(pieces, self.shapes, strict=True)
         ]
+
+
+def _few(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+    return ", ".join(names[:2]) + more

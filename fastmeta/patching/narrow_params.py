@@ -127,6 +127,11 @@ class NarrowParams(UnpackedParams):
         parts[held.slot] = torch.zeros_like(held.table).index_put((ids,), added, accumulate=True)
         return parts
 
+    def _select(self, index: Tensor | slice | Sequence[int]) -> NarrowParams:
+        words = self.narrowing.words
+        words = Words.of(words.ids[index], words.padding)
+        return NarrowParams(replace(self.narrowing, words=words), self.compact[index])
+
     def detach(self) -> NarrowParams:
         held = replace(self.narrowing, table=self.narrowing.table.detach())
         return NarrowParams(held, self.compact.detach())
@@ -149,20 +154,43 @@ class NarrowParams(UnpackedParams):
 
 
 def joined(parts: Sequence[TaskParams]) -> TaskParams:
-    """Fast weights of the tasks of all parts, which start from the same."""
+    """See :meth:`TaskParams.joined`."""
+    _check_layouts(parts)
     parts = [held_apart(part) for part in parts]
     if len(parts) == 1:
         return parts[0]
+    buffers = [part.compact for part in parts]
+    for what in ("dtype", "device"):
+        kinds = sorted({str(getattr(buffer, what)) for buffer in buffers})
+        if len(kinds) > 1:
+            raise ValueError(f"expected all parts of one {what}, got {', '.join(kinds)}")
     if all(isinstance(part, NarrowParams) for part in parts) and _alike(parts):
         words = [part.narrowing.words for part in parts]
         all_words = Words.of(torch.cat([w.ids for w in words]), words[0].padding)
         narrowing = replace(parts[0].narrowing, words=all_words)
-        return NarrowParams(narrowing, torch.cat([part.compact for part in parts]))
+        return NarrowParams(narrowing, torch.cat(buffers))
     return TaskParams(parts[0].layout, torch.cat([part.packed for part in parts]))
 
 
+def _check_layouts(parts: Sequence[TaskParams]) -> None:
+    for part in parts:
+        if not isinstance(part, TaskParams):
+            raise TypeError(
+                "expected fast weights (fm.TaskParams), such as fm.adapt(...).params, "
+                f"got {type(part).__name__}"
+            )
+    if not parts:
+        raise ValueError("expected fast weights of at least one task, got none")
+    for i, part in enumerate(parts):
+        difference = parts[0].layout.difference(part.layout)
+        if difference is not None:
+            raise ValueError(f"part {i} is of another model or specification: {difference}")
+
+
 def _alike(parts: Sequence[NarrowParams]) -> bool:
-    return len({part.narrowing.narrow for part in parts}) == 1
+    """Whether parts add to the same rows of one table."""
+    held = [part.narrowing for part in parts]
+    return len({(h.narrow, h.slot, h.table.data_ptr()) for h in held}) == 1
 
 
 def look_up(

@@ -353,20 +353,27 @@ class Patched(nn.Module):
         tokens = self.tokens(inputs, widths)
         return mask[0].numel() if tokens is None else tokens.width
 
-    def flatten(
-        self, params: TaskParams, inputs: Mapping[str, Any]
-    ) -> tuple[dict[str, Any], int, int]:
-        """``[T, N, ...]`` inputs -> the model's ``[T * N, ...]`` inputs, T, N."""
+    def check_params(self, params: TaskParams) -> None:
+        """Raise unless `params` are fast weights of this model and specification.
+
+        Raises:
+            TypeError: They are something else.
+            ValueError: They are of another model or specification.
+        """
         if not isinstance(params, TaskParams):
             raise TypeError(
                 "expected fast weights (fm.TaskParams), such as fm.adapt(...).params, "
                 f"got {type(params).__name__}"
             )
-        if params.layout is not self.layout and params.layout.shapes != self.layout.shapes:
-            raise ValueError(
-                f"params are of another model or specification: expected {self.layout}, "
-                f"got {params.layout}"
-            )
+        difference = self.layout.difference(params.layout)
+        if difference is not None:
+            raise ValueError(f"params are of another model or specification: {difference}")
+
+    def flatten(
+        self, params: TaskParams, inputs: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], int, int]:
+        """``[T, N, ...]`` inputs -> the model's ``[T * N, ...]`` inputs, T, N."""
+        self.check_params(params)
         name, tasks, rows = leading_axes(inputs)
         if tasks != params.num_tasks:
             raise ValueError(

@@ -31,6 +31,11 @@ class Slots:
     owners: dict[str, Adapted]
     prefixes: dict[str, tuple[int, int]]
 
+    @property
+    def lora_scales(self) -> dict[str, float]:
+        """Module name -> alpha / r, of those with LoRA."""
+        return {n: a.lora_scale for n, a in self.owners.items() if "lora_A" in a.slots}
+
     def leaves(self) -> list[Tensor]:
         """Initial values that lead gradients back to `initial`, frozen parameters included."""
         return [_leaf(p) for p in self.initial]

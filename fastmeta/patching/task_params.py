@@ -105,13 +105,49 @@ class TaskParams(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.layout)
 
-    def select(self, index: Tensor | slice) -> TaskParams:
-        """The fast weights of some tasks, in the order of an index, where a mask is True."""
+    @staticmethod
+    def joined(parts: Sequence[TaskParams]) -> TaskParams:
+        """The tasks of all parts as one batch, in their order: adapted apart, run together.
+
+        Args:
+            parts: Fast weights of one model and specification, of any numbers of tasks, on one
+                device.
+
+        Raises:
+            TypeError: A part is something else.
+            ValueError: There is no part, or they differ in names, shapes, dtype or device.
+        """
+        from fastmeta.patching.narrow_params import joined  # knows every kind, which know this one
+
+        return joined(parts)
+
+    def select(self, index: Tensor | slice | Sequence[int] | int) -> TaskParams:
+        """The fast weights of some tasks as a batch.
+
+        Args:
+            index: Numbers of tasks in the order wanted, also several times (a list, int64 ``[S]``),
+                a mask, bool ``[T]``, a slice, or one number.
+        """
+        return self._select([index] if isinstance(index, int) else index)
+
+    def _select(self, index: Tensor | slice | Sequence[int]) -> TaskParams:
         return TaskParams(self.layout, self.packed[index])
 
     def task(self, t: int) -> dict[str, Tensor]:
-        """One task's parameters, name -> ``[*shape]``."""
+        """One task's parameters, name -> ``[*shape]``.
+
+        Raises:
+            IndexError: There is no such task.
+        """
+        if not -self.num_tasks <= t < self.num_tasks:
+            raise IndexError(f"expected the number of one of {self.num_tasks} tasks, got {t}")
         return {name: view[t] for name, view in self.items()}
+
+    def to(self, device: torch.device | str) -> TaskParams:
+        """The same fast weights on `device`."""
+        if self.device == torch.device(device):
+            return self
+        return TaskParams(self.layout, self.packed.to(device))
 
     def detach(self) -> TaskParams:
         return TaskParams(self.layout, self.packed.detach())

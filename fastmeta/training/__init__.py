@@ -1,4 +1,4 @@
-"""The outer loop as a program: trainer, evaluation, metrics, checkpoints, export."""
+"""The outer loop as a program: trainer, evaluation, metrics, checkpoints, tasks' weights."""
 
 from fastmeta.training.checkpoint import find_checkpoint, read_checkpoint
 from fastmeta.training.errors import CheckpointError, Interrupted, TrainingError
@@ -8,6 +8,8 @@ from fastmeta.training.evaluation import (
     evaluate_unadapted,
     nearest_class_mean,
 )
+from fastmeta.training.export import export_task
+from fastmeta.training.imports import import_task
 from fastmeta.training.metrics import read_metrics
 from fastmeta.training.plot import plot_metrics
 from fastmeta.training.trainer import Trainer, load_learner
@@ -20,7 +22,9 @@ __all__ = [
     "TrainingError",
     "evaluate",
     "evaluate_unadapted",
+    "export_task",
     "find_checkpoint",
+    "import_task",
     "load_learner",
     "nearest_class_mean",
     "plot_metrics",

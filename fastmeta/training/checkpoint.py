@@ -74,24 +74,32 @@ def find_checkpoint(path: str | Path) -> Path:
     return found[-1]
 
 
+def read_pair(folder: Path, state: str, tensors: str) -> tuple[Any, dict[str, Tensor]]:
+    """Read a JSON file and a safetensors file of a folder, tensors on the CPU.
+
+    Raises:
+        CheckpointError: One of them is missing, truncated or damaged.
+    """
+    try:
+        return json.loads((folder / state).read_text(encoding="utf-8")), load_file(folder / tensors)
+    except OSError as error:
+        name = Path(error.filename or tensors).name
+        raise CheckpointError(
+            f"{folder}: {name} cannot be read ({error.strerror or error})"
+        ) from None
+    except ValueError as error:  # of json and of decoding
+        raise CheckpointError(f"{folder}: {state} is damaged ({error})") from None
+    except SafetensorError as error:
+        raise CheckpointError(f"{folder}: {tensors} is truncated or damaged ({error})") from None
+
+
 def read_checkpoint(folder: Path) -> dict[str, Any]:
     """Read a checkpoint's state, tensors on the CPU.
 
     Raises:
         CheckpointError: A file is missing, truncated or damaged, or of another format.
     """
-    try:
-        tree = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        tensors = load_file(folder / TENSORS)
-    except OSError as error:
-        name = Path(error.filename or TENSORS).name
-        raise CheckpointError(
-            f"{folder}: {name} cannot be read ({error.strerror or error})"
-        ) from None
-    except ValueError as error:  # of json and of decoding
-        raise CheckpointError(f"{folder}: {STATE} is damaged ({error})") from None
-    except SafetensorError as error:
-        raise CheckpointError(f"{folder}: {TENSORS} is truncated or damaged ({error})") from None
+    tree, tensors = read_pair(folder, STATE, TENSORS)
     if not isinstance(tree, dict) or tree.get("format") != FORMAT:
         got = tree.get("format") if isinstance(tree, dict) else type(tree).__name__
         raise CheckpointError(f"{folder}: expected a checkpoint of format {FORMAT}, got {got!r}")

@@ -1,4 +1,4 @@
-"""One task's adapted weights as files: a PEFT folder for LoRA, else safetensors and JSON."""
+"""One task's adapted weights as a folder: PEFT's for LoRA, else safetensors and JSON."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from fastmeta.patching import Head, Patched, TaskParams
+from fastmeta.engine.adaptation import Adapted
+from fastmeta.patching import Patched, TaskParams
+from fastmeta.training import peft_format
 from fastmeta.training.files import whole_folder
 
 WEIGHTS, ABOUT = "adapted.safetensors", "fastmeta.json"
@@ -21,7 +22,7 @@ WEIGHTS, ABOUT = "adapted.safetensors", "fastmeta.json"
 
 def export_task(
     patched: Patched,
-    params: TaskParams,
+    params: TaskParams | Adapted,
     folder: str | Path,
     *,
     labels: Sequence[str] = (),
@@ -32,18 +33,21 @@ def export_task(
 ) -> str:
     """Write one task's adapted weights to a new folder, whole or not at all.
 
-    With LoRA in the specification the folder is one that ``peft.PeftModel.from_pretrained`` reads:
-    low-rank factors, and the head and every other adapted module in ``modules_to_save``. Without,
-    or where a soft prefix or a module is adapted in both ways, ``adapted.safetensors`` holds the
-    parameters by their names in the model. ``fastmeta.json`` says what is what.
+    With LoRA in the specification the folder is one that ``peft.PeftModel.from_pretrained`` and
+    ``peft.AutoPeftModelFor...`` read: low-rank factors, and in ``modules_to_save`` every other
+    adapted module, and a head that `base` lacks. Without, or where a soft prefix or a module is
+    adapted in both ways, ``adapted.safetensors`` holds the parameters by their names in the model.
+    ``fastmeta.json`` says what is what; `import_task` reads either.
 
     Args:
         patched: The model.
-        params: Fast weights of T tasks.
+        params: Fast weights of T tasks, or what `fm.adapt` returned.
         folder: Must not exist, or be empty.
         labels: Class names in the order of the logits.
-        base: Name or folder of the model as it was loaded; None writes the model itself to
-            ``folder/base``, as is needed where its shared weights were trained.
+        base: Name or folder of the model as it was loaded, where that holds every weight but those
+            adapted and those of a classifier's new head (whose ``num_labels=`` is then given to
+            ``AutoPeftModelFor...``, too). None writes the model itself to ``folder/base``, as is
+            needed where its shared weights were trained.
         tokenizer: Written beside the model in ``folder/base``, where given.
         details: JSON values to keep in ``fastmeta.json``, too.
         task: Which of the T tasks.
@@ -53,33 +57,30 @@ def export_task(
 
     Raises:
         FileExistsError: `folder` holds something.
+        IndexError: There is no such task.
+        ValueError: `params` are of another model or specification.
     """
     folder = check_new(folder)
-    weights = {n: t.detach().cpu().contiguous().clone() for n, t in params.task(task).items()}
-    peft = _as_peft(patched, weights)
-    source = str(folder.resolve() / "base") if base is None else base
-    about = {
+    if isinstance(params, Adapted):
+        params = params.params
+    patched.check_params(params)
+    weights = params.task(task)
+    peft = peft_format.to_peft(patched, weights, named_base=base is not None)
+    about = _about(patched.model, folder, base, labels, details) | {
         "format": "safetensors" if peft is None else "peft",
-        "base_model": source,
-        "model_class": type(patched.model).__name__,
         "spec": repr(patched.spec),
-        "labels": list(labels),
-        **(details or {}),
+        "lora_scales": patched.slots.lora_scales,
     }
     with whole_folder(folder) as temporary:
         if base is None:
-            with quiet_transformers():
-                patched.model.save_pretrained(temporary / "base")
-            if tokenizer is not None:
-                tokenizer.save_pretrained(temporary / "base")
+            _write_base(patched.model, tokenizer, temporary)
         if peft is None:
-            save_file(weights, temporary / WEIGHTS)
+            save_file(_apart(weights), temporary / WEIGHTS)
         else:
             config, tensors = peft
-            save_file(tensors, temporary / "adapter_model.safetensors", {"format": "pt"})
-            _write_json(
-                temporary / "adapter_config.json", config | {"base_model_name_or_path": source}
-            )
+            save_file(_apart(tensors), temporary / peft_format.WEIGHTS, {"format": "pt"})
+            source = {"base_model_name_or_path": about["base_model"]}
+            _write_json(temporary / peft_format.CONFIG, config | source)
         _write_json(temporary / ABOUT, about)
     return about["format"]
 
@@ -115,21 +116,11 @@ def export_state(
     """
     folder = check_new(folder)
     tensors = {**params.task(task), **added}
-    tensors = {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}
-    about = {
-        "format": "safetensors",
-        "base_model": str(folder.resolve() / "base") if base is None else base,
-        "model_class": type(model).__name__,
-        "labels": list(labels),
-        **(details or {}),
-    }
+    about = _about(model, folder, base, labels, details) | {"format": "safetensors"}
     with whole_folder(folder) as temporary:
         if base is None:
-            with quiet_transformers():
-                model.save_pretrained(temporary / "base")
-            if tokenizer is not None:
-                tokenizer.save_pretrained(temporary / "base")
-        save_file(tensors, temporary / WEIGHTS)
+            _write_base(model, tokenizer, temporary)
+        save_file(_apart(tensors), temporary / WEIGHTS)
         _write_json(temporary / ABOUT, about)
     return "safetensors"
 
@@ -160,54 +151,31 @@ def check_new(folder: str | Path) -> Path:
     return path
 
 
-def _as_peft(
-    patched: Patched, weights: dict[str, Tensor]
-) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    """PEFT's configuration and tensors, or None where PEFT has no way to say it."""
-    owners = patched.slots.owners
-    lora = {n: a for n, a in owners.items() if "lora_A" in a.slots}
-    mixed = any(len(adapted.slots) > 2 for adapted in lora.values())
-    if not lora or mixed or patched.slots.prefixes:
-        return None
-    saved = _modules_to_save(patched.model, [n for n in owners if n not in lora])
-    if any(n == s or n.startswith(s + ".") for n in lora for s in saved):
-        return None
-    ranks = {n: weights[f"{n}.lora_A"].shape[0] for n in lora}
-    alphas = {n: a.lora_scale * ranks[n] for n, a in lora.items()}
-    first = next(iter(lora))
-    modules = dict(patched.model.named_modules())
-    config = {
-        "peft_type": "LORA",
-        "task_type": None,
-        "inference_mode": True,
-        "r": ranks[first],
-        "lora_alpha": alphas[first],
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": isinstance(modules[first], Conv1D),
-        "target_modules": list(lora),
-        "modules_to_save": saved or None,
-        "rank_pattern": {n: r for n, r in ranks.items() if r != ranks[first]},
-        "alpha_pattern": {n: a for n, a in alphas.items() if a != alphas[first]},
-    }
-    tensors = {}
-    for name in lora:
-        for factor in ("lora_A", "lora_B"):
-            tensors[f"base_model.model.{name}.{factor}.weight"] = weights[f"{name}.{factor}"]
-    for name in saved:
-        for key, value in modules[name].state_dict(prefix=f"{name}.").items():
-            value = weights.get(key, value).detach().cpu().contiguous().clone()
-            tensors[f"base_model.model.{key}"] = value
-    return config, tensors
+def _about(
+    model: nn.Module,
+    folder: Path,
+    base: str | None,
+    labels: Sequence[str],
+    details: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    if base is None:
+        base = str(folder.resolve() / "base")
+    elif Path(base).expanduser().is_dir():
+        base = str(Path(base).expanduser().resolve())  # for readers that run elsewhere
+    about = {"base_model": base, "model_class": type(model).__name__, "labels": list(labels)}
+    return about | dict(details or {})
 
 
-def _modules_to_save(model: nn.Module, adapted: list[str]) -> list[str]:
-    """The head, which is new in every model, and the modules of other adapted parameters."""
-    try:
-        head = {r.name.split(".")[0] for r in Head().resolve(model)}
-    except ValueError:  # a model without a head
-        head = set()
-    return sorted(head | {n for n in adapted if n.split(".")[0] not in head})
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, each in memory of its own, as safetensors wants them."""
+    return {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}
+
+
+def _write_base(model: nn.Module, tokenizer: Any, folder: Path) -> None:
+    with quiet_transformers():
+        model.save_pretrained(folder / "base")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder / "base")
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
