@@ -170,6 +170,11 @@ def ways_of(ways: Tensor | Sequence[int] | int, num_tasks: int, device: torch.de
 
 def check_set(name: str, tensors: Mapping[str, Tensor]) -> int:
     """The number of tasks in a support or query set, or an error that names it."""
+    if not isinstance(tensors, Mapping):
+        raise TypeError(
+            f"expected a {name} set, a mapping of inputs such as batch.{name}, "
+            f"got {type(tensors).__name__}"
+        )
     if not tensors:
         raise ValueError(f"the {name} set must hold at least one tensor, got none")
     leading: tuple[int, int] | None = None

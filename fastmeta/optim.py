@@ -15,7 +15,8 @@ tensors receive gradients, as do the initial parameters.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from fastmeta import ops
+from fastmeta._names import refuse_unknown
 from fastmeta.engine import optimizers as rules
 from fastmeta.patching import ParamLayout
 
@@ -75,7 +77,19 @@ class Optimizer:
             the S parameter tensors; or, for T tasks, ``[T, 1]`` or ``[T, S]``.
         maximize: Step along the gradient instead of against it.
         clip_norm: Bound on the norm of each task's gradient, positive, or None. Differentiable.
+
+    Raises:
+        TypeError: Parameters in place of the rate (they go to :meth:`init`), an unknown setting.
+        ValueError: A setting out of its range.
     """
+
+    def __new__(cls, *args: object, **settings: object) -> Optimizer:
+        if args and not isinstance(args[0], int | float | Tensor | rules.FusedRule):
+            raise TypeError(
+                f"{cls.__name__} takes no parameters, they are for init(params): expected the "
+                f"learning rate first, got {type(args[0]).__name__}"
+            )
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -84,25 +98,33 @@ class Optimizer:
         *,
         maximize: bool = False,
         clip_norm: float | None = None,
+        **unknown: object,
     ) -> None:
+        refuse_unknown(type(self), unknown)
+        self._check_rate(lr)
         self.rule, self.lr, self.maximize, self.clip_norm = rule, lr, maximize, clip_norm
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(lr={self.lr}, {self.rule})"
 
-    def init(self, params: Tensors, *, batched: bool = False) -> FastWeights:
+    def _check_rate(self, lr: object) -> None:
+        if not isinstance(lr, Tensor) and not (isinstance(lr, int | float) and 0 <= lr < math.inf):
+            raise ValueError(f"lr of {type(self).__name__} must be at least 0, got {lr!r}")
+
+    def init(self, params: Tensors | Iterable[Tensor], *, batched: bool = False) -> FastWeights:
         """Pack parameters; gradients flow back to them.
 
         Args:
-            params: Dict or list of floating-point tensors of one dtype on one device.
+            params: Dict or list of floating-point tensors of one dtype on one device, or what
+                ``module.parameters()`` returns.
             batched: Every tensor has a leading task axis T.
 
         Raises:
             ValueError: No parameters, or such as cannot lie in one buffer.
         """
         named = isinstance(params, Mapping)
-        names = list(params) if named else [str(i) for i in range(len(params))]
         tensors = list(params.values()) if named else list(params)
+        names = list(params) if named else [str(i) for i in range(len(tensors))]
         _check_params(names, tensors, batched)
         shapes = [t.shape[1:] if batched else t.shape for t in tensors]
         layout = ParamLayout(names, shapes)
@@ -133,6 +155,7 @@ class Optimizer:
             )
         grads = _pack_gradients(fast, grads)
         lr = self.lr if lr is None else lr
+        self._check_rate(lr)
         scale = 1.0 if self.clip_norm is None else ops.clip_scale(grads, self.clip_norm)
         new, *state = self.rule.call(
             *(type(self.rule).op, fast.packed, grads, fast.state, lr, fast.steps),

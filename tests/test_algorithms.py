@@ -290,15 +290,17 @@ def test_state_dict_round_trip() -> None:
 
 def test_the_model_is_moved_before_patching() -> None:
     learner = fm.MAML(fm.patch(oracle.tiny_bert(), fm.Head()))
-    for move in (learner.float, lambda: learner.to("cpu"), learner.half):
+    for stay in (learner.double, learner.cpu, lambda: learner.to("cpu", torch.float64)):
+        assert stay() is learner
+    for move in (learner.float, lambda: learner.to("meta"), learner.half):
         with pytest.raises(RuntimeError, match=r"move or convert the model before fm\.patch"):
             move()
 
 
 def test_a_rule_of_ones_own() -> None:
-    """A subclass of UpdateRule: gradient signs, with the library's masks and chunks."""
+    """The example of UpdateRule: smoothed signs, with the library's masks and chunks."""
 
-    class Sign(fm.rules.UpdateRule):
+    class Smooth(fm.rules.UpdateRule):
         def update(self, params, grads, state, lr, step, *, active=None, segments=None):
             new = params - lr * torch.tanh(grads)
             if active is not None:
@@ -307,7 +309,7 @@ def test_a_rule_of_ones_own() -> None:
 
     patched = fm.patch(oracle.tiny_bert(), fm.Head())
     for memory in ("unroll", "recompute"):
-        learner = fm.MAML(patched, lr=0.1, steps=2, optimizer=Sign(), memory=memory)
+        learner = fm.MAML(patched, lr=0.1, steps=2, optimizer=Smooth(), memory=memory)
         out = learner(BATCH)
         expected = oracle.loop(
             learner, TASKS, rule=lambda p, g, s, lr, k: (p - lr * torch.tanh(g), s)

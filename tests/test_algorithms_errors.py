@@ -58,6 +58,19 @@ SETTINGS = [
 ]
 
 
+def test_unknown_settings(patched: fm.Patched) -> None:
+    """The class that was called is named, wherever its settings are defined."""
+    for learner, setting, near in (
+        (fm.MAML, "step", "'steps'"),
+        (fm.IMAML, "lambda", "'lam'"),
+        (fm.HyperNetwork, "optimiser", "'optimizer'"),
+        (fm.ProtoMAML, "temprature", "'temperature' or 'initial_temperature'"),
+        (fm.MatchingNet, "poling", "'pooling'"),
+    ):
+        found = message_of(TypeError, lambda: learner(patched, **{setting: 1}))  # noqa: B023
+        assert found == f"{learner.__name__} has no setting {setting!r} (did you mean {near}?)"
+
+
 @pytest.mark.parametrize(("setting", "error", "text"), SETTINGS, ids=lambda x: str(x)[:40])
 def test_settings(setting: dict, error: type[Exception], text: str, patched: fm.Patched) -> None:
     assert text in message_of(error, lambda: fm.MAML(patched, **setting))
@@ -203,6 +216,19 @@ def test_loss_functions(loss_fn, text: str, memory: str, patched: fm.Patched) ->
     assert text in message_of(ValueError, call)
 
 
+def test_a_loss_of_a_fixed_number_of_tasks(patched: fm.Patched) -> None:
+    """``memory="auto"`` calls it with fewer, which the error says."""
+    fewer = "memory='auto' measures with few tasks, and chunks hold fewer than a batch"
+    learner = fm.MAML(patched, loss_fn=lambda out, batch: out.logits.mean() * torch.ones(2))
+    found = message_of(ValueError, lambda: learner(BATCH))
+    assert found == f"loss_fn must return one loss per task, shape [1], got [2] ({fewer})"
+    learner = fm.MAML(patched, loss_fn=lambda out, batch: out.logits.view(2, 9).mean(1))
+    with pytest.raises(RuntimeError, match="invalid for input of size 9") as caught:
+        learner(BATCH)
+    if hasattr(caught.value, "__notes__"):
+        assert caught.value.__notes__ == [f"loss_fn was given 1 tasks ({fewer})"]
+
+
 def long_texts(which: str) -> dict:
     rows = 3 if which == "support" else 4
     return {k: torch.ones(2, rows, 40).long() for k in ("input_ids", "attention_mask")}
@@ -272,6 +298,10 @@ def test_what_adapt_refuses(patched: fm.Patched) -> None:
     def adapt(support=BATCH.support, **kwargs):
         return fm.adapt(patched, support, **{"steps": 1, "lr": 0.1, **kwargs})
 
+    found = message_of(TypeError, lambda: adapt(BATCH))
+    assert found == (
+        "expected a support set, a mapping of inputs such as batch.support, got TaskBatch"
+    )
     found = message_of(ValueError, lambda: adapt({}))
     assert found == "the support set must hold at least one tensor, got none"
     empty = {k: v[:, :0] for k, v in BATCH.support.items()}

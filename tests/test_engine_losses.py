@@ -225,6 +225,24 @@ def test_language_model_labels_are_checked() -> None:
         fm.adapt(patched, support, lr=0.1, steps=1, loss_fn="causal_lm")
 
 
+def test_labels_of_another_length_than_the_logits() -> None:
+    support = texts(2, 3, 0)
+    length = support["labels"].shape[2]
+    for labels in (support["labels"].repeat(1, 1, 2), support["labels"][:, :, 1:]):
+        with pytest.raises(ValueError, match="the causal_lm loss needs labels") as caught:
+            fm.adapt(
+                fm.patch(tiny_gpt2(), fm.Bias()),
+                {**support, "labels": labels},
+                lr=0.1,
+                steps=1,
+                loss_fn="causal_lm",
+            )
+        assert str(caught.value) == (
+            f"the causal_lm loss needs labels [2, 3, {length}] for logits [2, 3, {length}, 20], "
+            f"got [2, 3, {labels.shape[2]}]"
+        )
+
+
 def test_a_loss_of_ones_own() -> None:
     """Regression on logits, with floating-point labels that only the loss understands."""
 

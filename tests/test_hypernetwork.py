@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fastmeta as fm
+from fastmeta.algorithms.generator import row_labels
 from fastmeta.models import SentenceClassifier
 from fastmeta.testing.float64 import keep_float64
 
@@ -223,6 +224,40 @@ def test_a_description_is_read():
     params = alone.generate(description=description())
     assert params.packed.shape == (TASKS, alone.patched.layout.num_params)
     assert alone.head is None  # a description has no classes
+
+
+def test_texts_of_a_language_model_are_read():
+    """They are all of one class; a text without labels does not count."""
+    config = tf.GPT2Config(
+        vocab_size=VOCABULARY, n_embd=8, n_layer=1, n_head=2, n_positions=8, resid_pdrop=0.0,
+        embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    model = tf.GPT2LMHeadModel(config).double().eval()
+    learner = learner_of(fm.LoRA(r=2), model, loss_fn="causal_lm", memory="unroll")
+
+    def texts(task_set) -> dict[str, Tensor]:
+        ids = task_set["input_ids"]
+        labels = ids.masked_fill(task_set["attention_mask"] == 0, -100)
+        labels[1, 2] = -100
+        return {**task_set, "labels": labels}
+
+    support, query = texts(batch().support), texts(batch().query)
+    expected = torch.zeros(TASKS, SHOTS * WAYS, dtype=torch.int64)
+    expected[1, 2] = -100
+    assert torch.equal(row_labels(support["labels"]), expected)
+    numbers = torch.where(expected == 0, 0.5, float("nan"))
+    assert torch.equal(row_labels(numbers), expected)
+    with keep_float64():
+        found = learner(fm.TaskBatch(support, query))
+        found.loss.backward()
+        assert learner.net["set"].phi[0].weight.grad.abs().sum() > 0
+        for task, row, changes in ((1, 2, False), (1, 3, True)):
+            ids = support["input_ids"].clone()
+            ids[task, row] = ids[task, row].flip(0)
+            params = learner.generate({**support, "input_ids": ids})
+            assert torch.equal(params.packed, found.params.packed) is not changes
+            others = params.packed[[0, 2]]
+            torch.testing.assert_close(others, found.params.packed[[0, 2]])
 
 
 def test_services_generate_once_and_predict_often():

@@ -344,6 +344,12 @@ def test_a_frozen_model_is_only_judged(model, name: str) -> None:
     episodes = fm.data.Episodes(texts, tokenizer, ways=3, tasks=2)
     result = fm.training.evaluate(LEARNERS[name](bert), episodes, 4)
     assert result.accuracies.shape == (4,)
+    if not names:
+        batch = oracle.as_batch(TASKS)
+        with pytest.warns(UserWarning, match=r"has nothing to learn, and its loss no gradient"):
+            out = learner(batch)
+        with torch.no_grad():
+            assert torch.equal(learner(batch).loss, out.loss)
 
 
 # -- errors --------------------------------------------------------------------------------------
@@ -433,5 +439,7 @@ def test_a_model_without_token_states() -> None:
 
 
 def test_the_learner_is_not_moved(model) -> None:
+    learner = fm.ProtoNet(model)
+    assert learner.to("cpu") is learner and learner.double() is learner
     with pytest.raises(RuntimeError, match="move or convert the model first"):
-        fm.ProtoNet(model).float()
+        learner.float()

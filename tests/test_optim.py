@@ -202,6 +202,9 @@ def test_detach_and_rate_of_one_step():
             "loss must depend on fast.params",
         ),
         (lambda o, f: fm.optim.Adam(betas=(0.9, 1.0)), r"betas of Adam must be in \[0, 1\), got"),
+        (lambda o, f: fm.optim.Adam(lr=-1), "lr of Adam must be at least 0, got -1"),
+        (lambda o, f: fm.optim.SGD(lr="0.1"), "lr of SGD must be at least 0, got '0.1'"),
+        (lambda o, f: o.step(f, f.packed, lr=-0.1), r"lr of SGD must be at least 0, got -0\.1"),
         (lambda o, f: o.step(f, f.packed, lr=torch.ones(5)), r"lr must be .* S = 2, got"),
         (
             lambda o, f: fm.optim.Adam().step(f, f.packed),
@@ -214,3 +217,24 @@ def test_bad_calls(call, message):
     fast = optimizer.init({"w": torch.ones(2), "b": torch.ones(3)})
     with pytest.raises(ValueError, match=message):
         call(optimizer, fast)
+
+
+def test_parameters_are_for_init():
+    """torch's optimizers take them first."""
+    module = nn.Linear(2, 3)
+    for call in (
+        lambda: fm.optim.SGD(module.parameters(), lr=0.1),
+        lambda: fm.optim.SGD(module.parameters(), 0.1),
+        lambda: fm.optim.SGD(module.parameters()),
+    ):
+        with pytest.raises(TypeError, match=r"SGD takes no parameters, they are for init"):
+            call()
+    fast = fm.optim.SGD(0.1).init(module.parameters())
+    assert [p.shape for p in fast.params] == [p.shape for p in module.parameters()]
+
+
+def test_unknown_settings():
+    with pytest.raises(TypeError, match=r"SGD has no setting 'momentm' \(did you mean 'momentum'"):
+        fm.optim.SGD(0.1, momentm=0.9)
+    with pytest.raises(TypeError, match="Adam has no setting 'amsgrad': it has lr, betas, eps"):
+        fm.optim.Adam(amsgrad=True)

@@ -187,6 +187,9 @@ def test_inputs(patched: fm.Patched) -> None:
 
 
 def test_moving_a_patched_model(patched: fm.Patched) -> None:
-    for move in (patched.double, patched.cpu, lambda: patched.to(torch.float16)):
+    dtype = next(patched.model.parameters()).dtype
+    for stay in (patched.cpu, lambda: patched.to("cpu"), lambda: patched.to("cpu", dtype)):
+        assert stay() is patched
+    for move in (lambda: patched.to("meta"), patched.half, lambda: patched.to(torch.float16)):
         with pytest.raises(RuntimeError, match="move or convert that one before patching"):
             move()

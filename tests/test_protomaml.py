@@ -196,6 +196,36 @@ def test_other_heads_and_rules() -> None:
     assert learner.rates.values.grad.abs().min() > 0
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("patched", [False, True])
+def test_a_frozen_model(patched: bool, mode: str) -> None:
+    """Prototypes have no gradient; learned rates do. With nothing to learn, tasks are judged."""
+    model = oracle.tiny_bert().requires_grad_(False)
+    given = fm.patch(model, fm.Head()) if patched else model
+    settings = {} if patched else {"ways": 3}
+    batch = oracle.as_batch(TASKS)
+    alone = fm.ProtoMAML(given, lr=0.1, **settings, **MODES[mode])
+    with pytest.warns(UserWarning, match="this ProtoMAML has nothing to learn"):
+        judged = alone(batch)
+    # clipping takes the general loop
+    learner = fm.ProtoMAML(
+        given, lr=fm.LearnedRate(per="step", init=0.1), clip_norm=1e3, **settings, **MODES[mode]
+    )
+    (rates,) = learner.parameters()
+    loss = learner(batch).loss
+    torch.testing.assert_close(loss.detach(), judged.loss)
+    (found,) = torch.autograd.grad(loss, [rates])
+    with torch.no_grad():
+        for step in range(learner.steps):
+            values = []
+            for sign in (1, -1):
+                rates[step] += sign * 1e-4
+                values.append(learner(batch).loss)
+                rates[step] -= sign * 1e-4
+            want = (values[0] - values[1]) / 2e-4
+            torch.testing.assert_close(found[step], want, rtol=1e-5, atol=1e-8)
+
+
 def test_heads_that_prototypes_do_not_fit() -> None:
     config = tf.GPT2Config(
         vocab_size=20, n_embd=8, n_layer=1, n_head=2, n_positions=12, num_labels=3, pad_token_id=0
@@ -214,6 +244,26 @@ def test_heads_that_prototypes_do_not_fit() -> None:
     learner = fm.ProtoMAML(fm.patch(model, fm.Head()), steps=1)
     with pytest.raises(ValueError, match="the logits must be what 'classifier' gives on one row"):
         learner(oracle.as_batch(TASKS))
+
+
+def test_a_head_that_runs_one_task_after_another() -> None:
+    class Gained(tf.BertForSequenceClassification):
+        def __init__(self, config) -> None:
+            super().__init__(config)
+            self.gain = nn.Parameter(torch.ones(16))
+
+        def forward(self, **inputs):
+            return self.classifier(self.bert(**inputs).pooler_output * self.gain)
+
+    model = Gained(oracle.tiny_bert().config).double()
+    learner = fm.ProtoMAML(fm.patch(model, fm.Params("gain", "classifier")), steps=1)
+    with (
+        pytest.warns(fm.PerformanceWarning, match="the whole model"),
+        pytest.raises(ValueError, match="'classifier' must run for all tasks at once, but lies in"),
+    ):
+        learner(oracle.as_batch(TASKS))
+    learner = fm.ProtoMAML(fm.patch(model, fm.Params("classifier")), steps=1)
+    assert learner(oracle.as_batch(TASKS)).loss.isfinite()
 
 
 def test_classes_of_the_support_set() -> None:

@@ -122,6 +122,9 @@ def test_a_damaged_state_is_named(parts, tmp_path):
         ({"budget": {"relative_flops": 0.01}}, SearchError, "no candidate meets the budget rel"),
         ({"budget": {"flop": 1.0}}, SearchError, "a budget bounds one of flops, parameters"),
         ({"budget": {"flops": 0.0}}, SearchError, "the budget of flops must be positive"),
+        ({"budget": {"flops": "few"}}, SearchError, "budget of flops must be positive, got 'few'"),
+        ({"budget": 0.7}, TypeError, r"budget must name costs, such as {.*: 0.7}, got 0.7"),
+        ({"weights": [0.7]}, TypeError, r"weights must name costs, such as {.*}, got \[0.7\]"),
         ({"weights": {"flop": 1.0}}, ValueError, "weights name one of flops, parameters"),
         ({"controller": "rnadom"}, ValueError, "got 'rnadom'"),
         ({"evaluations": 0}, ValueError, "evaluations must be an integer of at least 1, got 0"),
@@ -132,6 +135,21 @@ def test_a_damaged_state_is_named(parts, tmp_path):
 def test_wrong_settings_are_refused(parts, settings, error, message):
     with pytest.raises(error, match=message):
         run(make_space(parts[0]), parts[2], **settings)
+
+
+def test_wrong_tasks_are_refused(parts):
+    model, _, batch = parts
+    space = make_space(model)
+    without = [{k: v for k, v in s.items() if k != "labels"} for s in (batch.support, batch.query)]
+    far = [{**s, "labels": s["labels"] + 100} for s in (batch.support, batch.query)]
+    for tasks, error, message in (
+        (fm.TaskBatch(*without), ValueError, "the support set needs 'labels', got"),
+        (fm.TaskBatch(*far), ValueError, "support labels must be in 0.."),
+        (batch.support, TypeError, "expected a fm.TaskBatch or several, got dict"),
+        ([], ValueError, "expected at least one batch of tasks, got none"),
+    ):
+        with pytest.raises(error, match=message):
+            run(space, tasks)
 
 
 def test_successive_halving_stops_the_worse_ones(parts):

@@ -71,6 +71,19 @@ class SetEncoder(nn.Module):
         return self.norm(z)
 
 
+def row_labels(labels: Tensor) -> Tensor:
+    """Classes ``[T, N]`` of examples; where their labels are no classes, all are of one.
+
+    Args:
+        labels: ``[T, N, ...]``; an example with none but ignored ones (-100, of numbers NaN) does
+            not count.
+    """
+    if labels.dim() == 2 and labels.dtype == torch.int64:
+        return labels
+    ignored = labels.isnan() if labels.is_floating_point() else labels == IGNORE_INDEX
+    return torch.where(ignored.unsqueeze(2).flatten(2).all(2), IGNORE_INDEX, 0)
+
+
 class Generator(nn.Module):
     """A task's vector to what is added to the initial value of every adapted tensor.
 

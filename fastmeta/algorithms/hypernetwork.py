@@ -17,6 +17,7 @@ from fastmeta.algorithms.generator import (
     SetEncoder,
     check_generated,
     class_means,
+    row_labels,
 )
 from fastmeta.algorithms.learner import GradientLearner, copy_parameters
 from fastmeta.batch import TaskBatch
@@ -52,6 +53,7 @@ class HyperNetwork(GradientLearner):
             require grad. Default False.
         reads: ``"support"``, ``"description"`` (a text that describes the task) or ``"both"``.
             Without the support set the classifying layer is generated as everything else is.
+            Examples whose labels are no classes ``[T, N]`` (of ``"causal_lm"``) are all of one.
         steps: Inner steps K from the generated weights; 0 for none. Default 0.
         latent, hidden, embedding, rank: Sizes of the task's vector, of the networks, of layer and
             module embeddings, and the rank of what is generated for large matrices.
@@ -283,7 +285,7 @@ class HyperNetwork(GradientLearner):
     ) -> TaskParams:
         features = labels = means = present = text = None
         if self.reads != "description":
-            features, labels = self._features(support), support["labels"]
+            features, labels = self._features(support), row_labels(support["labels"])
             classes = int(labels.max()) + 1
             if self.head is not None:
                 classes = self.patched.layout.shapes[self.head.slots["bias"]][0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastmeta._names import refuse_unknown
 from fastmeta.batch import TaskBatch
 from fastmeta.engine.allocator import reuse_large_buffers
 from fastmeta.engine.capture import capture_of
@@ -23,6 +25,7 @@ from fastmeta.engine.optimizers import UpdateRule, resolve_rule
 from fastmeta.engine.rates import LearnedRate, Rates
 from fastmeta.engine.replays import WHOLE, replays_of
 from fastmeta.patching import Patched
+from fastmeta.patching.shared import check_unmoved
 
 
 class GradientLearner(nn.Module):
@@ -110,8 +113,10 @@ class GradientLearner(nn.Module):
         compute_dtype: torch.dtype | str | None = None,
         compile: bool | str = False,
         compile_cache: str | Path | None = None,
+        **unknown: Any,
     ) -> None:
         super().__init__()
+        refuse_unknown(type(self), unknown)
         if not isinstance(patched, Patched):
             raise TypeError(
                 f"expected a patched model (fm.patch(model, spec)), got {type(patched).__name__}"
@@ -256,13 +261,25 @@ class GradientLearner(nn.Module):
                 forget_others(self._memory_plans, plan)
 
     def _apply(self, fn: Any, recurse: bool = True) -> GradientLearner:
-        raise RuntimeError(
-            "a learner shares its weights with the user's model: move or convert the model "
-            "before fm.patch, and build the learner on what that returns"
-        )
+        model = self.patched.model
+        own = [*model.parameters(), *model.buffers(), *self.parameters()]
+        instead = "the model before fm.patch, and build the learner on what that returns"
+        check_unmoved(own, fn, "a learner", instead)
+        return self
 
     def extra_repr(self) -> str:
         return f"steps={self.steps}, order={self.order}, memory={self.memory!r}"
+
+
+def warn_of_nothing(learner: nn.Module) -> None:
+    """Warn, where gradients are enabled, of a learner without meta-parameters."""
+    if torch.is_grad_enabled():
+        warnings.warn(
+            f"this {type(learner).__name__} has nothing to learn, and its loss no gradient: its "
+            "model is frozen, and it adds no parameters; unfreeze some, or evaluate under "
+            "torch.no_grad()",
+            stacklevel=2,
+        )
 
 
 def copy_parameters(

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastmeta._names import refuse_unknown
 from fastmeta.algorithms.embedding import Embedding
-from fastmeta.algorithms.learner import copy_parameters
+from fastmeta.algorithms.learner import copy_parameters, warn_of_nothing
 from fastmeta.batch import TaskBatch, check_set, ways_of
 from fastmeta.engine.allocator import reuse_large_buffers
 from fastmeta.engine.checks import check_labels, check_support_of_queries
@@ -17,6 +18,7 @@ from fastmeta.engine.episode import MetaOutput, with_ways, zero_loss
 from fastmeta.engine.losses import WAYS, accuracy, classification
 from fastmeta.patching import ParamLayout, Patched, TaskParams
 from fastmeta.patching.inputs import check_inputs
+from fastmeta.patching.shared import check_unmoved
 
 
 class Judged(NamedTuple):
@@ -56,8 +58,10 @@ class MetricLearner(nn.Module):
         projection: int | nn.Module | None = None,
         normalize: bool = False,
         seed: int = 0,
+        **unknown: Any,
     ) -> None:
         super().__init__()
+        refuse_unknown(type(self), unknown)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             self.embedding = Embedding(
@@ -110,10 +114,10 @@ class MetricLearner(nn.Module):
         copy_parameters(dict(self.named_parameters()), state_dict, strict)
 
     def _apply(self, fn: Any, recurse: bool = True) -> MetricLearner:
-        raise RuntimeError(
-            "a learner shares its weights with the user's model: move or convert the model "
-            "first, and build the learner on what that returns"
-        )
+        own = [*self.model.parameters(), *self.model.buffers(), *self.parameters()]
+        instead = "the model first, and build the learner on what that returns"
+        check_unmoved(own, fn, "a learner", instead)
+        return self
 
     # -- running -----------------------------------------------------------------------------
 
@@ -136,6 +140,8 @@ class MetricLearner(nn.Module):
         """
         classes = self.check(batch)
         found = self._judge(batch, classes)
+        if not found.losses.requires_grad:
+            warn_of_nothing(self)
         good = torch.isfinite(found.losses.detach())
         if not bool(good.all()):
             found = Judged(*_detached(found))  # lets go of the graph before another one is built

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastmeta.algorithms.comparison import positive
 from fastmeta.algorithms.embedding import Embedding
-from fastmeta.algorithms.learner import GradientLearner, copy_parameters
+from fastmeta.algorithms.learner import GradientLearner, copy_parameters, warn_of_nothing
 from fastmeta.algorithms.pooled import PooledClassifier
 from fastmeta.batch import TaskBatch
 from fastmeta.engine.checks import check_classes, check_support_of_queries
@@ -136,7 +136,12 @@ class ProtoMAML(GradientLearner):
         return replace(super().inner_loop(steps), head=self.head)
 
     def forward(self, batch: TaskBatch, *, steps: int | None = None) -> MetaOutput:
-        return super().forward(self._with_ways(batch), steps=steps)
+        batch = self._with_ways(batch)
+        if next(self.parameters(), None) is not None:
+            return super().forward(batch, steps=steps)
+        warn_of_nothing(self)
+        with torch.no_grad():
+            return super().forward(batch, steps=steps)
 
     forward.__doc__ = GradientLearner.forward.__doc__
 

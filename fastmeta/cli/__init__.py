@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from fastmeta.cli.errors import UserError, near
+from fastmeta._names import near
+from fastmeta.cli.errors import UserError
 
 __all__ = ["main"]
 

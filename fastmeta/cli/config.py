@@ -11,10 +11,11 @@ from typing import Any, get_args, get_type_hints
 
 import yaml
 
+from fastmeta._names import near
 from fastmeta.algorithms.comparison import PRECISIONS
 from fastmeta.algorithms.embedding import POOLINGS
 from fastmeta.algorithms.relationnet import LOSSES
-from fastmeta.cli.errors import UserError, near
+from fastmeta.cli.errors import UserError
 from fastmeta.engine.capture import HOW
 from fastmeta.engine.learned import KINDS
 from fastmeta.engine.replays import WHOLE

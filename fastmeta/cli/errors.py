@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 
@@ -22,12 +21,3 @@ def as_user_errors(prefix: str = "") -> Iterator[None]:
         yield
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(prefix + str(error)) from error
-
-
-def near(word: str, known: Iterable[str]) -> str:
-    """A hint such as `` (did you mean 'steps'?)``, or nothing."""
-    known = list(known)
-    close = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
-    if not close:
-        close = [k for k in known if word and (word in k or k in word)][:3]
-    return f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""

@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 import fastmeta as fm
+from fastmeta._names import near
 from fastmeta.cli import config as configs
 from fastmeta.cli.build import load_model
 from fastmeta.cli.config import read_table
-from fastmeta.cli.errors import UserError, as_user_errors, near
+from fastmeta.cli.errors import UserError, as_user_errors
 from fastmeta.cli.signals import stopping
 from fastmeta.search.run import CONTROLLERS
 from fastmeta.search.state import NAME

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import fastmeta as fm
-from fastmeta.cli.errors import UserError, near
+from fastmeta._names import near
+from fastmeta.cli.errors import UserError
 
 
 def _lora(r: str = "8", alpha: str = "16", targets: str = "all-linear") -> fm.Spec:

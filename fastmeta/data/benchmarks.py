@@ -10,7 +10,8 @@ from __future__ import annotations
 from os import PathLike
 from pathlib import Path
 
-from fastmeta.data._errors import DataError, near
+from fastmeta._names import near
+from fastmeta.data._errors import DataError
 from fastmeta.data.readers import from_jsonl, read_json, read_lines
 from fastmeta.data.texts import LabelledTexts
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 from functools import cache
 from random import Random
 
+from fastmeta._names import near
 from fastmeta.data import _builtin_words as words
-from fastmeta.data._errors import near
 from fastmeta.data.benchmarks import PARTS
 from fastmeta.data.texts import LabelledTexts
 

@@ -8,7 +8,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from fastmeta.data._errors import DataError, near
+from fastmeta._names import near
+from fastmeta.data._errors import DataError
 from fastmeta.data.texts import LabelledTexts, describe
 
 

@@ -11,7 +11,8 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from fastmeta.data._errors import DataError, near
+from fastmeta._names import near
+from fastmeta.data._errors import DataError
 
 
 class LabelledTexts:

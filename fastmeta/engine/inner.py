@@ -198,11 +198,18 @@ def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def task_losses(loop: InnerLoop, params: TaskParams, batch: Mapping[str, Tensor], prefix=None):
     """Losses ``[T]`` and outputs of the model."""
     outputs = loop.patched.run(params, model_inputs(batch), prefix)
-    losses = loop.loss_fn(outputs, batch)
+    fewer = "memory='auto' measures with few tasks, and chunks hold fewer than a batch"
+    try:
+        losses = loop.loss_fn(outputs, batch)
+    except Exception as error:
+        if hasattr(error, "add_note"):  # from Python 3.11 on
+            error.add_note(f"loss_fn was given {params.num_tasks} tasks ({fewer})")
+        raise
     if not isinstance(losses, Tensor) or losses.shape != (params.num_tasks,):
         got = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
         raise ValueError(
-            f"loss_fn must return one loss per task, shape [{params.num_tasks}], got {got}"
+            f"loss_fn must return one loss per task, shape [{params.num_tasks}], got {got} "
+            f"({fewer})"
         )
     return losses, outputs
 
@@ -216,7 +223,7 @@ def gradient(
         if found is not None:
             return found
     with torch.enable_grad():
-        if not create_graph:
+        if not (create_graph and packed.requires_grad):  # prototypes of frozen features do not
             packed = packed.detach().requires_grad_()
         params = support.params(loop, packed)
         losses, _ = task_losses(loop, params, support.inputs, support.prefix)

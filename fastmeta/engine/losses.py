@@ -31,31 +31,31 @@ def mask_ways(logits: Tensor, ways: Tensor | int | None) -> Tensor:
 
 def classification(outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """Mean cross-entropy of each task's rows, ``[T]``; labels ``[T, N]``, -100 ignored."""
-    logits = mask_ways(_logits(outputs, 3, "classification"), batch.get(WAYS))
+    logits = mask_ways(_logits(outputs, 3, "classification", batch), batch.get(WAYS))
     return _mean_cross_entropy(logits, batch["labels"])
 
 
 def causal_lm(outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """Mean next-token cross-entropy of each task, ``[T]``; labels ``[T, N, L]``, -100 ignored."""
-    logits = _logits(outputs, 4, "causal_lm")
+    logits = _logits(outputs, 4, "causal_lm", batch)
     return _mean_cross_entropy(logits[:, :, :-1], batch["labels"][:, :, 1:])
 
 
 def token_classification(outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """Mean cross-entropy of each task's tokens, ``[T]``; labels ``[T, N, L]``, -100 ignored."""
-    logits = mask_ways(_logits(outputs, 4, "token_classification"), batch.get(WAYS))
+    logits = mask_ways(_logits(outputs, 4, "token_classification", batch), batch.get(WAYS))
     return _mean_cross_entropy(logits, batch["labels"])
 
 
 def masked_lm(outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """Mean cross-entropy of each task's words where they stand, ``[T]``; labels ``[T, N, L]``, -100
     ignored."""
-    return _mean_cross_entropy(_logits(outputs, 4, "masked_lm"), batch["labels"])
+    return _mean_cross_entropy(_logits(outputs, 4, "masked_lm", batch), batch["labels"])
 
 
 def seq2seq_lm(outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """As :func:`masked_lm`: the decoder's inputs are the labels, moved by one word already."""
-    return _mean_cross_entropy(_logits(outputs, 4, "seq2seq_lm"), batch["labels"])
+    return _mean_cross_entropy(_logits(outputs, 4, "seq2seq_lm", batch), batch["labels"])
 
 
 def regression(outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
@@ -107,7 +107,10 @@ def accuracy(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
     return right / valid.flatten(1).sum(1).clamp_min(1)
 
 
-def _logits(outputs: Any, dim: int, name: str) -> Tensor:
+def _logits(
+    outputs: Any, dim: int, name: str, classified: Mapping[str, Tensor] | None = None
+) -> Tensor:
+    """The logits of an output, of `dim` axes: one row of them for each label of `classified`."""
     logits = getattr(outputs, "logits", outputs if isinstance(outputs, Tensor) else None)
     if logits is None:
         raise ValueError(
@@ -119,6 +122,11 @@ def _logits(outputs: Any, dim: int, name: str) -> Tensor:
         axes = ["T", "N", "L", "C"] if dim == 4 else ["T", "N", "C"]
         raise ValueError(
             f"the {name} loss needs logits [{', '.join(axes)}], got {list(logits.shape)}"
+        )
+    if classified is not None and classified["labels"].shape != logits.shape[:-1]:
+        raise ValueError(
+            f"the {name} loss needs labels {list(logits.shape[:-1])} for logits "
+            f"{list(logits.shape)}, got {list(classified['labels'].shape)}"
         )
     return logits
 

@@ -20,9 +20,19 @@ Rate = float | Tensor
 class UpdateRule:
     """One inner update, ``(params, grads, state) -> (params, state)``, differentiable in all.
 
-    Subclass it for a rule of your own: every tensor is ``[T, P]``; `lr` is a number or
-    ``[1 or T, 1 or S or P]``, per layer where `segments` is given; a task whose `active` is False
-    must come back unchanged.
+    Subclass it for a rule of your own::
+
+        class Smooth(fm.rules.UpdateRule):  # steps along the gradient's signs, smoothed
+            def update(self, params, grads, state, lr, step, *, active=None, segments=None):
+                new = params - lr * torch.tanh(grads)
+                if active is not None:  # tasks that were frozen come back unchanged
+                    new = torch.where(active.unsqueeze(1), new, params)
+                return new, state
+
+        learner = fm.MAML(patched, lr=0.1, optimizer=Smooth())
+
+    Every tensor is ``[T, P]``, the fast weights of T tasks; a rule with state makes it in
+    :meth:`init`. Clipping is done before, and a task whose gradient is not finite is not `active`.
 
     Attributes:
         reads_losses: Whether :meth:`update` takes the support losses before the step as ``losses``,

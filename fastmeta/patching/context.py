@@ -56,7 +56,10 @@ def current_call() -> Call:
     """The call being run by this thread."""
     call = _local.call
     if call is None:
-        raise RuntimeError("a patched module ran outside its patched model's call")
+        raise RuntimeError(
+            "a patched module ran outside its patched model's call, as under "
+            "torch.utils.checkpoint: switch that off in the model, learners have memory modes"
+        )
     return call
 
 

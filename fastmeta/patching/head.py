@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from fastmeta.patching.context import running
+from fastmeta.patching.plan import WHOLE, inside_any
 from fastmeta.patching.prefix import PrefixCache
 from fastmeta.patching.rules import Adapted
 from fastmeta.patching.spec import Head
@@ -72,7 +73,7 @@ def read_by(
     Raises:
         ValueError: The logits are anything but what it gives on one row per example.
     """
-    flat, tasks, rows = patched._flatten(params, inputs)
+    flat, tasks, rows = patched.flatten(params, inputs)
     plan = patched.plan(inputs)
     call = patched.call(params.bound(plan), inputs, prefix_cache=prefix)
     call.tap = tap = Tap()
@@ -83,6 +84,13 @@ def read_by(
         plain = y is logits and y._version == version
         if called == name and plain and x.dim() == 2 and x.shape[0] == tasks * rows:
             return x.unflatten(0, (tasks, rows))
+    for unit, mode in plan.modes.items():
+        if mode in WHOLE and inside_any(name, [unit]):
+            raise ValueError(
+                f"{name!r} must run for all tasks at once, but lies in "
+                f"{repr(unit) if unit else 'a model'} that runs task by task: adapt fewer "
+                "parameters of it"
+            )
     raise ValueError(
         f"the logits must be what {name!r} gives on one row per example, and "
         f"{type(patched.model).__name__}'s are not"
@@ -101,7 +109,7 @@ def head_features(
     Returns:
         None where the model's logits are anything but what the head gave on one row per example.
     """
-    flat, tasks, rows = patched._flatten(params, inputs)
+    flat, tasks, rows = patched.flatten(params, inputs)
     plan = patched.plan(inputs)
     if plan.modes.get(adapted.name) != "rule":
         return None

@@ -19,6 +19,7 @@ from fastmeta.patching.inputs import check_inputs
 from fastmeta.patching.known_tokens import KnownTokens
 from fastmeta.patching.plan import Plan
 from fastmeta.patching.search import make_plan
+from fastmeta.patching.shared import check_unmoved
 from fastmeta.patching.slots import Slots, make_slots
 from fastmeta.patching.spec import Spec
 from fastmeta.patching.task_axes import (
@@ -166,10 +167,9 @@ class Patched(nn.Module):
         return InitialParams(self.layout, with_zeros(self.slots.leaves()), num_tasks)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Patched:
-        raise RuntimeError(
-            "a patched model shares its weights with the user's model: move or convert that one "
-            "before patching it"
-        )
+        own = [*self.model.parameters(), *self.model.buffers(), *self.slots.initial]
+        check_unmoved(own, fn, "a patched model", "that one before patching it")
+        return self
 
     # -- running -----------------------------------------------------------------------------
 

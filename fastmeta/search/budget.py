@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Real
 
 from fastmeta.search.cost import CostModel
 from fastmeta.search.errors import SearchError
@@ -28,7 +29,7 @@ class Budget:
         for name, bound in self.bounds.items():
             if name not in cost.names():
                 raise SearchError(f"a budget bounds one of {', '.join(cost.names())}, got {name!r}")
-            if not bound > 0:
+            if not isinstance(bound, Real) or not bound > 0:
                 raise SearchError(f"the budget of {name} must be positive, got {bound!r}")
         if not self.bounds:
             return
@@ -46,6 +47,17 @@ class Budget:
             return True
         found = self.cost(proposal)
         return all(found[name] <= bound for name, bound in self.bounds.items())
+
+
+def by_cost(name: str, given: Mapping[str, float] | None) -> dict[str, float]:
+    """Numbers by the names of costs; none where nothing is given.
+
+    Args:
+        name: ``"budget"`` or ``"weights"``, for the message.
+    """
+    if given is not None and not isinstance(given, Mapping):
+        raise TypeError(f"{name} must name costs, such as {{'relative_flops': 0.7}}, got {given!r}")
+    return dict(given or {})
 
 
 def cost_model(

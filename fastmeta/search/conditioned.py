@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from fastmeta.batch import IGNORE_INDEX, TaskBatch, ways_of
 from fastmeta.ops import class_means
-from fastmeta.search.budget import Budget, cost_model
+from fastmeta.search.budget import Budget, by_cost, cost_model
 from fastmeta.search.cost import CostModel
 from fastmeta.search.evaluation import Evaluator
 from fastmeta.search.lstm import LSTMController
@@ -114,7 +114,7 @@ def run_conditioned(
     """
     if candidates < 2:
         raise ValueError(f"candidates must be at least 2, got {candidates}")
-    bounds, weights = dict(budget or {}), dict(weights or {})
+    bounds, weights = by_cost("budget", budget), by_cost("weights", weights)
     if cost is None:
         cost = cost_model(space, bounds, weights)
     within = Budget(space, cost, bounds)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fastmeta.batch import TaskBatch
+from fastmeta.engine.checks import check_sets
+from fastmeta.engine.episode import with_ways
 from fastmeta.engine.losses import WAYS, accuracy, classification
 from fastmeta.patching import Params, Patched, TaskParams
 from fastmeta.patching import patch as patch_model
@@ -80,6 +82,17 @@ class _FeatureHead(nn.Module):
         return self.head(features)
 
 
+def as_batches(batches: TaskBatch | Sequence[TaskBatch]) -> list[TaskBatch]:
+    """One batch of tasks or several, as a list."""
+    found = [batches] if isinstance(batches, TaskBatch | Mapping) else list(batches)
+    if not found:
+        raise ValueError("expected at least one batch of tasks, got none")
+    for batch in found:
+        if not isinstance(batch, TaskBatch):
+            raise TypeError(f"expected a fm.TaskBatch or several, got {type(batch).__name__}")
+    return found
+
+
 class Evaluator:
     """Adapts candidates to tasks and judges them on the tasks' query sets.
 
@@ -129,13 +142,17 @@ class Evaluator:
             the others.
 
         Raises:
-            ValueError: No candidate, `keep` out of its range.
+            TypeError: Something else than batches of tasks.
+            ValueError: No candidate, `keep` out of its range, inputs or labels that do not fit.
         """
         if not candidates:
             raise ValueError("expected at least one candidate to evaluate, got none")
         if keep is not None and not 0 < keep < 1:
             raise ValueError(f"keep must be a share in (0, 1) or None, got {keep!r}")
-        batches = [batches] if isinstance(batches, TaskBatch) else list(batches)
+        batches = as_batches(batches)
+        for batch in batches:
+            support, query = with_ways(batch.to(self.net.device))
+            check_sets(self.net, classification, {"support": support, "query": query})
         scores = [Score(c) for c in candidates]
         alive = list(range(len(candidates)))
         for number, batch in enumerate(batches):
@@ -193,11 +210,8 @@ class Evaluator:
             batch.support["labels"], batch.ways, inputs_of, seed=self.seed,
         )  # fmt: skip
         judged = FrozenPass(self.net, query, proposals)
-        logits = self.net(
-            fast,
-            prefix_cache=LivePass(judged, range(len(scores))),
-            **repeated(query, len(scores)),
-        )
+        live = LivePass(judged, range(len(scores)))
+        logits = self.net.run(fast, repeated(query, len(scores)), live)
         _judge(scores, logits, finite, batch)
 
     def _heads(self, scores: list[Score], batch: TaskBatch) -> bool:
@@ -250,7 +264,7 @@ class Evaluator:
         inputs = {k: v.to(self.net.device) for k, v in _inputs(rows).items()}
         gates = LivePass(FrozenPass(self.net, inputs, proposals), range(len(proposals)))
         params = self.net.init(len(proposals) * gates.tasks)
-        flat, units, n = self.net._flatten(params, repeated(inputs, len(proposals)))
+        flat, units, n = self.net.flatten(params, repeated(inputs, len(proposals)))
         tap = Tap()
         with running(Call(params.views, units, n, prefix=gates.stem, gates=gates, tap=tap)):
             out = self.net.plan(inputs).run(flat)

@@ -10,12 +10,12 @@ from typing import Any
 from tqdm import tqdm
 
 from fastmeta.batch import TaskBatch
-from fastmeta.search.budget import Budget, cost_model
+from fastmeta.search.budget import Budget, by_cost, cost_model
 from fastmeta.search.controller import Controller, Evolution, RandomSearch
 from fastmeta.search.cost import CostModel
 from fastmeta.search.differentiable import DifferentiableController
 from fastmeta.search.errors import SearchError, SearchInterrupted
-from fastmeta.search.evaluation import Evaluator, Score
+from fastmeta.search.evaluation import Evaluator, Score, as_batches
 from fastmeta.search.export import export
 from fastmeta.search.lstm import LSTMController
 from fastmeta.search.optuna import OptunaController
@@ -142,7 +142,8 @@ def run(
         SearchError: A budget that nothing can meet, a state that is missing, damaged or of another
             search, a folder that holds another search.
         SearchInterrupted: `stop` asked for it.
-        ValueError: Numbers out of range, an unknown controller.
+        TypeError: A budget or weights that name no costs, something else than batches of tasks.
+        ValueError: Numbers out of range, an unknown controller, inputs or labels that do not fit.
     """
     for name, value in (
         ("evaluations", evaluations),
@@ -151,8 +152,8 @@ def run(
     ):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-    batches = [tasks] if isinstance(tasks, TaskBatch) else list(tasks)
-    bounds, weights = dict(budget or {}), dict(weights or {})
+    batches = as_batches(tasks)
+    bounds, weights = by_cost("budget", budget), by_cost("weights", weights)
     if cost is None:
         cost = cost_model(space, bounds, weights)
     for name in weights:

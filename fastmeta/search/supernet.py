@@ -50,18 +50,18 @@ class Supernet(Patched):
                     _gate_pooling(plan.structure)
             return self._layers[id(plan)]
 
-    def forward(self, params: TaskParams, *, prefix_cache: Any = None, **inputs: Any) -> Any:
+    def run(self, params: TaskParams, inputs: Mapping[str, Any], prefix_cache: Any = None) -> Any:
         """Run C candidates of T tasks.
 
         Args:
             params: Fast weights ``[C * T, P]``, candidates on the slow axis.
+            inputs: ``[C * T, N, ...]``.
             prefix_cache: A pass of these candidates over the same inputs, or None for the whole
                 model with its LoRA terms.
-            inputs: ``[C * T, N, ...]``.
         """
         if not isinstance(prefix_cache, Pass):
-            return super().forward(params, prefix_cache=prefix_cache, **inputs)
-        flat, tasks, rows = self._flatten(params, inputs)
+            return super().run(params, inputs, prefix_cache)
+        flat, tasks, rows = self.flatten(params, inputs)
         plan = self.plan(inputs)
         self.layers(plan)
         call = Call(params.views, tasks, rows, prefix=prefix_cache.stem, gates=prefix_cache)
