@@ -54,9 +54,8 @@ class GradientLearner(nn.Module):
             take their gradients in the forward pass: evaluate under ``torch.no_grad()``.
         loss_fn: ``"classification"``, ``"token_classification"``, ``"causal_lm"``,
             ``"masked_lm"``, ``"seq2seq_lm"``, ``"regression"`` or a callable
-            ``(outputs, batch) -> [T]``
-            that treats tasks separately; `batch` is the support or query mapping. One that learns
-            is an `nn.Module`; its parameters are meta-parameters.
+            ``(outputs, batch) -> [T]`` that treats tasks separately; `batch` is the support or
+            query mapping. One that learns is an `nn.Module`; its parameters are meta-parameters.
         clip_norm: Bound on each task's inner gradient norm, positive, or None.
         truncate: Differentiate through the last this many inner gradients only, 0 to K; None for
             all.

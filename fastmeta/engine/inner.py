@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from fastmeta.engine.losses import WAYS, LossFn
+from fastmeta.engine.losses import LOSSES, WAYS, LossFn
 from fastmeta.engine.optimizers import State, UpdateRule
 from fastmeta.engine.prototype_head import PrototypeHead
 from fastmeta.engine.rates import Rates
@@ -202,7 +202,8 @@ def task_losses(loop: InnerLoop, params: TaskParams, batch: Mapping[str, Tensor]
     try:
         losses = loop.loss_fn(outputs, batch)
     except Exception as error:
-        if hasattr(error, "add_note"):  # from Python 3.11 on
+        own = loop.loss_fn not in LOSSES.values()
+        if own and hasattr(error, "add_note"):  # from Python 3.11 on
             error.add_note(f"loss_fn was given {params.num_tasks} tasks ({fewer})")
         raise
     if not isinstance(losses, Tensor) or losses.shape != (params.num_tasks,):
