@@ -23,13 +23,15 @@ def refuse_unknown(owner: type, unknown: Mapping[str, object]) -> None:
         owner: A class whose ``__init__`` hands what it does not know on to the class above.
         unknown: What was left over at the top.
     """
-    for name in unknown:
-        kinds = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
-        known = {
-            p.name: None
-            for base in owner.__mro__
-            for p in inspect.signature(base.__init__).parameters.values()
-            if p.kind in kinds and p.name != "self"
-        }
-        hint = near(name, known) or f": it has {', '.join(known)}"
-        raise TypeError(f"{owner.__name__} has no setting {name!r}{hint}")
+    name = next(iter(unknown), None)
+    if name is None:
+        return
+    kinds = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+    known = {
+        p.name: None
+        for base in owner.__mro__
+        for p in inspect.signature(base.__init__).parameters.values()
+        if p.kind in kinds and p.name != "self"
+    }
+    hint = near(name, known) or f": it has {', '.join(known)}"
+    raise TypeError(f"{owner.__name__} has no setting {name!r}{hint}")

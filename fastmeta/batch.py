@@ -11,7 +11,7 @@ IGNORE_INDEX = -100
 """Label of rows and tokens that take no part in a loss (the transformers convention)."""
 
 # What a padded column holds, for the inputs that transformers' tokenizers produce.
-_COLUMN_FILL = {"attention_mask": 0, "token_type_ids": 0, "labels": IGNORE_INDEX}
+_COLUMN_FILL = {"attention_mask": 0, "token_type_ids": 0}
 
 
 class TaskBatch:
@@ -222,12 +222,16 @@ def _stack(key: str, tensors: list[Tensor], pad_token_id: int, masked: bool) -> 
     for tensor in _same_columns(key, tensors, 1, pad_token_id, masked):
         missing = rows - tensor.shape[0]
         if missing and key == "labels":
-            ignored = float("nan") if tensor.is_floating_point() else IGNORE_INDEX
-            filling = tensor.new_full((missing, *tensor.shape[1:]), ignored)
+            filling = tensor.new_full((missing, *tensor.shape[1:]), _ignored(tensor))
         else:
             filling = tensor[:1].expand(missing, *tensor.shape[1:])
         stacked.append(torch.cat([tensor, filling]))
     return torch.stack(stacked)
+
+
+def _ignored(labels: Tensor) -> float:
+    """The label of rows and tokens that do not count."""
+    return float("nan") if labels.is_floating_point() else IGNORE_INDEX
 
 
 def _same_columns(
@@ -248,6 +252,8 @@ def _same_columns(
             f"to mask padding with, got {[list(t.shape) for t in tensors]}"
         )
     fill = _COLUMN_FILL.get(key, pad_token_id if key == "input_ids" else 0)
+    if key == "labels":
+        fill = _ignored(tensors[0])
     padded = []
     for tensor in tensors:
         out = tensor.new_full((*tensor.shape[:lead], *sizes), fill)

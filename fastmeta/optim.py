@@ -19,6 +19,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -84,7 +85,7 @@ class Optimizer:
     """
 
     def __new__(cls, *args: object, **settings: object) -> Optimizer:
-        if args and not isinstance(args[0], int | float | Tensor | rules.FusedRule):
+        if args and not isinstance(args[0], Real | Tensor | rules.FusedRule):
             raise TypeError(
                 f"{cls.__name__} takes no parameters, they are for init(params): expected the "
                 f"learning rate first, got {type(args[0]).__name__}"
@@ -108,7 +109,7 @@ class Optimizer:
         return f"{type(self).__name__}(lr={self.lr}, {self.rule})"
 
     def _check_rate(self, lr: object) -> None:
-        if not isinstance(lr, Tensor) and not (isinstance(lr, int | float) and 0 <= lr < math.inf):
+        if not isinstance(lr, Tensor) and not (isinstance(lr, Real) and 0 <= lr < math.inf):
             raise ValueError(f"lr of {type(self).__name__} must be at least 0, got {lr!r}")
 
     def init(self, params: Tensors | Iterable[Tensor], *, batched: bool = False) -> FastWeights:

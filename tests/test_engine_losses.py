@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import episode_oracle as oracle
 import pytest
@@ -123,8 +124,10 @@ def test_regression_labels_are_checked() -> None:
 
     with pytest.raises(TypeError, match=r"support labels must be floating point, got torch\.int64"):
         adapt(plain["labels"])
-    with pytest.raises(ValueError, match=r"must have shape \[T, N, 3\], got \[3, 3\]"):
+    with pytest.raises(ValueError, match=r"shape of the outputs, \[3, 3, 3\], got \[3, 3, 1\]"):
         adapt(torch.zeros(3, 3))
+    with pytest.raises(ValueError, match=r"must have shape \[T, N\] or \[T, N, D\], got \[3, 3, 3"):
+        adapt(torch.zeros(3, 3, 3, 1))
     labels = torch.zeros(3, 3, 3)
     labels[1] = float("nan")
     with pytest.raises(ValueError, match="the support set of task 1 is empty: all its labels are"):
@@ -135,6 +138,31 @@ def test_an_encoder_decoder_moves_its_labels_already() -> None:
     patched = fm.patch(t5(), fm.LoRA(r=2))
     with pytest.raises(ValueError, match="loss_fn must be 'seq2seq_lm', got 'causal_lm'"):
         fm.adapt(patched, texts(2, 3, 0), lr=0.1, steps=1, loss_fn="causal_lm")
+
+
+def test_a_decoder_alone_moves_its_labels_itself() -> None:
+    patched = fm.patch(tiny_gpt2(), fm.LoRA(r=2, targets="c_attn"))
+    with pytest.raises(ValueError, match="no encoder-decoder: loss_fn must be 'causal_lm'"):
+        fm.adapt(patched, texts(2, 3, 0), lr=0.1, steps=1, loss_fn="seq2seq_lm")
+
+
+@dataclass
+class Scaled:
+    """A loss that compares by value, and therefore has no hash."""
+
+    factor: float
+
+    def __call__(self, outputs, batch) -> Tensor:
+        losses = F.cross_entropy(outputs.logits.mT, batch["labels"], reduction="none")
+        return self.factor * losses.mean(1)
+
+
+def test_a_loss_without_a_hash() -> None:
+    batch = oracle.as_batch(oracle.make_tasks(3))
+    patched = fm.patch(oracle.tiny_bert(), fm.Head())
+    found = fm.MAML(patched, lr=0.1, steps=2, loss_fn=Scaled(1.0), memory="unroll")(batch)
+    expected = fm.MAML(patched, lr=0.1, steps=2, memory="unroll")(batch)
+    close(found.task_losses, expected.task_losses)
 
 
 def test_tensors_for_the_loss_alone() -> None:
@@ -153,6 +181,8 @@ def test_tensors_for_the_loss_alone() -> None:
     once = learner(fm.TaskBatch(*sets))
     sets[1] = {**sets[1], "labels_weight": 2 * sets[1]["labels_weight"]}
     close(learner(fm.TaskBatch(*sets)).task_losses, 2 * once.task_losses)
+    metric = fm.ProtoNet(oracle.tiny_bert())
+    close(*(metric.adapt(s)["prototypes"] for s in (sets[0], plain.support)))
 
 
 def tiny_gpt2() -> nn.Module:

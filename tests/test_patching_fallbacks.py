@@ -127,6 +127,7 @@ class CallsFusedAttentionAsItCan(CallsFusedAttention):
         k, mask = k.transpose(1, 2), torch.ones(5, 5).tril().bool()
         out = attention(q, k, k, attn_mask=mask)
         out = out + attention(q, q, q.repeat(1, 1, 1, 2), is_causal=True)[..., 1:3]
+        out = out + attention(q[:, :, :1], q, q, is_causal=True)
         return (out + attention(q[:, 0], q[:, 0], q[:, 1], mask).unsqueeze(1)).sin().mean((1, 2))
 
 

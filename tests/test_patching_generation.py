@@ -118,6 +118,28 @@ def test_what_generate_returns_besides_words() -> None:
     torch.testing.assert_close(found.logits[0].double(), whole, rtol=1e-5, atol=1e-5)
 
 
+def test_the_models_configuration_is_asked_each_time() -> None:
+    model = prepared(llama)
+    patched = fm.patch(model, fm.LoRA(r=2))
+    params, inputs = patched.init(3), families.inputs("llama", 3, 2, padding="left")
+    for count in (3, 2):
+        model.generation_config.max_new_tokens = model.generation_config.min_new_tokens = count
+        assert patched.generate(params, **inputs).shape == (3, 2, families.LENGTH + count)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert fm.patch(model, fm.LoRA(r=2)).generate(params, **inputs).shape[-1] == 8
+
+
+def test_texts_of_an_encoder_may_be_padded_on_the_right() -> None:
+    patched = fm.patch(prepared(t5), fm.LoRA(r=2))
+    params, inputs = tasks_of(patched, 3), families.inputs("llama", 3, 2, padding="right")
+    found = patched.generate(params, **inputs, max_new_tokens=WORDS, do_sample=False)
+    start = torch.zeros(3, 2, 1, dtype=torch.int64)
+    again = patched.generate(
+        params, **inputs, decoder_input_ids=start, max_new_tokens=WORDS, do_sample=False
+    )
+    assert torch.equal(found, again)
+
+
 def test_errors() -> None:
     patched = fm.patch(prepared(llama), fm.LoRA(r=2))
     params, inputs = patched.init(3), families.inputs("llama", 3, 2, padding="right")
@@ -126,6 +148,13 @@ def test_errors() -> None:
     inputs = families.inputs("llama", 3, 2, padding="left")
     with pytest.raises(ValueError, match="num_beams must be 1, got 4"):
         patched.generate(params, **inputs, num_beams=4)
+    patched.model.generation_config.num_return_sequences = 2
+    with pytest.raises(ValueError, match="num_return_sequences must be 1, got 2"):
+        patched.generate(params, **inputs, do_sample=True)
+    patched.model.generation_config.num_return_sequences = 1
+    with pytest.raises(RuntimeError, match="in evaluation mode: call eval"):
+        patched.train().generate(params, **inputs)
+    patched.eval()
     with pytest.raises(ValueError, match="params hold 2 tasks, but input_ids has 3"):
         patched.generate(patched.init(2), **inputs)
     classifier = fm.patch(families.build("llama"), fm.LoRA(r=2))

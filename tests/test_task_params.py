@@ -81,6 +81,9 @@ def test_tasks_are_picked_by_any_index(spec: fm.Spec) -> None:
         (slice(1, None), [1, 2]),
         (1, [1]),
         (-1, [2]),
+        ((1, 0), [1, 0]),
+        (torch.tensor(1), [1]),
+        (range(2), [0, 1]),
     ):
         found = params.select(index)
         assert found.num_tasks == len(rows) and type(found) is type(params)

@@ -22,6 +22,7 @@ from fastmeta.engine.optimizers import UpdateRule, resolve_rule
 from fastmeta.engine.rates import LearnedRate, Rates, check_rate
 from fastmeta.patching import Patched, TaskParams
 from fastmeta.patching.head import linear_head
+from fastmeta.patching.task_axes import is_input
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ class Run:
 
     def _features(self, model: Patched, inputs: Mapping[str, Tensor]) -> Tensor | None:
         """What a head that alone adapts reads, ``[T, N, D]``: the same for every candidate."""
-        rows = {k: v for k, v in inputs.items() if k not in ("labels", WAYS)}
+        rows = {k: v for k, v in inputs.items() if is_input(k) and k != WAYS}
         if linear_head(model) is None:
             return None
         params = model.init(check_set("support", rows))
@@ -168,7 +169,7 @@ class Run:
     def logits(self, params: list[TaskParams], rows: Mapping[str, Tensor]) -> Tensor:
         """``[T, M, Q, C]`` of every candidate."""
         tasks = params[0].num_tasks
-        inputs = {k: v for k, v in rows.items() if k != "labels"}
+        inputs = {k: v for k, v in rows.items() if is_input(k)}
         found: list[Tensor | None] = [None] * len(params)
         for group in self.groups:
             model = self.models[group[0]]

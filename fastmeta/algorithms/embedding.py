@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastmeta.models import pooled
 from fastmeta.patching import Patched
 from fastmeta.patching.bind import copy_structure, resting, set_mode
+from fastmeta.patching.task_axes import is_input
 
 POOLINGS = ("mean", "cls", "last")
 
@@ -149,7 +150,7 @@ class Embedding(nn.Module):
             inputs: Model inputs ``[T, N, ...]``; of text without a task axis, ``[N, L]``, the
                 features are ``[N, D]``.
         """
-        given = {k: v for k, v in inputs.items() if k != "labels"}
+        given = {k: v for k, v in inputs.items() if is_input(k)}
         ids = given.get("input_ids")
         flat = ids is not None and ids.dim() == 2
         if flat:
@@ -186,7 +187,7 @@ class Embedding(nn.Module):
             # All tasks share the initial values: one task of all rows.
             given = {k: v.unsqueeze(0) for k, v in flat.items()}
             more = {} if self.lead == "" else {"output_hidden_states": True}
-            out = self.patched(self.patched.initial(1), **given, **more)
+            out = self.patched.run(self.patched.initial(1), given | more)
         states = out if isinstance(out, Tensor) else getattr(out, "last_hidden_state", None)
         if states is None and getattr(out, "hidden_states", None):
             states = out.hidden_states[-1]

@@ -9,16 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmeta.batch import IGNORE_INDEX
-from fastmeta.engine.losses import (
-    WAYS,
-    LossFn,
-    causal_lm,
-    classification,
-    masked_lm,
-    regression,
-    seq2seq_lm,
-    token_classification,
-)
+from fastmeta.engine.losses import WAYS, LossFn, name_of
 from fastmeta.patching import Patched
 from fastmeta.patching.inputs import check_inputs
 
@@ -70,28 +61,41 @@ def check_sets(patched: Patched, loss_fn: LossFn, sets: Mapping[str, Mapping[str
             "adapting takes gradients, which torch.inference_mode() forbids; "
             "evaluate under torch.no_grad()"
         )
+    loss = name_of(loss_fn)
     for which, batch in sets.items():
         check_inputs(batch, which, patched.device, patched.model)
-        if loss_fn in _LABELS:
-            setting, dim = _LABELS[loss_fn]
-            first = 1 if loss_fn is causal_lm else 0  # the first token has nothing before it
+        if loss in _LABELS:
+            setting, dim = _LABELS[loss]
+            first = 1 if loss == "causal_lm" else 0  # the first token has nothing before it
             check_labels(batch, which, setting, dim, _setting(patched, setting), first)
-        elif loss_fn is regression:
-            check_targets(batch, which, _setting(patched, "num_labels"))
-    config = getattr(patched.model, "config", None)
-    if loss_fn is causal_lm and getattr(config, "is_encoder_decoder", False):
+        elif loss == "regression":
+            check_targets(batch, which)
+        if loss in ("causal_lm", "seq2seq_lm"):
+            _check_decoder(patched, loss, batch)
+
+
+def _check_decoder(patched: Patched, loss: str, batch: Mapping[str, Tensor]) -> None:
+    """Raise where a model predicts the words that it is given."""
+    kind = type(patched.model).__name__
+    moves = getattr(getattr(patched.model, "config", None), "is_encoder_decoder", None)
+    if moves and loss == "causal_lm" and "decoder_input_ids" not in batch:
         raise ValueError(
-            f"{type(patched.model).__name__} is an encoder-decoder, whose decoder reads the labels "
-            "moved by one word: loss_fn must be 'seq2seq_lm', got 'causal_lm'"
+            f"{kind} is an encoder-decoder, whose decoder reads the labels moved by one word: "
+            "loss_fn must be 'seq2seq_lm', got 'causal_lm'"
+        )
+    if moves is False and loss == "seq2seq_lm":
+        raise ValueError(
+            f"{kind} is no encoder-decoder: loss_fn must be 'causal_lm' (next words) or "
+            "'masked_lm' (words where they stand), got 'seq2seq_lm'"
         )
 
 
-_LABELS: dict[LossFn, tuple[str, int]] = {
-    classification: ("num_labels", 2),
-    causal_lm: ("vocab_size", 3),
-    masked_lm: ("vocab_size", 3),
-    seq2seq_lm: ("vocab_size", 3),
-    token_classification: ("num_labels", 3),
+_LABELS = {
+    "classification": ("num_labels", 2),
+    "causal_lm": ("vocab_size", 3),
+    "masked_lm": ("vocab_size", 3),
+    "seq2seq_lm": ("vocab_size", 3),
+    "token_classification": ("num_labels", 3),
 }
 """Of a loss of classes: the configuration entry that bounds its labels, and their axes."""
 
@@ -104,22 +108,20 @@ def _setting(patched: Patched, name: str) -> int | None:
     return value if isinstance(value, int) else None
 
 
-def check_targets(batch: Mapping[str, Tensor], which: str, width: int | None) -> None:
+def check_targets(batch: Mapping[str, Tensor], which: str) -> None:
     """Labels of a regression are floating-point ``[T, N]`` or ``[T, N, D]``, and every task has one
     that counts.
 
     Args:
         which: ``"support"`` or ``"query"``, for the message.
-        width: D of the model's output; None where unknown.
     """
     labels = _labels(batch, which)
     if not labels.is_floating_point():
         raise TypeError(f"{which} labels must be floating point, got {labels.dtype}")
-    last = labels.shape[2] if labels.dim() == 3 else 1
-    if labels.dim() not in (2, 3) or (width is not None and last != width):
-        axes = "[T, N, D]" if width is None else f"[T, N, {width}]"
-        axes = "[T, N]" if width == 1 else axes
-        raise ValueError(f"{which} labels must have shape {axes}, got {list(labels.shape)}")
+    if labels.dim() not in (2, 3):
+        raise ValueError(
+            f"{which} labels must have shape [T, N] or [T, N, D], got {list(labels.shape)}"
+        )
     empty = labels.isnan().flatten(1).all(1)
     if bool(empty.any()):
         task = int(empty.nonzero()[0])

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastmeta.engine.by_leaf import may_serve
 from fastmeta.engine.conditions import Conditions, Versions, versions
 from fastmeta.engine.inner import InnerLoop
-from fastmeta.engine.losses import LOSSES
+from fastmeta.engine.losses import name_of
 from fastmeta.engine.memory import MemoryPlan, free_bytes, is_out_of_memory
 from fastmeta.engine.optimizers import FusedRule
 from fastmeta.engine.recompute import add, backpropagate
@@ -122,7 +122,7 @@ def _closed(loop: InnerLoop) -> bool:
     """Whether only fast weights, rates and the model's own weights can receive a gradient."""
     settings = vars(loop.rule).values()
     own = isinstance(loop.rule, FusedRule) and not any(isinstance(s, Tensor) for s in settings)
-    return own and loop.loss_fn in LOSSES.values()
+    return own and name_of(loop.loss_fn) is not None
 
 
 class _Work:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from fastmeta.engine.losses import LOSSES, WAYS, LossFn
+from fastmeta.engine.losses import WAYS, LossFn, name_of
 from fastmeta.engine.optimizers import State, UpdateRule
 from fastmeta.engine.prototype_head import PrototypeHead
 from fastmeta.engine.rates import Rates
@@ -202,7 +202,7 @@ def task_losses(loop: InnerLoop, params: TaskParams, batch: Mapping[str, Tensor]
     try:
         losses = loop.loss_fn(outputs, batch)
     except Exception as error:
-        own = loop.loss_fn not in LOSSES.values()
+        own = name_of(loop.loss_fn) is None
         if own and hasattr(error, "add_note"):  # from Python 3.11 on
             error.add_note(f"loss_fn was given {params.num_tasks} tasks ({fewer})")
         raise

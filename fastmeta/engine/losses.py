@@ -62,7 +62,15 @@ def regression(outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """Mean squared error of each task's rows, ``[T]``; labels ``[T, N]`` or ``[T, N, D]`` in
     floating point, NaN ignored."""
     values, labels = _logits(outputs, 3, "regression"), batch["labels"]
-    labels = labels.to(values.dtype).view_as(values)
+    if labels.dim() == 2:
+        labels = labels.unsqueeze(2)
+    if labels.shape != values.shape:
+        raise ValueError(
+            f"labels of a regression must have the shape of the outputs, {list(values.shape)}, "
+            f"got {list(labels.shape)}"
+        )
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    values, labels = values.to(dtype), labels.to(dtype)
     ignored = labels.isnan()
     errors = (values - labels.masked_fill(ignored, 0)).masked_fill(ignored, 0)
     return errors.square().flatten(1).sum(1) / (~ignored).flatten(1).sum(1).clamp_min(1)
@@ -79,6 +87,11 @@ LOSSES: dict[str, LossFn] = {
 """The losses that have a name."""
 
 
+def name_of(loss_fn: LossFn) -> str | None:
+    """The name of a loss that has one."""
+    return next((name for name, known in LOSSES.items() if known is loss_fn), None)
+
+
 def resolve_loss(loss_fn: str | LossFn) -> LossFn:
     """The loss of that name, or the callable itself."""
     if callable(loss_fn):
@@ -93,7 +106,7 @@ def resolve_loss(loss_fn: str | LossFn) -> LossFn:
 
 def scores(loss_fn: LossFn, outputs: Tensor | None, batch: Mapping[str, Tensor]) -> Tensor | None:
     """Of losses of classes: the :func:`accuracy` of logits."""
-    if outputs is None or loss_fn not in (classification, token_classification):
+    if outputs is None or name_of(loss_fn) not in ("classification", "token_classification"):
         return None
     return accuracy(outputs, batch)
 

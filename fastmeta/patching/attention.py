@@ -237,7 +237,9 @@ def _in_place_of_torch(
     shapes = query.shape, key.shape
     if query.dim() == 4 and key.shape == value.shape and shapes[0][::3] == shapes[1][::3]:
         heads, shared = shapes[0][1], shapes[1][1]
-        if heads == shared or ((enable_gqa or shared == 1) and heads % shared == 0):
+        grouped = heads == shared or ((enable_gqa or shared == 1) and heads % shared == 0)
+        first = is_causal and query.shape[2] == 1  # which attends the first key alone
+        if grouped and not first:
             out, _ = attention(None, query, key, value, attn_mask, dropout_p, scale, is_causal)
             return out.transpose(1, 2)
     return torch.ops.aten._scaled_dot_product_attention_math(

@@ -34,10 +34,14 @@ def generate(patched: Patched, params: TaskParams, given: Mapping[str, Any]) -> 
             f"{type(model).__name__} does not generate texts; expected a model such as "
             "AutoModelForCausalLM loads"
         )
+    if patched.training:
+        raise RuntimeError("texts are continued in evaluation mode: call eval() first")
     inputs = {k: v for k, v in given.items() if isinstance(v, Tensor) and v.dim() > 1}
     settings = {"use_cache": True} | {k: v for k, v in given.items() if k not in inputs}
+    # The model's own as it is now: the plan's structure has a copy of an earlier one.
+    config = settings.pop("generation_config", None) or model.generation_config
     for name in _ONE:
-        count = settings.get(name, getattr(settings.get("generation_config"), name, None))
+        count = settings.get(name, getattr(config, name, None))
         if count not in (None, 1):
             raise ValueError(
                 f"{name} must be 1, got {count}: give a text several times to continue it in "
@@ -45,16 +49,18 @@ def generate(patched: Patched, params: TaskParams, given: Mapping[str, Any]) -> 
             )
     check_inputs(inputs, "given", patched.device, model)
     _, tasks, rows = leading_axes(inputs)
-    told = _with_decoder(model, inputs)
-    if told is inputs and MASK in inputs and bool((inputs[MASK][..., -1] == 0).any()):
+    told, mask = _with_decoder(model, inputs), inputs.get(MASK)
+    goes_on = mask is not None and not model.config.is_encoder_decoder
+    if goes_on and bool((mask[..., -1] == 0).any()):
         raise ValueError("texts to be continued must be padded on the left")
     flat = patched.flatten(params, inputs)[0]
     plan = patched.plan(told)
     if not plan.generates:
-        _check(patched, plan, inputs)
+        with torch.autocast(patched.device.type, enabled=False):
+            _check(patched, plan, inputs)
         plan.generates = True
     with running(Call(params.bound(plan), tasks, rows)), plan.attention():
-        out = plan.structure.generate(**flat, **settings)
+        out = plan.structure.generate(**flat, generation_config=copy.deepcopy(config), **settings)
     return unflatten_output(out, tasks, rows)
 
 
@@ -74,10 +80,11 @@ def _check(patched: Patched, plan: Plan, inputs: Mapping[str, Any]) -> None:
     """
     small = model_inputs(patched.model, few(inputs, probe.TASKS, probe.ROWS))
     views = different_tasks(patched.slots, probe.TASKS)
-    settings = copy.deepcopy(plan.structure.generation_config)
+    settings = copy.deepcopy(patched.model.generation_config)
     settings.update(
         do_sample=False,
         num_beams=1,
+        num_return_sequences=1,
         max_length=None,
         min_new_tokens=_CHECKED_WORDS,
         max_new_tokens=_CHECKED_WORDS,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -66,7 +67,7 @@ def check_inputs(
             )
     check_mask(inputs)
     ids, words = inputs.get("input_ids"), vocabulary(model)
-    if ids is None or ids.is_floating_point() or is_traced(ids):
+    if ids is None or ids.is_floating_point() or is_traced(ids) or _is_recorded(ids):
         return
     most = _most_tokens(model)
     if most is not None and ids.shape[-1] > most:
@@ -81,4 +82,32 @@ def check_inputs(
         raise ValueError(
             f"{which} input_ids must be in 0..{words - 1} (the model's words), "
             f"got {int(ids[wrong][0])} in task {task}"
+        )
+
+
+def _is_recorded(t: Tensor) -> bool:
+    """Whether a CUDA graph is being recorded, which cannot be asked anything."""
+    return t.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def check_names(model: nn.Module, inputs: Mapping[str, Any]) -> None:
+    """Raise where the model's signature asks for other inputs."""
+    parameters = inspect.signature(model.forward).parameters
+    kinds = inspect.Parameter
+    if any(p.kind is kinds.VAR_KEYWORD for p in parameters.values()):
+        unknown: list[str] = []
+    else:
+        unknown = sorted(inputs.keys() - parameters.keys())
+    missing = [
+        name
+        for name, p in parameters.items()
+        if p.default is kinds.empty
+        and p.kind in (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)
+        and name not in inputs
+    ]
+    if missing or unknown:
+        raise ValueError(
+            f"{type(model).__name__} expects the inputs {', '.join(missing) or 'of its signature'}"
+            f", got {', '.join(sorted(inputs)) or 'none'}"
+            + (f" (unknown: {', '.join(unknown)})" if unknown else "")
         )

@@ -291,6 +291,7 @@ class Patched(nn.Module):
 
         Raises:
             TypeError: The model does not generate.
+            RuntimeError: It is in training mode.
             ValueError: Inputs and params disagree, texts are padded on the right, or several
                 continuations were asked for.
             PatchError: The model generates, but not with these per-task parameters; asked on the

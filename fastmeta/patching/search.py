@@ -8,7 +8,6 @@ module that differs moves down a rung; after its last rung, the module around it
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from fastmeta.patching import attention, first_token, prefix, probe, unpadded
 from fastmeta.patching.bind import bind
 from fastmeta.patching.context import Call, running
+from fastmeta.patching.inputs import check_names
 from fastmeta.patching.methods import SHARED_METHODS, key, shared_methods, split_key
 from fastmeta.patching.plan import (
     WHOLE,
@@ -59,7 +59,7 @@ def make_plan(
         ValueError: The model itself does not run on these inputs.
         PatchError: The model runs, but not with per-task parameters.
     """
-    _check_names(model, small)
+    check_names(model, small)
     search = _Search(model, slots, small, large)
     while True:
         plan = search.try_modes()
@@ -80,29 +80,6 @@ def make_plan(
     if plan.unpadded:
         unpadded.install_in(plan.structure, plan.unpadded)
     return plan
-
-
-def _check_names(model: nn.Module, inputs: Mapping[str, Any]) -> None:
-    """Raise where the model's signature asks for other inputs."""
-    parameters = inspect.signature(model.forward).parameters
-    kinds = inspect.Parameter
-    if any(p.kind is kinds.VAR_KEYWORD for p in parameters.values()):
-        unknown: list[str] = []
-    else:
-        unknown = sorted(inputs.keys() - parameters.keys())
-    missing = [
-        name
-        for name, p in parameters.items()
-        if p.default is kinds.empty
-        and p.kind in (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)
-        and name not in inputs
-    ]
-    if missing or unknown:
-        raise ValueError(
-            f"{type(model).__name__} expects the inputs {', '.join(missing) or 'of its signature'}"
-            f", got {', '.join(sorted(inputs)) or 'none'}"
-            + (f" (unknown: {', '.join(unknown)})" if unknown else "")
-        )
 
 
 class _Search:

@@ -18,6 +18,11 @@ LABELS = "labels"
 """What names begin with whose tensors are for the loss alone."""
 
 
+def is_input(name: str) -> bool:
+    """Whether a model is given what has this name in a task set."""
+    return not name.startswith(LABELS)
+
+
 def leading_axes(inputs: Mapping[str, Any]) -> tuple[str, int, int]:
     """The input that counts, T and N."""
     for name in (IDS, *inputs):
@@ -39,7 +44,7 @@ def model_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     flat = {
         k: v.flatten(0, 1) if _has_axes(v, tasks, rows) else v
         for k, v in inputs.items()
-        if not k.startswith(LABELS)
+        if is_input(k)
     }
     labels = inputs.get(LABELS)
     prepare = getattr(model, "prepare_decoder_input_ids_from_labels", None)
@@ -87,7 +92,7 @@ def check_mask(inputs: Mapping[str, Any]) -> None:
 
 def warn_of_unknown(model: nn.Module, inputs: Mapping[str, Any]) -> None:
     """Warn of tensors that no module of the model names: forwards that take any may drop them."""
-    names = {n for n, v in inputs.items() if isinstance(v, Tensor) and not n.startswith(LABELS)}
+    names = {n for n, v in inputs.items() if isinstance(v, Tensor) and is_input(n)}
     known = {p for m in model.modules() for p in inspect.signature(m.forward).parameters}
     for name in sorted(names - known):
         close = difflib.get_close_matches(name, known, 1)

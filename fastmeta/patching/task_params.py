@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -128,7 +129,11 @@ class TaskParams(Mapping[str, Tensor]):
             index: Numbers of tasks in the order wanted, also several times (a list, int64 ``[S]``),
                 a mask, bool ``[T]``, a slice, or one number.
         """
-        return self._select([index] if isinstance(index, int) else index)
+        if isinstance(index, Tensor) and index.dim():
+            return self._select(index)
+        if hasattr(index, "__index__"):
+            index = [operator.index(index)]
+        return self._select(index if isinstance(index, slice) else list(index))
 
     def _select(self, index: Tensor | slice | Sequence[int]) -> TaskParams:
         return TaskParams(self.layout, self.packed[index])

@@ -13,6 +13,7 @@ from fastmeta.engine.inner import InnerLoop, Support, inner_step, task_losses
 from fastmeta.engine.losses import WAYS, classification
 from fastmeta.engine.optimizers import RULES
 from fastmeta.patching import TaskParams
+from fastmeta.patching.task_axes import is_input
 from fastmeta.search.controller import Controller
 from fastmeta.search.decisions import Decision
 from fastmeta.search.lstm import leave_one_out
@@ -92,7 +93,7 @@ class DifferentiableController(Controller):
         batch = batch.to(net.device)
         extra = {} if batch.ways is None else {WAYS: batch.ways}
         support, query = {**batch.support, **extra}, {**batch.query, **extra}
-        inputs = {k: v for k, v in batch.support.items() if k != "labels"}
+        inputs = {k: v for k, v in batch.support.items() if is_input(k)}
         gates = SoftPass(net.layers(net.plan(inputs)), relaxation)
         domains = relaxation.domains
         steps = domains["steps"]

@@ -20,6 +20,7 @@ from fastmeta.patching import patch as patch_model
 from fastmeta.patching.context import Call, running
 from fastmeta.patching.head import Tap
 from fastmeta.patching.spec import Head
+from fastmeta.patching.task_axes import is_input
 from fastmeta.search.adaptation import adapt_candidates
 from fastmeta.search.passes import FrozenPass, LivePass
 from fastmeta.search.proposal import Proposal
@@ -308,7 +309,7 @@ def _judge(scores: list[Score], logits: Tensor, finite: Tensor, batch: TaskBatch
 
 
 def _inputs(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {k: v for k, v in rows.items() if k != "labels"}
+    return {k: v for k, v in rows.items() if is_input(k)}
 
 
 def _shape_key(proposal: Proposal) -> tuple:

@@ -13,6 +13,7 @@ from fastmeta.patching import Patched, TaskParams
 from fastmeta.patching.bind import install
 from fastmeta.patching.context import Call, current_call, running
 from fastmeta.patching.plan import Plan
+from fastmeta.patching.task_axes import is_input
 from fastmeta.search.gates import Layers
 from fastmeta.search.importance import ordered_copy
 from fastmeta.search.passes import Pass
@@ -33,7 +34,7 @@ class Supernet(Patched):
         self, space: Space, *, seed: int = 0, calibration: Mapping[str, Tensor] | None = None
     ) -> None:
         if calibration is not None:
-            rows = {k: v.flatten(0, 1) for k, v in calibration.items() if k != "labels"}
+            rows = {k: v.flatten(0, 1) for k, v in calibration.items() if is_input(k)}
         model = ordered_copy(space.model, space.anatomy, None if calibration is None else rows)
         super().__init__(model, space.spec(), seed=seed)
         self.space = space

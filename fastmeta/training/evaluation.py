@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastmeta.batch import TaskBatch
 from fastmeta.data.loader import Loader
 from fastmeta.patching import Patched
+from fastmeta.patching.task_axes import is_input
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ def _judge(predict: Callable[[TaskBatch], Tensor], batches: Iterator[TaskBatch])
 
 def inputs_of(examples: dict[str, Tensor]) -> dict[str, Tensor]:
     """A task set without its labels."""
-    return {k: v for k, v in examples.items() if k != "labels"}
+    return {k: v for k, v in examples.items() if is_input(k)}
 
 
 def take(episodes: Loader, count: int, device: torch.device) -> Iterator[TaskBatch]:

@@ -43,6 +43,8 @@ def import_task(patched: Patched, folder: str | Path) -> TaskParams:
             raise CheckpointError(f"{folder}: {error}") from None
     elif (folder / ABOUT).exists():
         about, weights = read_pair(folder, ABOUT, WEIGHTS)
+        if not isinstance(about, Mapping):
+            raise CheckpointError(f"{folder}: {ABOUT} is damaged (it holds {about!r})")
         scales = about.get("lora_scales", {})
     else:
         raise CheckpointError(

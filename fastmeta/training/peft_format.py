@@ -182,7 +182,9 @@ def _replaced(module: str, saved: Iterable[str]) -> bool:
     return any(name.endswith(ending) for name in above for ending in saved)
 
 
-def _check_config(config: Mapping[str, Any]) -> None:
+def _check_config(config: object) -> None:
+    if not isinstance(config, Mapping):
+        raise ValueError(f"expected settings by name in {CONFIG}, got {config!r}")
     if config.get("peft_type") != "LORA":
         raise ValueError(f"expected PEFT's LORA, got {config.get('peft_type')!r}")
     for key, value in config.items():
@@ -199,9 +201,15 @@ def _check_config(config: Mapping[str, Any]) -> None:
 def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
     alpha = config.get("lora_alpha", 8)
     for pattern, other in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        try:
+            matches = re.match(rf"(.*\.)?({pattern})$", module)
+        except re.error as error:
+            raise ValueError(f"alpha_pattern holds {pattern!r}, no pattern ({error})") from None
+        if matches:
             alpha = other
             break
+    if not isinstance(alpha, int | float):
+        raise ValueError(f"expected a number as alpha of {module}, got {alpha!r}")
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
