@@ -112,8 +112,9 @@ class TaskBatch:
         """Stack tasks of unequal size, padding exactly: padding never changes a result.
 
         A missing row repeats the task's first row (so that its attention stays finite) with
-        label ``-100`` (NaN where labels are floating point); a missing column holds `pad_token_id`
-        under ``attention_mask`` 0.
+        label ``-100``; a missing column holds `pad_token_id` under ``attention_mask`` 0 and label
+        ``-100``. Labels in floating point are NaN there, other tensors for the loss 0 (integers
+        ``-100``).
 
         Args:
             tasks: One ``(support, query)`` pair per task, tensors ``[N_t, ...]``.
@@ -221,17 +222,20 @@ def _stack(key: str, tensors: list[Tensor], pad_token_id: int, masked: bool) -> 
     stacked = []
     for tensor in _same_columns(key, tensors, 1, pad_token_id, masked):
         missing = rows - tensor.shape[0]
-        if missing and key == "labels":
-            filling = tensor.new_full((missing, *tensor.shape[1:]), _ignored(tensor))
+        if missing and key.startswith("labels"):
+            filling = tensor.new_full((missing, *tensor.shape[1:]), _ignored(key, tensor))
         else:
             filling = tensor[:1].expand(missing, *tensor.shape[1:])
         stacked.append(torch.cat([tensor, filling]))
     return torch.stack(stacked)
 
 
-def _ignored(labels: Tensor) -> float:
-    """The label of rows and tokens that do not count."""
-    return float("nan") if labels.is_floating_point() else IGNORE_INDEX
+def _ignored(key: str, labels: Tensor) -> float:
+    """The label of rows and tokens that do not count; of other numbers for a loss, such as weights,
+    0."""
+    if labels.is_floating_point():
+        return float("nan") if key == "labels" else 0.0
+    return 0 if labels.dtype == torch.bool else IGNORE_INDEX
 
 
 def _same_columns(
@@ -252,8 +256,8 @@ def _same_columns(
             f"to mask padding with, got {[list(t.shape) for t in tensors]}"
         )
     fill = _COLUMN_FILL.get(key, pad_token_id if key == "input_ids" else 0)
-    if key == "labels":
-        fill = _ignored(tensors[0])
+    if key.startswith("labels"):
+        fill = _ignored(key, tensors[0])
     padded = []
     for tensor in tensors:
         out = tensor.new_full((*tensor.shape[:lead], *sizes), fill)

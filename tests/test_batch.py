@@ -155,3 +155,16 @@ def test_errors(make, text: str) -> None:
     with pytest.raises((ValueError, TypeError)) as caught:
         make()
     assert text in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_is_missing_of_tensors_for_the_loss() -> None:
+    def rows(n: int, length: int) -> dict[str, Tensor]:
+        ids = torch.ones(n, length, dtype=torch.int64)
+        more = {"labels_tags": ids, "labels_weight": torch.ones(n, length)}
+        return {"input_ids": ids, "attention_mask": ids, "labels": torch.ones(n, length), **more}
+
+    found = fm.TaskBatch.collate([(rows(1, 1), rows(1, 1)), (rows(2, 2), rows(2, 2))]).support
+    absent = torch.tensor([[False, True], [True, True]])
+    assert bool((found["labels_tags"][0][absent] == -100).all())
+    assert bool((found["labels_weight"][0][absent] == 0).all())
+    assert bool(found["labels"][0][absent].isnan().all())

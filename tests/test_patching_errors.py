@@ -186,6 +186,31 @@ def test_inputs(patched: fm.Patched) -> None:
         plain(plain.init(2), x=torch.zeros(2, 3, 4))
 
 
+def test_fast_weights_of_another_kind() -> None:
+    model, inputs = families.build("bert"), families.inputs("bert", 2, 2)
+    patched = fm.patch(model, fm.LoRA(r=2, alpha=4))
+    params = patched.init(2)
+    other = fm.TaskParams(patched.layout, params.packed.float())
+    with pytest.raises(ValueError, match=r"params are in torch\.float32, but what adapts is in"):
+        patched(other, **inputs)
+    other = fm.patch(model, fm.LoRA(r=2, alpha=8))
+    with pytest.raises(ValueError, match=r"expected alpha / r = 4 in .*, got 2"):
+        other(params, **inputs)
+    with pytest.raises(ValueError, match=r"part 1 is of another model or specification: .*alpha"):
+        fm.TaskParams.joined([params, other.init(2)])
+    with pytest.raises(TypeError, match="expected a list of fast weights"):
+        fm.TaskParams.joined(params)
+    with pytest.raises(ValueError, match="at least one task, got none"):
+        params.select([])
+    with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module to patch, got Patched"):
+        fm.patch(patched, fm.Head())
+    model.float()
+    with pytest.raises(
+        RuntimeError, match=r"converted from torch\.float64 on cpu to torch\.float32"
+    ):
+        patched(params, **inputs)
+
+
 def test_moving_a_patched_model(patched: fm.Patched) -> None:
     dtype = next(patched.model.parameters()).dtype
     for stay in (patched.cpu, lambda: patched.to("cpu"), lambda: patched.to("cpu", dtype)):

@@ -152,9 +152,11 @@ def test_errors() -> None:
     with pytest.raises(ValueError, match="num_return_sequences must be 1, got 2"):
         patched.generate(params, **inputs, do_sample=True)
     patched.model.generation_config.num_return_sequences = 1
+    with pytest.raises(ValueError, match=r"input_ids must have shape \[T, N, L\], got \[2, 6\]"):
+        patched.generate(params, input_ids=inputs["input_ids"][0])
+    random = fm.patch(prepared(gpt2), fm.LoRA(r=2, targets="c_attn")).train()
     with pytest.raises(RuntimeError, match="in evaluation mode: call eval"):
-        patched.train().generate(params, **inputs)
-    patched.eval()
+        random.generate(random.init(3), **inputs)
     with pytest.raises(ValueError, match="params hold 2 tasks, but input_ids has 3"):
         patched.generate(patched.init(2), **inputs)
     classifier = fm.patch(families.build("llama"), fm.LoRA(r=2))

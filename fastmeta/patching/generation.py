@@ -14,6 +14,7 @@ from fastmeta.patching.bind import bind
 from fastmeta.patching.context import Call, running
 from fastmeta.patching.inputs import check_inputs
 from fastmeta.patching.plan import Plan, different_tasks, unit_tensors
+from fastmeta.patching.prefix import is_random
 from fastmeta.patching.task_axes import few, leading_axes, model_inputs, unflatten_output
 from fastmeta.patching.task_params import TaskParams
 from fastmeta.patching.unpadded import MASK
@@ -34,8 +35,6 @@ def generate(patched: Patched, params: TaskParams, given: Mapping[str, Any]) -> 
             f"{type(model).__name__} does not generate texts; expected a model such as "
             "AutoModelForCausalLM loads"
         )
-    if patched.training:
-        raise RuntimeError("texts are continued in evaluation mode: call eval() first")
     inputs = {k: v for k, v in given.items() if isinstance(v, Tensor) and v.dim() > 1}
     settings = {"use_cache": True} | {k: v for k, v in given.items() if k not in inputs}
     # The model's own as it is now: the plan's structure has a copy of an earlier one.
@@ -48,13 +47,17 @@ def generate(patched: Patched, params: TaskParams, given: Mapping[str, Any]) -> 
                 "several ways"
             )
     check_inputs(inputs, "given", patched.device, model)
-    _, tasks, rows = leading_axes(inputs)
+    flat, tasks, rows = patched.flatten(params, inputs)
     told, mask = _with_decoder(model, inputs), inputs.get(MASK)
     goes_on = mask is not None and not model.config.is_encoder_decoder
     if goes_on and bool((mask[..., -1] == 0).any()):
         raise ValueError("texts to be continued must be padded on the left")
-    flat = patched.flatten(params, inputs)[0]
     plan = patched.plan(told)
+    if is_random(plan.structure):
+        raise RuntimeError(
+            "texts are continued in evaluation mode: call eval() of the patched model, or of the "
+            "learner, first"
+        )
     if not plan.generates:
         with torch.autocast(patched.device.type, enabled=False):
             _check(patched, plan, inputs)

@@ -46,6 +46,10 @@ class InitialParams(TaskParams):
         return self.parts[0].device
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.parts[0].dtype
+
+    @property
     def packed(self) -> Tensor:  # type: ignore[override]
         """Made anew at every reading; all rows share memory."""
         return self.layout.pack(self.parts).expand(self.num_tasks, -1)

@@ -21,7 +21,8 @@ class LaterParams(TaskParams):
     """
 
     def __init__(self, start: TaskParams, make: Callable[[], TaskParams]) -> None:
-        self.layout, self._num_tasks, self._device = start.layout, start.num_tasks, start.device
+        self.layout, self._num_tasks = start.layout, start.num_tasks
+        self._device, self._dtype = start.device, start.dtype
         self._make: Callable[[], TaskParams] | None = make
         self._views: list[Tensor] | None = None
 
@@ -38,6 +39,10 @@ class LaterParams(TaskParams):
     @property
     def device(self) -> torch.device:
         return self._device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._dtype
 
     @property
     def packed(self) -> Tensor:  # type: ignore[override]

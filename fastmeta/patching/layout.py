@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from math import prod
 
 import torch
@@ -19,6 +20,7 @@ class ParamLayout:
     Args:
         names: One name per segment, in order.
         shapes: Shape of each parameter, without the task axis.
+        scales: Module name -> alpha / r of its LoRA terms.
 
     Attributes:
         num_params: ``P``, the length of a row, alignment padding included.
@@ -27,7 +29,13 @@ class ParamLayout:
         offsets: Start of each segment in the row, multiples of :data:`ALIGNMENT`.
     """
 
-    def __init__(self, names: Sequence[str], shapes: Sequence[Sequence[int]]) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        shapes: Sequence[Sequence[int]],
+        scales: Mapping[str, float] | None = None,
+    ) -> None:
+        self.scales = dict(scales or {})
         self.names = tuple(names)
         self.shapes = tuple(tuple(s) for s in shapes)
         self.index = {name: i for i, name in enumerate(self.names)}
@@ -61,12 +69,18 @@ class ParamLayout:
         if found is None:
             shapes = list(self.shapes)
             shapes[slot] = (rows, *shapes[slot][1:])
-            found = self._with_rows[slot, rows] = ParamLayout(self.names, shapes)
+            found = self._with_rows[slot, rows] = ParamLayout(self.names, shapes, self.scales)
         return found
 
     def difference(self, other: ParamLayout) -> str | None:
         """How another layout differs from this one, as a clause; None where it does not."""
-        if other is self or (other.names, other.shapes) == (self.names, self.shapes):
+        if other is self:
+            return None
+        if (other.names, other.shapes) == (self.names, self.shapes):
+            for module, scale in self.scales.items():
+                found = other.scales.get(module)
+                if found is None or not math.isclose(found, scale, rel_tol=1e-6):
+                    return f"expected alpha / r = {scale:g} in {module}, got {found}"
             return None
         missing = [n for n in self.names if n not in other.index]
         extra = [n for n in other.names if n not in self.index]

@@ -57,6 +57,10 @@ class UnpackedParams(TaskParams):
     def device(self) -> torch.device:
         return self.rest.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.rest.dtype
+
 
 class LeafParams(UnpackedParams):
     """Fast weights of T tasks of which some are :class:`FastMatrix` and :class:`FastTable`.

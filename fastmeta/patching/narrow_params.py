@@ -173,6 +173,8 @@ def joined(parts: Sequence[TaskParams]) -> TaskParams:
 
 
 def _check_layouts(parts: Sequence[TaskParams]) -> None:
+    if isinstance(parts, TaskParams):
+        raise TypeError("expected a list of fast weights (fm.TaskParams), got one")
     for part in parts:
         if not isinstance(part, TaskParams):
             raise TypeError(

@@ -30,7 +30,7 @@ from fastmeta.patching.task_axes import (
     warn_of_unknown,
 )
 from fastmeta.patching.task_params import TaskParams
-from fastmeta.patching.unpadded import MASK, Tokens, Unpadded, is_traced
+from fastmeta.patching.unpadded import IDS, MASK, Tokens, Unpadded, is_traced
 
 
 def patch(model: nn.Module, spec: Spec, *, seed: int = 0) -> Patched:
@@ -71,7 +71,7 @@ class Patched(nn.Module):
 
     def __init__(self, model: nn.Module, spec: Spec, *, seed: int = 0) -> None:
         super().__init__()
-        if not isinstance(model, nn.Module):
+        if not isinstance(model, nn.Module) or isinstance(model, Patched):
             raise TypeError(f"expected a torch.nn.Module to patch, got {model!r}")
         # Of torch.compile's wrapper what it wraps: it would compile the code of another structure.
         model = getattr(model, "_orig_mod", model)
@@ -90,6 +90,8 @@ class Patched(nn.Module):
         self.captures: dict[Any, Any] = {}  # what the engine has captured of this model
         self._rest = resting(model, model.training)
         self._models_mode = model.training
+        self._like = next((p for p in model.parameters() if p.is_floating_point()), None)
+        self._was = None if self._like is None else (self._like.dtype, self._like.device)
         super().train(model.training)
 
     # -- meta-parameters ---------------------------------------------------------------------
@@ -369,12 +371,22 @@ class Patched(nn.Module):
         difference = self.layout.difference(params.layout)
         if difference is not None:
             raise ValueError(f"params are of another model or specification: {difference}")
+        if params.dtype != self.dtype:
+            raise ValueError(f"params are in {params.dtype}, but what adapts is in {self.dtype}")
+        if self._like is not None and (self._like.dtype, self._like.device) != self._was:
+            raise RuntimeError(
+                f"the model was converted from {self._was[0]} on {self._was[1]} to "
+                f"{self._like.dtype} on {self._like.device} after it was patched: patch it again"
+            )
 
     def flatten(
         self, params: TaskParams, inputs: Mapping[str, Any]
     ) -> tuple[dict[str, Any], int, int]:
         """``[T, N, ...]`` inputs -> the model's ``[T * N, ...]`` inputs, T, N."""
         self.check_params(params)
+        ids = inputs.get(IDS)
+        if isinstance(ids, Tensor) and ids.dim() != 3:
+            raise ValueError(f"{IDS} must have shape [T, N, L], got {list(ids.shape)}")
         name, tasks, rows = leading_axes(inputs)
         if tasks != params.num_tasks:
             raise ValueError(

@@ -31,11 +31,6 @@ class Slots:
     owners: dict[str, Adapted]
     prefixes: dict[str, tuple[int, int]]
 
-    @property
-    def lora_scales(self) -> dict[str, float]:
-        """Module name -> alpha / r, of those with LoRA."""
-        return {n: a.lora_scale for n, a in self.owners.items() if "lora_A" in a.slots}
-
     def leaves(self) -> list[Tensor]:
         """Initial values that lead gradients back to `initial`, frozen parameters included."""
         return [_leaf(p) for p in self.initial]
@@ -128,7 +123,8 @@ def make_slots(model: nn.Module, spec: Spec, seed: int) -> Slots:
             raise ValueError(
                 f"all adapted parameters must share one {kind}, got {sorted(map(str, values))}"
             )
-    layout = ParamLayout(names, [p.shape for p in initial])
+    scales = {n: a.lora_scale for n, a in owners.items() if "lora_A" in a.slots}
+    layout = ParamLayout(names, [p.shape for p in initial], scales)
     return Slots(layout, initial, owners, prefixes)
 
 

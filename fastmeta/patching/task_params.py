@@ -49,6 +49,10 @@ class TaskParams(Mapping[str, Tensor]):
         return self.packed.device
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.packed.dtype
+
+    @property
     def compact(self) -> Tensor:
         """One buffer ``[T, P']`` of what tasks have of their own."""
         return self.packed
@@ -131,6 +135,8 @@ class TaskParams(Mapping[str, Tensor]):
         """
         if isinstance(index, Tensor) and index.dim():
             return self._select(index)
+        if isinstance(index, list | tuple) and not index:
+            raise ValueError("expected the number of at least one task, got none")
         if hasattr(index, "__index__"):
             index = [operator.index(index)]
         return self._select(index if isinstance(index, slice) else list(index))

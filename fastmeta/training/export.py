@@ -58,18 +58,21 @@ def export_task(
     Raises:
         FileExistsError: `folder` holds something.
         IndexError: There is no such task.
-        ValueError: `params` are of another model or specification.
+        ValueError: `params` are of another model or specification, or more labels than classes.
     """
     folder = check_new(folder)
     if isinstance(params, Adapted):
         params = params.params
     patched.check_params(params)
+    outputs = getattr(getattr(patched.model, "config", None), "num_labels", len(labels))
+    if len(labels) > outputs:
+        raise ValueError(f"the model tells {outputs} classes apart, got {len(labels)} labels")
     weights = params.task(task)
     peft = peft_format.to_peft(patched, weights, named_base=base is not None)
     about = _about(patched.model, folder, base, labels, details) | {
         "format": "safetensors" if peft is None else "peft",
         "spec": repr(patched.spec),
-        "lora_scales": patched.slots.lora_scales,
+        "lora_scales": patched.layout.scales,
     }
     with whole_folder(folder) as temporary:
         if base is None:
