@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from fastmeta.patching import prefix, probe
-from fastmeta.patching.bind import resting
 from fastmeta.patching.context import Call, running
 from fastmeta.patching.generation import generate
 from fastmeta.patching.initial_params import InitialParams, with_zeros
 from fastmeta.patching.inputs import check_inputs
 from fastmeta.patching.known_tokens import KnownTokens
+from fastmeta.patching.model_state import ModelState
 from fastmeta.patching.plan import Plan
 from fastmeta.patching.search import make_plan
 from fastmeta.patching.shared import check_unmoved
@@ -88,10 +87,7 @@ class Patched(nn.Module):
         self._lock = threading.RLock()
         self._tokens = KnownTokens()
         self.captures: dict[Any, Any] = {}  # what the engine has captured of this model
-        self._rest = resting(model, model.training)
-        self._models_mode = model.training
-        self._like = next((p for p in model.parameters() if p.is_floating_point()), None)
-        self._was = None if self._like is None else (self._like.dtype, self._like.device)
+        self._state = ModelState(model)
         super().train(model.training)
 
     # -- meta-parameters ---------------------------------------------------------------------
@@ -178,13 +174,12 @@ class Patched(nn.Module):
     def train(self, mode: bool = True) -> Patched:
         super().train(mode)
         for plan in self._plans.values():
-            plan.train(mode, self._rest)
+            plan.train(mode, self._state.rest)
         return self
 
     def plan(self, inputs: Mapping[str, Any]) -> Plan:
         """How each adapted module runs for inputs of these names; found on their first use."""
-        if self.model.training != self._models_mode:
-            self._warn_of_mode()
+        self._state.warn_of_mode(self.training)
         key = tuple(sorted(inputs))
         plan = self._plans.get(key)
         if plan is None:
@@ -198,22 +193,10 @@ class Patched(nn.Module):
                     # Exact: what passes show then does not depend on who comes first.
                     with torch.autocast(self.device.type, enabled=False):
                         plan = make_plan(self.model, self.slots, small, large, self.boundaries)
-                    plan.train(self.training, self._rest)
+                    plan.train(self.training, self._state.rest)
                     warn_of_unknown(self.model, inputs)
                     self._plans[key] = plan
         return plan
-
-    def _warn_of_mode(self) -> None:
-        self._models_mode = self.model.training
-        if self._models_mode != self.training:
-            modes = {True: "training", False: "evaluation"}
-            warnings.warn(
-                f"the model was switched to {modes[self._models_mode]} mode after it was patched; "
-                f"the patched model has one of its own, and stays in {modes[self.training]} mode: "
-                "switch it with train() and eval() of the learner or of the patched model",
-                UserWarning,
-                stacklevel=4,
-            )
 
     def __reduce_ex__(self, protocol: int) -> Any:
         raise TypeError(
@@ -373,11 +356,7 @@ class Patched(nn.Module):
             raise ValueError(f"params are of another model or specification: {difference}")
         if params.dtype != self.dtype:
             raise ValueError(f"params are in {params.dtype}, but what adapts is in {self.dtype}")
-        if self._like is not None and (self._like.dtype, self._like.device) != self._was:
-            raise RuntimeError(
-                f"the model was converted from {self._was[0]} on {self._was[1]} to "
-                f"{self._like.dtype} on {self._like.device} after it was patched: patch it again"
-            )
+        self._state.check_unconverted()
 
     def flatten(
         self, params: TaskParams, inputs: Mapping[str, Any]

@@ -1,0 +1,47 @@
+"""How the user's model was when it was patched: its modes, its dtype and its device."""
+
+from __future__ import annotations
+
+import warnings
+
+from torch import nn
+
+from fastmeta.patching.bind import resting
+
+
+class ModelState:
+    """Notes what a patched model relies on, and tells where it has changed.
+
+    Attributes:
+        rest: Modules that stay in evaluation mode while the model trains.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.rest = resting(model, model.training)
+        self._mode = model.training
+        self._like = next((p for p in model.parameters() if p.is_floating_point()), None)
+        self._was = None if self._like is None else (self._like.dtype, self._like.device)
+
+    def warn_of_mode(self, training: bool) -> None:
+        """Warn, once, where the model's mode was switched to another than the patched model's."""
+        if self.model.training == self._mode:
+            return
+        self._mode = self.model.training
+        if self._mode != training:
+            modes = {True: "training", False: "evaluation"}
+            warnings.warn(
+                f"the model was switched to {modes[self._mode]} mode after it was patched; "
+                f"the patched model has one of its own, and stays in {modes[training]} mode: "
+                "switch it with train() and eval() of the learner or of the patched model",
+                UserWarning,
+                stacklevel=4,
+            )
+
+    def check_unconverted(self) -> None:
+        """Raise RuntimeError where the model was moved or converted."""
+        if self._like is not None and (self._like.dtype, self._like.device) != self._was:
+            raise RuntimeError(
+                f"the model was converted from {self._was[0]} on {self._was[1]} to "
+                f"{self._like.dtype} on {self._like.device} after it was patched: patch it again"
+            )
