@@ -276,7 +276,7 @@ class Patched(nn.Module):
 
         Raises:
             TypeError: The model does not generate.
-            RuntimeError: It is in training mode.
+            RuntimeError: It is in training mode and has dropout.
             ValueError: Inputs and params disagree, texts are padded on the right, or several
                 continuations were asked for.
             PatchError: The model generates, but not with these per-task parameters; asked on the
