@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -19,7 +19,7 @@ from fastmeta.algorithms.generator import (
     class_means,
     row_labels,
 )
-from fastmeta.algorithms.learner import GradientLearner, copy_parameters
+from fastmeta.algorithms.learner import GradientLearner
 from fastmeta.batch import TaskBatch
 from fastmeta.engine.checks import above_0, at_least_1, check_classes, check_steps
 from fastmeta.engine.conditions import computing
@@ -107,9 +107,7 @@ class HyperNetwork(GradientLearner):
         self.reads = reads
         self.train_encoder = train_encoder
         own = patched.model if encoder is None else encoder
-        # Not a submodule: its weights are the user's, and its names are not those of this network.
-        embed = Embedding(own, pooling=pooling, by_length=False)
-        object.__setattr__(self, "encoder", embed)
+        self.encoder = embed = Embedding(own, pooling=pooling, by_length=False)
         self.separate = encoder is not None
         self.head = None
         if reads != "description" and self.loss_fn is classification:
@@ -146,19 +144,17 @@ class HyperNetwork(GradientLearner):
 
     # -- meta-parameters ---------------------------------------------------------------------
 
-    def named_parameters(  # type: ignore[override]
-        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Parameter]]:
-        """The meta-parameters by name."""
+    def meta_parameters(self) -> dict[str, nn.Parameter]:
         initial = self.patched.slots.initial
-        unused = set()
-        if self.head is not None:
-            unused = {id(initial[self.head.slots[n]]) for n in ("weight", "bias")}
         seen = set()
-        for name, parameter in super().named_parameters(prefix):
-            if id(parameter) not in unused | seen:
+        if self.head is not None:
+            seen = {id(initial[self.head.slots[n]]) for n in ("weight", "bias")}  # not used
+        found = {}
+        for name, parameter in super().meta_parameters().items():
+            if id(parameter) not in seen:
                 seen.add(id(parameter))
-                yield name, parameter
+                found[name] = parameter
+        return found
 
     def _own(self) -> dict[str, nn.Parameter]:
         found = super()._own() | {f"hypernet.{n}": p for n, p in self.net.named_parameters()}
@@ -170,16 +166,6 @@ class HyperNetwork(GradientLearner):
                 if p.requires_grad and id(p) not in shared
             }
         return found
-
-    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, **_: Any):  # type: ignore[override]
-        """Copy meta-parameters in place, into the user's model where they are its own."""
-        copy_parameters(dict(self.named_parameters()), state_dict, strict)
-
-    def train(self, mode: bool = True) -> HyperNetwork:
-        super().train(mode)
-        if "encoder" in self.__dict__:
-            self.encoder.train(mode)
-        return self
 
     # -- running -----------------------------------------------------------------------------
 

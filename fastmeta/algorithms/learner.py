@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastmeta._names import refuse_unknown
 from fastmeta.batch import TaskBatch
@@ -24,11 +23,12 @@ from fastmeta.engine.memory_plans import forget_others, plan_for
 from fastmeta.engine.optimizers import UpdateRule, resolve_rule
 from fastmeta.engine.rates import LearnedRate, Rates
 from fastmeta.engine.replays import WHOLE, replays_of
+from fastmeta.meta_module import MetaModule
 from fastmeta.patching import Patched
 from fastmeta.patching.shared import check_unmoved
 
 
-class GradientLearner(nn.Module):
+class GradientLearner(MetaModule):
     """Adapts tasks by gradient steps; ``learner(batch)`` gives a differentiable `MetaOutput`.
 
     ``parameters()`` are the meta-parameters: initial values, shared weights that require grad,
@@ -154,13 +154,8 @@ class GradientLearner(nn.Module):
     def device(self) -> torch.device:
         return self.patched.device
 
-    def named_parameters(  # type: ignore[override]
-        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Parameter]]:
-        """The meta-parameters by name."""
-        yield from self.patched.named_parameters(prefix)
-        lead = f"{prefix}." if prefix else ""
-        yield from ((lead + name, parameter) for name, parameter in self._own().items())
+    def meta_parameters(self) -> dict[str, nn.Parameter]:
+        return self.patched.meta_parameters() | self._own()
 
     def _own(self) -> dict[str, nn.Parameter]:
         """Meta-parameters that are not the model's, by name."""
@@ -168,26 +163,6 @@ class GradientLearner(nn.Module):
         if isinstance(self.loss_fn, nn.Module):
             found |= {f"loss_fn.{n}": p for n, p in self.loss_fn.named_parameters()}
         return found | {f"optimizer.{n}": p for n, p in self.rule.named_parameters()}
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
-        """The meta-parameters, detached, by name."""
-        return {name: p.detach() for name, p in self.named_parameters()}
-
-    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, **_: Any):  # type: ignore[override]
-        """Copy meta-parameters in place, into the user's model where they are its own."""
-        own = self._own()
-        missing = own.keys() - state_dict.keys()
-        if strict and missing:
-            raise ValueError(f"the state lacks {sorted(missing)[:4]}, which this learner learns")
-        rest = {k: v for k, v in state_dict.items() if k not in own}
-        for name in own.keys() & state_dict.keys():
-            if own[name].shape != state_dict[name].shape:
-                raise ValueError(
-                    f"expected shape {list(own[name].shape)} for {name!r}, "
-                    f"got {list(state_dict[name].shape)}"
-                )
-        self.patched.load_state_dict(rest, strict)
-        copy_parameters(own, {n: t for n, t in state_dict.items() if n in own}, strict)
 
     # -- running -----------------------------------------------------------------------------
 
@@ -279,25 +254,3 @@ def warn_of_nothing(learner: nn.Module) -> None:
             "torch.no_grad()",
             stacklevel=2,
         )
-
-
-def copy_parameters(
-    own: Mapping[str, Tensor], state_dict: Mapping[str, Tensor], strict: bool
-) -> None:
-    """Copy a learner's state into its meta-parameters, in place; nothing is changed on an error."""
-    missing, extra = own.keys() - state_dict.keys(), state_dict.keys() - own.keys()
-    if strict and (missing or extra):
-        raise ValueError(
-            "the state is of another model or learner: "
-            f"missing {sorted(missing)[:4]}, unexpected {sorted(extra)[:4]}"
-        )
-    names = own.keys() & state_dict.keys()
-    for name in names:
-        if own[name].shape != state_dict[name].shape:
-            raise ValueError(
-                f"expected shape {list(own[name].shape)} for {name!r}, "
-                f"got {list(state_dict[name].shape)}"
-            )
-    with torch.no_grad():
-        for name in names:
-            own[name].copy_(state_dict[name])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from fastmeta._names import refuse_unknown
 from fastmeta.algorithms.embedding import Embedding
-from fastmeta.algorithms.learner import copy_parameters, warn_of_nothing
+from fastmeta.algorithms.learner import warn_of_nothing
 from fastmeta.batch import TaskBatch, check_set, ways_of
 from fastmeta.engine.allocator import reuse_large_buffers
 from fastmeta.engine.checks import check_labels, check_support_of_queries
 from fastmeta.engine.episode import MetaOutput, with_ways, zero_loss
 from fastmeta.engine.losses import WAYS, accuracy, classification
+from fastmeta.meta_module import MetaModule
 from fastmeta.patching import ParamLayout, Patched, TaskParams
 from fastmeta.patching.inputs import check_inputs
 from fastmeta.patching.shared import check_unmoved
@@ -30,7 +31,7 @@ class Judged(NamedTuple):
     state: dict[str, Tensor]
 
 
-class MetricLearner(nn.Module):
+class MetricLearner(MetaModule):
     """Solves tasks by comparing query with support features; ``learner(batch)`` is a `MetaOutput`.
 
     ``parameters()`` are the meta-parameters: the encoder's weights that require grad, found in the
@@ -89,29 +90,18 @@ class MetricLearner(nn.Module):
     def added_parameters(self) -> dict[str, nn.Parameter]:
         """What the algorithm adds to the model, by name."""
         found = {}
-        for name, module in self.named_children():
-            if name != "embedding":
+        for name, module in vars(self).items():
+            if isinstance(module, nn.Module) and name != "embedding":
                 found |= {f"{name}.{n}": p for n, p in module.named_parameters()}
         if self.embedding.projection is not None:
             own = self.embedding.projection.named_parameters()
             found |= {f"projection.{n}": p for n, p in own}
         return {n: p for n, p in found.items() if p.requires_grad}
 
-    def named_parameters(  # type: ignore[override]
-        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Parameter]]:
-        """The meta-parameters by name: the encoder's, then what the algorithm adds."""
-        lead = f"{prefix}." if prefix else ""
-        yield from ((lead + n, p) for n, p in self.embedding.meta_parameters().items())
-        yield from ((f"{lead}metric.{n}", p) for n, p in self.added_parameters().items())
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
-        """The meta-parameters, detached, by name."""
-        return {name: p.detach() for name, p in self.named_parameters()}
-
-    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, **_: Any):  # type: ignore[override]
-        """Copy meta-parameters in place, into the user's model where they are its own."""
-        copy_parameters(dict(self.named_parameters()), state_dict, strict)
+    def meta_parameters(self) -> dict[str, nn.Parameter]:
+        """The encoder's, then what the algorithm adds, by name."""
+        added = {f"metric.{n}": p for n, p in self.added_parameters().items()}
+        return self.embedding.meta_parameters() | added
 
     def _apply(self, fn: Any, recurse: bool = True) -> MetricLearner:
         own = [*self.model.parameters(), *self.model.buffers(), *self.parameters()]

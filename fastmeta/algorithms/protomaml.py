@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastmeta.algorithms.comparison import positive
 from fastmeta.algorithms.embedding import Embedding
-from fastmeta.algorithms.learner import GradientLearner, copy_parameters, warn_of_nothing
+from fastmeta.algorithms.learner import GradientLearner, warn_of_nothing
 from fastmeta.algorithms.pooled import PooledClassifier
 from fastmeta.batch import TaskBatch
 from fastmeta.engine.checks import check_classes, check_support_of_queries
@@ -110,25 +110,13 @@ class ProtoMAML(GradientLearner):
 
     # -- meta-parameters ---------------------------------------------------------------------
 
-    def named_parameters(  # type: ignore[override]
-        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Parameter]]:
-        """The meta-parameters by name."""
-        lead = f"{prefix}." if prefix else ""
+    def meta_parameters(self) -> dict[str, nn.Parameter]:
         initial = self.patched.slots.initial
         unused = {id(initial[self.head.weight]), id(initial[self.head.bias])}
-        for name, parameter in super().named_parameters():
-            if id(parameter) in unused:
-                continue
-            if self.embedding_names is not None:
-                name = self.embedding_names.get(id(parameter), name)
-            yield lead + name, parameter
-        for name, parameter in self.head.named_parameters():
-            yield f"{lead}metric.{name}", parameter
-
-    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, **_: Any):  # type: ignore[override]
-        """Copy meta-parameters in place, into the user's model where they are its own."""
-        copy_parameters(dict(self.named_parameters()), state_dict, strict)
+        names = self.embedding_names or {}
+        found = super().meta_parameters().items()
+        found = {names.get(id(p), n): p for n, p in found if id(p) not in unused}
+        return found | {f"metric.{n}": p for n, p in self.head.named_parameters()}
 
     # -- running -----------------------------------------------------------------------------
 

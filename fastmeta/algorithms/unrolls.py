@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from fastmeta.engine.episode import MetaOutput, with_ways, zero_loss
 from fastmeta.engine.inner import InnerLoop, Support, inner_step, model_inputs, task_losses
 from fastmeta.engine.losses import scores
 from fastmeta.engine.optimizers import State
+from fastmeta.meta_module import MetaModule
 from fastmeta.patching import TaskParams
 from fastmeta.patching.prefix import PrefixCache
 
@@ -30,7 +31,7 @@ class _Position:
     step: int
 
 
-class _Unrolls(nn.Module):
+class _Unrolls(MetaModule):
     """What both share: a batch of tasks whose inner loops go on from call to call."""
 
     def __init__(self, learner: GradientLearner, horizon: int, truncation: int) -> None:
@@ -60,18 +61,13 @@ class _Unrolls(nn.Module):
     def patched(self):
         return self.learner.patched
 
-    def named_parameters(  # type: ignore[override]
-        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Parameter]]:
+    def meta_parameters(self) -> dict[str, nn.Parameter]:
         """What learns: the optimizer and learned rates; initial values stay as they are."""
-        lead = f"{prefix}." if prefix else ""
-        yield from ((lead + n, p) for n, p in self.learner._own().items())
+        return self.learner._own()
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
-        return self.learner.state_dict()
-
-    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, **_: Any):  # type: ignore[override]
-        self.learner.load_state_dict(state_dict, strict)
+    # The state is the whole learner's.
+    def _save_to_state_dict(self, *args: Any) -> None:
+        self.learner._save_to_state_dict(*args)
 
     def restart(self) -> None:
         """Forget the batch in hand: the next call starts on the one it is given."""

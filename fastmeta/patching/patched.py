@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastmeta.meta_module import MetaModule
 from fastmeta.patching import prefix, probe
 from fastmeta.patching.context import Call, running
 from fastmeta.patching.generation import generate
@@ -54,7 +55,7 @@ def patch(model: nn.Module, spec: Spec, *, seed: int = 0) -> Patched:
     return Patched(model, spec, seed=seed)
 
 
-class Patched(nn.Module):
+class Patched(MetaModule):
     """A model whose calls take the fast weights of T tasks; see :func:`patch`.
 
     ``parameters()`` yields the meta-parameters: initial values of everything adapted, and every
@@ -78,8 +79,7 @@ class Patched(nn.Module):
             raise TypeError(
                 f"expected a specification such as fm.LoRA() or fm.Params('*'), got {spec!r}"
             )
-        # Bypass module registration: the model's own names stay free of a wrapper's prefix.
-        object.__setattr__(self, "model", model)
+        self.model = model
         self.spec = spec
         self.slots: Slots = make_slots(model, spec, seed)
         self.layout = self.slots.layout
@@ -88,51 +88,23 @@ class Patched(nn.Module):
         self._tokens = KnownTokens()
         self.captures: dict[Any, Any] = {}  # what the engine has captured of this model
         self._state = ModelState(model)
-        super().train(model.training)
+        self.train(model.training)
 
     # -- meta-parameters ---------------------------------------------------------------------
 
-    def named_parameters(  # type: ignore[override]
-        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Parameter]]:
-        """The meta-parameters by name: adapted initial values first, then shared weights."""
-        lead = prefix + "." if prefix else ""
-        seen = set()
-        for name, parameter in zip(self.layout.names, self.slots.initial, strict=True):
-            seen.add(id(parameter))
-            yield lead + name, parameter
+    def meta_parameters(self) -> dict[str, nn.Parameter]:
+        """Adapted initial values first, then shared weights that require grad, by name."""
+        found = dict(zip(self.layout.names, self.slots.initial, strict=True))
+        adapted = {id(p) for p in self.slots.initial}
         for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad and id(parameter) not in seen:
-                seen.add(id(parameter))
-                yield lead + name, parameter
+            if parameter.requires_grad and id(parameter) not in adapted:
+                found[name] = parameter
+        return found
 
     def shared_parameters(self) -> list[nn.Parameter]:
         """Meta-parameters that no task adapts: shared weights that require grad."""
         adapted = {id(p) for p in self.slots.initial}
         return [p for p in self.model.parameters() if p.requires_grad and id(p) not in adapted]
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
-        """The meta-parameters, detached, by name."""
-        return {name: p.detach() for name, p in self.named_parameters()}
-
-    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, **_: Any):  # type: ignore[override]
-        """Copy meta-parameters in place, into the user's model where they are its own."""
-        own = dict(self.named_parameters())
-        missing, extra = own.keys() - state_dict.keys(), state_dict.keys() - own.keys()
-        if strict and (missing or extra):
-            raise ValueError(
-                "the state is of another model or specification: "
-                f"missing {sorted(missing)[:4]}, unexpected {sorted(extra)[:4]}"
-            )
-        for name in own.keys() & state_dict.keys():
-            if own[name].shape != state_dict[name].shape:
-                raise ValueError(
-                    f"expected shape {list(own[name].shape)} for {name!r}, "
-                    f"got {list(state_dict[name].shape)}"
-                )
-        with torch.no_grad():
-            for name in own.keys() & state_dict.keys():
-                own[name].copy_(state_dict[name])
 
     @property
     def device(self) -> torch.device:
@@ -171,11 +143,9 @@ class Patched(nn.Module):
 
     # -- running -----------------------------------------------------------------------------
 
-    def train(self, mode: bool = True) -> Patched:
-        super().train(mode)
-        for plan in self._plans.values():
+    def _set_mode(self, mode: bool) -> None:  # the user's model keeps a mode of its own
+        for plan in vars(self).get("_plans", {}).values():
             plan.train(mode, self._state.rest)
-        return self
 
     def plan(self, inputs: Mapping[str, Any]) -> Plan:
         """How each adapted module runs for inputs of these names; found on their first use."""
