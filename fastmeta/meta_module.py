@@ -43,6 +43,10 @@ class MetaModule(nn.Module):
         else:
             super().__setattr__(name, value)
 
+    @torch.compiler.disable  # torch.compile of code around it leaves it alone: it captures steps
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(*args, **kwargs)
+
     # A property, since some training loops set the attribute of every module of a tree.
     @property
     def training(self) -> bool:  # type: ignore[override]

@@ -1,6 +1,8 @@
 """Learners and patched models inside other modules: torch's own ways of walking a tree."""
 
+import copy
 import os
+import pickle
 import socket
 import subprocess
 import sys
@@ -142,6 +144,98 @@ def test_state_is_copied_never_assigned():
     assert found == ([name], ["other"])
     with pytest.raises(ValueError, match="assign=False"):
         learner.load_state_dict(learner.state_dict(), assign=True)
+
+
+def batch(tasks: int = 2) -> fm.TaskBatch:
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(5, 50, (2, tasks, 6, 4), generator=generator)
+    labels = torch.arange(6).remainder(3).expand(tasks, 6)
+    return fm.TaskBatch(*({"input_ids": i, "labels": labels} for i in ids))
+
+
+def gradients(learner: nn.Module) -> dict[str, torch.Tensor]:
+    learner.zero_grad()
+    learner(batch()).loss.backward()
+    return {n: p.grad.clone() for n, p in learner.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+@pytest.mark.parametrize("kind", [k for k in MAKERS if k not in ("patched", "truncated")])
+def test_copies_take_the_model_with_them(kind, how):
+    model = classifier()
+    nn.init.normal_(model.classifier.weight)
+    learner = MAKERS[kind](model)
+    want = gradients(learner)
+    other = how(learner)
+    found = gradients(other)
+    assert found.keys() == want.keys()
+    assert all(torch.equal(found[n], want[n]) for n in want)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.1)
+    assert all(torch.equal(g, want[n]) for n, g in gradients(learner).items())
+    assert any(not torch.equal(g, want[n]) for n, g in gradients(other).items())
+
+
+def test_a_copy_of_a_captured_learner_captures_its_own():
+    learner = fm.MAML(lora(classifier()), steps=2, compile=True)
+    want = gradients(learner)
+    other = copy.deepcopy(learner)
+    assert other.capture is not learner.capture and not other.capture.steps
+    found = gradients(other)
+    for name in want:
+        torch.testing.assert_close(found[name], want[name])
+    assert other.capture.steps
+
+
+def test_averaged_weights():
+    learner = fm.MAML(lora(classifier()), steps=1)
+    average = torch.optim.swa_utils.AveragedModel(learner)
+    before = {n: p.detach().clone() for n, p in learner.named_parameters()}
+    average.update_parameters(learner)
+    with torch.no_grad():
+        for parameter in learner.parameters():
+            parameter.add_(1.0)
+    average.update_parameters(learner)
+    for name, parameter in average.module.named_parameters():
+        torch.testing.assert_close(parameter, before[name] + 0.5)
+    assert torch.isfinite(average(batch()).loss)
+
+
+@pytest.mark.parametrize("kind", ["maml", "protonet", "hypernetwork"])
+def test_torch_compile_leaves_learners_alone(kind):
+    learner = MAKERS[kind](classifier())
+    want = gradients(learner)
+    learner.zero_grad()
+    torch.compile(learner, backend="eager")(batch()).loss.backward()
+    for name, parameter in learner.named_parameters():
+        assert parameter.grad is None or torch.equal(parameter.grad, want[name])
+
+
+def test_torch_compile_of_code_that_adapts():
+    patched = lora(classifier())
+
+    def adapted(support):
+        return fm.adapt(patched, support, steps=1, lr=0.1).params.packed * 2
+
+    support = batch().support
+    assert torch.equal(torch.compile(adapted, backend="eager")(support), adapted(support))
+
+
+def test_weights_that_are_not_there_are_refused():
+    with torch.device("meta"):
+        model = classifier()
+    with pytest.raises(ValueError, match=r"weights are whole and loaded, but 'enc.* meta device"):
+        fm.patch(model, fm.Head())
+
+
+def test_frozen_weights_that_adapt_are_warned_of_in_several_processes(monkeypatch):
+    patched = lora(classifier().requires_grad_(False))
+    fm.MAML(patched)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.warns(UserWarning, match="2 tensors that adapt are frozen .* does not average"):
+        fm.MAML(patched)
 
 
 DISTRIBUTED = """

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import families
 import pytest
 import torch
@@ -37,11 +35,6 @@ def test_fast_weights_of_an_adaptation_are_its_params(patched: fm.Patched) -> No
     adapted = fm.adapt(patched, inputs | {"labels": torch.zeros(2, 3).long()}, steps=1, lr=0.1)
     with pytest.raises(TypeError, match=r"such as fm.adapt\(...\).params, got Adapted"):
         patched(adapted, **inputs)
-
-
-def test_patched_models_are_not_copied(patched: fm.Patched) -> None:
-    with pytest.raises(TypeError, match="copy or save that one, and patch the copy"):
-        copy.deepcopy(fm.MAML(patched))
 
 
 def test_a_tensor_that_no_module_names_is_warned_of(bert: nn.Module) -> None:

@@ -39,6 +39,7 @@ class Adapted:
     diverged: Tensor
 
 
+@torch.compiler.disable  # as a learner's call
 def adapt(
     patched: Patched,
     support: Mapping[str, Tensor],

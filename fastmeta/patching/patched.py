@@ -169,10 +169,9 @@ class Patched(MetaModule):
         return plan
 
     def __reduce_ex__(self, protocol: int) -> Any:
-        raise TypeError(
-            "a patched model shares the weights of your model: copy or save that one, and patch "
-            "the copy (fm.patch)"
-        )
+        """Copied and pickled with the model that it shares weights with."""
+        own = self.model, self.spec, self.slots.initial, self._state.rest, self.training
+        return _patched_again, own
 
     def record_prefix(
         self,
@@ -353,3 +352,17 @@ class Patched(MetaModule):
             f"{type(self.model).__name__}, {self.spec!r}, "
             f"{self.layout.num_elements} adapted parameters per task"
         )
+
+
+def _patched_again(
+    model: nn.Module,
+    spec: Spec,
+    initial: list[nn.Parameter],
+    rest: frozenset[str],
+    training: bool,
+) -> Patched:
+    """The patched model of a copy of the model and of the initial values."""
+    patched = Patched(model, spec)
+    patched.slots.initial[:] = initial
+    patched._state.rest = rest
+    return patched.train(training)

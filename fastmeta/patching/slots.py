@@ -123,6 +123,12 @@ def make_slots(model: nn.Module, spec: Spec, seed: int) -> Slots:
             raise ValueError(
                 f"all adapted parameters must share one {kind}, got {sorted(map(str, values))}"
             )
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta or type(parameter.data).__name__ == "DTensor":
+            where = "on the meta device" if parameter.is_meta else "sharded (a DTensor)"
+            raise ValueError(
+                f"expected a model whose weights are whole and loaded, but {name!r} is {where}"
+            )
     scales = {n: a.lora_scale for n, a in owners.items() if "lora_A" in a.slots}
     layout = ParamLayout(names, [p.shape for p in initial], scales)
     return Slots(layout, initial, owners, prefixes)

@@ -265,4 +265,4 @@ def _near(word: str, names: Sequence[str]) -> str:
     close += [n for n in names if core and core.lower() in n.lower() and n not in close][:3]
     if close:
         return f"; near matches: {', '.join(close[:4])}"
-    return f"; it has, for example: {', '.join(names[:4])}"
+    return f"; it has, for example: {', '.join(names[:4])}" if names else "; it has none"

@@ -42,6 +42,9 @@ class Supernet(Patched):
         self.boundaries = frozenset(layer.name for layer in space.anatomy.layers)
         self._layers: dict[int, Layers] = {}
 
+    def __reduce_ex__(self, protocol: int) -> Any:
+        raise TypeError("a supernet is not copied: make another of its space")
+
     def layers(self, plan: Plan) -> Layers:
         """The gated layers of a plan."""
         with self._lock:
