@@ -1,20 +1,13 @@
 """Learners and patched models inside other modules: torch's own ways of walking a tree."""
 
 import copy
-import os
 import pickle
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import fastmeta as fm
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def classifier() -> fm.models.SentenceClassifier:
@@ -227,84 +220,3 @@ def test_weights_that_are_not_there_are_refused():
         model = classifier()
     with pytest.raises(ValueError, match=r"weights are whole and loaded, but 'enc.* meta device"):
         fm.patch(model, fm.Head())
-
-
-def test_frozen_weights_that_adapt_are_warned_of_in_several_processes(monkeypatch):
-    patched = lora(classifier().requires_grad_(False))
-    fm.MAML(patched)
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.warns(UserWarning, match="2 tensors that adapt are frozen .* does not average"):
-        fm.MAML(patched)
-
-
-DISTRIBUTED = """
-import os, sys, torch, torch.distributed as dist, fastmeta as fm
-from torch.nn.parallel import DistributedDataParallel
-sys.path.insert(0, "tests")
-from test_meta_module import classifier, lora
-torch.set_num_threads(1)
-rank = int(os.environ["RANK"])
-dist.init_process_group("gloo")
-tokenizer = fm.data.tiny_bert(hidden_size=16, num_layers=1)[1]
-patched = fm.patch(classifier(), fm.Params("*")).eval()
-learner = fm.MAML(patched, lr=0.1, steps=2, compile=sys.argv[1] == "captured")
-data = fm.data.builtin("train")
-batches = list(fm.data.Episodes(data, tokenizer, ways=3, shots=1, tasks=4, num_batches=4, seed=5))
-if sys.argv[1] == "alone":
-    parallel, mine = learner, [batches[0:2], batches[2:4]]
-else:
-    parallel, mine = DistributedDataParallel(learner), [batches[rank::2][:1], batches[rank::2][1:]]
-outer = torch.optim.SGD(parallel.parameters(), lr=0.1)
-for step in mine:
-    outer.zero_grad()
-    for batch in step:
-        (parallel(batch).loss / len(step)).backward()
-    outer.step()
-torch.save(learner.state_dict(), sys.argv[2] + str(rank))
-dist.barrier()
-os._exit(0)  # gloo's threads may wait for the interpreter while it waits for them
-"""
-
-
-@pytest.mark.slow
-def test_the_distributed_example_runs():
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [sys.executable, *command, "examples/distributed.py"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    assert "2 x 16 tasks: loss" in done.stdout
-
-
-def run(how: str, processes: int, folder: Path) -> list[dict]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    path = str(folder / how)
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", DISTRIBUTED, how, path],
-            env=env | {"RANK": str(rank), "WORLD_SIZE": str(processes)},
-            cwd=ROOT,
-        )
-        for rank in range(processes)
-    ]
-    try:
-        assert [p.wait(120) for p in started] == [0] * processes
-    finally:
-        for process in started:
-            process.kill()
-    return [torch.load(f"{path}{rank}") for rank in range(processes)]
-
-
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
-def test_processes_take_the_steps_of_one_with_all_tasks(tmp_path):
-    (alone,) = run("alone", 1, tmp_path)
-    start = classifier().state_dict()
-    assert any(not torch.equal(start[n], t) for n, t in alone.items())
-    for how in ("parallel", "captured"):
-        first, second = run(how, 2, tmp_path)
-        for name, want in alone.items():
-            assert torch.equal(first[name], second[name])
-            torch.testing.assert_close(first[name], want, rtol=1e-5, atol=1e-6)

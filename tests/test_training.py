@@ -343,7 +343,7 @@ def test_checkpoints_hold_no_pickle(tmp_path):
     make_trainer(tmp_path).fit(1)
     folder = find_checkpoint(tmp_path)
     tensors = load_file(folder / "tensors.safetensors")
-    assert "state.rng.cpu" in tensors
+    assert "state.rng.0.cpu" in tensors
     assert any(name.startswith("state.meta.") for name in tensors)
     assert any(name.startswith("state.outer.") for name in tensors)
     assert json.loads((folder / "state.json").read_text())["step"] == 1

@@ -130,7 +130,6 @@ class GradientLearner(MetaModule):
                 raise TypeError(f"truncate must be an integer or None, got {truncate!r}")
             if not 0 <= truncate <= steps:
                 raise ValueError(f"truncate must be between 0 and steps={steps}, got {truncate}")
-        _warn_of_frozen(patched)
         self.patched = patched
         self.rates = Rates(lr, patched.layout, steps, patched.slots.initial[0])
         self.steps = steps
@@ -242,21 +241,21 @@ class GradientLearner(MetaModule):
         check_unmoved(own, fn, "a learner", instead)
         return self
 
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """None; `DistributedDataParallel` asks as it wraps a module, which is the time to warn."""
+        frozen = [p for p in self.patched.slots.initial if not p.requires_grad]
+        if frozen:
+            warnings.warn(
+                f"{len(frozen)} tensors that adapt are frozen in the model, so that "
+                "DistributedDataParallel does not average their gradients: unfreeze them with "
+                "requires_grad_()",
+                stacklevel=3,
+            )
+        return []
+
     def extra_repr(self) -> str:
         return f"steps={self.steps}, order={self.order}, memory={self.memory!r}"
-
-
-def _warn_of_frozen(patched: Patched) -> None:
-    """Warn, in one of several processes, of meta-parameters that none but this one would move."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    frozen = [p for p in patched.slots.initial if not p.requires_grad]
-    if frozen and distributed and torch.distributed.get_world_size() > 1:
-        warnings.warn(
-            f"{len(frozen)} tensors that adapt are frozen in the model, so that "
-            "DistributedDataParallel does not average their gradients: unfreeze them with "
-            "requires_grad_()",
-            stacklevel=3,
-        )
 
 
 def warn_of_nothing(learner: nn.Module) -> None:

@@ -13,11 +13,16 @@ from fastmeta.cli.build import build_parts, build_trainer
 from fastmeta.cli.config import Config
 from fastmeta.cli.data import announce_split, check_files
 from fastmeta.cli.errors import UserError
+from fastmeta.cli.processes import launched
 from fastmeta.cli.signals import stopping
 from fastmeta.training import CheckpointError, Trainer, find_checkpoint, read_checkpoint
 from fastmeta.training.files import check_writable, whole_file
+from fastmeta.training.processes import Processes
 
-SUMMARY = "Meta-train a model; --resume goes on with an interrupted run, bit by bit."
+SUMMARY = (
+    "Meta-train a model; --resume goes on with an interrupted run, bit by bit. On several GPUs: "
+    "torchrun --nproc-per-node N -m fastmeta train ..."
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,14 +47,21 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.resume is None:
         config = configs.make_config(*tables)
         check_files(config, configs.KEYS)
-        prepare_folder(config, overwrite=arguments.overwrite)
     else:
         config = _resumed_config(arguments.resume, tables)
+    with launched(config.device) as processes:
+        return _run(config, processes, arguments)
+
+
+def _run(config: Config, processes: Processes, arguments: argparse.Namespace) -> int:
+    if arguments.resume is None and processes.leads:
+        prepare_folder(config, overwrite=arguments.overwrite)
     trainer = build_trainer(config, build_parts(config), progress=not arguments.quiet)
-    announce_split(config)
+    if processes.leads:
+        announce_split(config)
     if arguments.resume is None:
-        torch.manual_seed(config.seed)  # of dropout; the rest has seeds of its own
-        if arguments.overwrite:
+        torch.manual_seed(config.seed + processes.rank)  # of dropout; the rest has its own seeds
+        if arguments.overwrite and processes.leads:
             clear_run(Path(config.out))
     else:
         trainer.resume()
@@ -59,14 +71,16 @@ def run(arguments: argparse.Namespace) -> int:
                 f"give more with --steps"
             )
     train(config, trainer)
-    _summarise(trainer)
+    if processes.leads:
+        _summarise(trainer)
     return 0
 
 
 def train(config: Config, trainer: Trainer) -> None:
     """Write the configuration and run all steps; Ctrl-C saves first."""
-    with whole_file(Path(config.out) / "config.yaml") as temporary:
-        configs.write_yaml(config, temporary)
+    if trainer.processes.leads:
+        with whole_file(Path(config.out) / "config.yaml") as temporary:
+            configs.write_yaml(config, temporary)
     with stopping(trainer.stop):
         trainer.fit(config.steps)
 

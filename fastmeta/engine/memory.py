@@ -330,7 +330,7 @@ def _measure(
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that can still be allocated on the device."""
+    """Bytes that can still be allocated on the device; of a host's, this process's share."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -338,7 +338,10 @@ def free_bytes(device: torch.device) -> int:
     limit, used = _cgroup("memory.max"), _cgroup("memory.current")
     if limit is not None and used is not None:
         available = min(available, limit - used)
-    return max(available, 0)
+    processes = 1
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        processes = torch.distributed.get_world_size()
+    return max(available, 0) // processes
 
 
 def is_out_of_memory(error: BaseException) -> bool:

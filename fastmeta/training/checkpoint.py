@@ -153,3 +153,20 @@ def _own(tensor: Tensor) -> Tensor:
     tensor = tensor.detach().cpu().contiguous()
     alone = tensor.untyped_storage().nbytes() == tensor.nbytes
     return tensor if alone else tensor.clone()
+
+
+def load_learner(learner: nn.Module, state: dict[str, Any], folder: Path) -> None:
+    """Copy the meta-parameters of a checkpoint into `learner`.
+
+    Args:
+        state: From `read_checkpoint`.
+        folder: The checkpoint's folder, for messages.
+
+    Raises:
+        CheckpointError: The checkpoint is of another model or specification.
+    """
+    check_fingerprint(state["fingerprint"], fingerprint(learner), folder)
+    try:
+        learner.load_state_dict(state["meta"])
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {error}") from None

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from fastmeta.batch import TaskBatch
 from fastmeta.data.loader import Loader
+from fastmeta.engine.episode import MetaOutput
 from fastmeta.patching import Patched
 from fastmeta.patching.task_axes import is_input
+from fastmeta.training.processes import Processes
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ def evaluate(
     *,
     steps: int | None = None,
     on_batch: Callable[[int], None] | None = None,
+    processes: Processes | None = None,
 ) -> Evaluation:
     """Adapt to the first `count` episodes and judge each on its query set.
 
@@ -75,20 +78,27 @@ def evaluate(
         count: Number of episodes, at least 1.
         steps: Inner steps, when other than the learner's.
         on_batch: Called with the number of episodes of each batch done; may raise to stop.
+        processes: Those that share the episodes, all of which call this; None for this one alone.
     """
-    accuracies, losses, diverged = [], [], 0
+    shared = processes or Processes()
+    found = []
     settings = {} if steps is None else {"steps": steps}
     with evaluating(learner):
         for batch in take(episodes, count, device_of(learner)):
-            out = learner(batch, **settings)
-            if out.accuracy is None:
-                raise ValueError("evaluation needs accuracies, which this learner does not give")
-            accuracies.append(out.accuracy.cpu())
-            losses.append(out.task_losses.cpu())
-            diverged += int(out.diverged.sum())
+            share = shared.share(batch)
+            own = torch.empty(0, 3) if share is None else _scores(learner(share, **settings))
+            found.append(shared.merge(own))
             if on_batch:
                 on_batch(batch.num_tasks)
-    return Evaluation(torch.cat(accuracies), torch.cat(losses), diverged)
+    accuracies, losses, diverged = torch.cat(found).unbind(1)
+    return Evaluation(accuracies, losses, int(diverged.sum()))
+
+
+def _scores(out: MetaOutput) -> Tensor:
+    """Accuracy, loss and whether it diverged of every task, ``[T, 3]``."""
+    if out.accuracy is None:
+        raise ValueError("evaluation needs accuracies, which this learner does not give")
+    return torch.stack([out.accuracy, out.task_losses, out.diverged.to(out.task_losses)], 1)
 
 
 def evaluate_unadapted(patched: Patched, episodes: Loader, count: int = 600) -> Evaluation:

@@ -15,11 +15,12 @@ from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
 from fastmeta.data.loader import Loader
+from fastmeta.engine.episode import MetaOutput
 from fastmeta.engine.memory import MemoryPlan
 from fastmeta.training.checkpoint import (
-    check_fingerprint,
     find_checkpoint,
     fingerprint,
+    load_learner,
     read_checkpoint,
     write_checkpoint,
 )
@@ -28,6 +29,7 @@ from fastmeta.training.evaluation import Evaluation, evaluate
 from fastmeta.training.files import check_writable, sweep, whole_file
 from fastmeta.training.metrics import MetricsLog, peak_memory
 from fastmeta.training.plot import plot_metrics
+from fastmeta.training.processes import Processes
 
 
 class Trainer:
@@ -35,6 +37,10 @@ class Trainer:
 
     Everything that later steps depend on is in its checkpoints (meta-parameters, optimizer,
     schedule, position in the episodes, random states), so a resumed run gives the same bits.
+
+    Under an initialised ``torch.distributed`` (``torchrun``) the tasks of every batch are shared
+    among the processes, which take the same steps; the first writes files and shows progress. All
+    have the same arguments, each the learner on its own device.
 
     Args:
         learner: A learner such as `fm.MAML`.
@@ -60,7 +66,8 @@ class Trainer:
             diverged, and after an evaluation valid_accuracy, valid_interval, valid_loss.
 
     Raises:
-        ValueError: A number out of its range, or an optimizer without meta-parameters.
+        ValueError: A number out of its range, an optimizer without meta-parameters, or long
+            unrolls (`fm.TruncatedUnroll`, `fm.PES`) in several processes.
         OSError: `out` cannot be written.
     """
 
@@ -98,6 +105,9 @@ class Trainer:
                 "the outer optimizer holds none of the learner's meta-parameters: "
                 "make it over learner.parameters()"
             )
+        self.processes = Processes.running()
+        if self.processes.count > 1 and hasattr(learner, "progress"):
+            raise ValueError(f"{type(learner).__name__} trains in one process")
         self.learner = learner
         self.episodes = episodes
         self.outer = outer
@@ -111,9 +121,10 @@ class Trainer:
         self.checkpoint_every = checkpoint_every
         self.keep = keep
         self.config = config or {}
-        self.progress = progress
+        self.progress = progress and self.processes.leads
         self.step = 0
-        self._log = MetricsLog(None if self.out is None else self.out / "metrics.jsonl")
+        written = self.out is not None and self.processes.leads
+        self._log = MetricsLog(self.out / "metrics.jsonl" if written else None)
         self._unfinished: dict[str, Any] | None = None  # a record whose evaluation was cut short
         self._stopping = False
         self._saved_step = -1
@@ -143,7 +154,8 @@ class Trainer:
             TrainingError: Every task of a batch diverged.
             OSError: A file cannot be written.
         """
-        if self.out is not None:
+        self.processes.start_alike(self.learner.parameters())
+        if self.out is not None and self.processes.leads:
             sweep(self.out)
             sweep(self.out / "checkpoints")
         with tqdm(
@@ -181,17 +193,26 @@ class Trainer:
             raise TrainingError(
                 f"the episodes ended after {self.step} steps; give them num_batches=None"
             )
-        batch = batch.to(self.device)
+        if batch.num_tasks < self.processes.count:
+            raise TrainingError(
+                f"expected a task for each of {self.processes.count} processes, "
+                f"got {batch.num_tasks} a step"
+            )
         with self._precision():
-            out = self.learner(batch)
-        good = ~out.diverged
-        if not bool(good.any()):
+            out = self.learner(self.processes.share(batch).to(self.device))
+        figures = self._figures(out)
+        good = figures["good"]
+        if not good:
             raise TrainingError(
                 f"all {batch.num_tasks} tasks of step {self.step + 1} diverged (loss or gradient "
                 "not finite); use a smaller inner or outer learning rate"
             )
         self.outer.zero_grad(set_to_none=True)
-        out.loss.backward()
+        if self.processes.count == 1:
+            out.loss.backward()
+        else:  # the mean over the good tasks of all
+            (out.loss * (int((~out.diverged).sum()) / good)).backward()
+            self.processes.sum_gradients(self.learner.parameters())
         if self.clip_norm is not None:
             nn.utils.clip_grad_norm_(list(self.learner.parameters()), self.clip_norm)
         lr = float(self.outer.param_groups[0]["lr"])
@@ -199,16 +220,26 @@ class Trainer:
         if self.schedule is not None:
             self.schedule.step()
         self.step += 1
-        accuracy = None if out.accuracy is None else float(out.accuracy[good].mean())
         return {
             "step": self.step,
-            "loss": float(out.loss.detach()),
-            "accuracy": accuracy,
+            "loss": figures["loss"] / good,
+            "accuracy": None if out.accuracy is None else figures["accuracy"] / good,
             "lr": lr,
-            "diverged": int(out.diverged.sum()),
+            "diverged": batch.num_tasks - int(good),
             "tasks_per_s": round(batch.num_tasks / (time.perf_counter() - start), 3),
             "peak_memory_mb": round(peak_memory(self.device), 1),
         }
+
+    def _figures(self, out: MetaOutput) -> dict[str, float]:
+        """Number of good tasks, and the sums of their losses and accuracies, of all processes."""
+        good = ~out.diverged
+        count = good.sum().double()
+        accuracy = torch.zeros_like(count)
+        if out.accuracy is not None:
+            accuracy = out.accuracy[good].double().sum()
+        own = torch.stack([count, out.loss.detach().double() * count, accuracy])
+        names = ("good", "loss", "accuracy")
+        return dict(zip(names, self.processes.sum(own).tolist(), strict=True))
 
     def _finish_record(self, record: dict[str, Any], bar: tqdm) -> None:
         """Evaluate where this step is due for it, and log."""
@@ -237,6 +268,7 @@ class Trainer:
                     self.valid,
                     self.eval_episodes,
                     on_batch=lambda _: self._halt_if_asked(),
+                    processes=self.processes,
                 )
         finally:
             bar.set_description("meta-training", refresh=False)
@@ -247,7 +279,7 @@ class Trainer:
         return torch.autocast(self.device.type, self.autocast)
 
     def _halt_if_asked(self) -> None:
-        if not self._stopping:
+        if not self.processes.any(self._stopping, self.device):
             return
         self._stopping = False
         raise Interrupted(self.step, None if self.out is None else self.save())
@@ -266,10 +298,12 @@ class Trainer:
             "outer": self.outer.state_dict(),
             "schedule": None if self.schedule is None else self.schedule.state_dict(),
             "episodes": self.episodes.state_dict(),
-            "rng": {
-                "cpu": torch.get_rng_state(),
-                "cuda": torch.cuda.get_rng_state(self.device) if cuda else None,
-            },
+            "rng": self.processes.gather(
+                {
+                    "cpu": torch.get_rng_state(),
+                    "cuda": torch.cuda.get_rng_state(self.device).cpu() if cuda else None,
+                }
+            ),
             # Unrolling and recomputing round differently: a resumed run keeps the choice made.
             "memory_plans": {key: asdict(plan) for key, plan in plans.items()},
             "unfinished": self._unfinished,
@@ -287,7 +321,10 @@ class Trainer:
         folder = self.out / "checkpoints"
         path = folder / f"step-{self.step:08d}"
         if self._saved_step != self.step or not path.exists() or self._unfinished:
-            path = write_checkpoint(folder, self.step, self.state_dict(), keep=self.keep)
+            state = self.state_dict()
+            if self.processes.leads:
+                path = write_checkpoint(folder, self.step, state, keep=self.keep)
+            self.processes.wait()
             self._saved_step = self.step
         return path
 
@@ -322,9 +359,12 @@ class Trainer:
         self._unfinished = state["unfinished"]
         done = self.step - (self._unfinished is not None)
         self._log.rewind(done)
-        torch.set_rng_state(state["rng"]["cpu"])
-        if state["rng"]["cuda"] is not None and self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["rng"]["cuda"], self.device)
+        # with another number of processes: other dropout masks
+        states = state["rng"] if isinstance(state["rng"], list) else [state["rng"]]
+        own = states[self.processes.rank % len(states)]
+        torch.set_rng_state(own["cpu"])
+        if own["cuda"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(own["cuda"], self.device)
         return self.step
 
     def _load_outer(self, state: dict[str, Any], folder: Path) -> None:
@@ -349,25 +389,8 @@ class Trainer:
 
     def plot(self) -> Path | None:
         """Write the learning curve to ``curve.png`` in the run's folder, where there is one."""
-        if self.out is None or not self.metrics:
+        if self.out is None or not self.metrics or not self.processes.leads:
             return None
         with whole_file(self.out / "curve.png") as temporary:
             plot_metrics(self.metrics, temporary)
         return self.out / "curve.png"
-
-
-def load_learner(learner: nn.Module, state: dict[str, Any], folder: Path) -> None:
-    """Copy the meta-parameters of a checkpoint into `learner`.
-
-    Args:
-        state: From `read_checkpoint`.
-        folder: The checkpoint's folder, for messages.
-
-    Raises:
-        CheckpointError: The checkpoint is of another model or specification.
-    """
-    check_fingerprint(state["fingerprint"], fingerprint(learner), folder)
-    try:
-        learner.load_state_dict(state["meta"])
-    except ValueError as error:
-        raise CheckpointError(f"{folder}: {error}") from None
