@@ -1,10 +1,10 @@
-"""Shared fixtures: fixed seeds, and the implementations a test of an operator runs through."""
+"""Shared fixtures: seeds, the implementations a test of an operator runs through, commands."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -88,3 +88,45 @@ def _in_force(request: pytest.FixtureRequest, name: str) -> Iterator[tuple[str, 
         pytest.skip("no CUDA device")
     with use_impl(name):
         yield name, device
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str, str]]:
+    """Run a command; returns (exit status, stdout, stderr)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        from fastmeta.cli import main
+
+        status = main([str(a) for a in arguments])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def fails(call: Callable[..., tuple[int, str, str]]) -> Callable[..., str]:
+    """Run a command that must fail with one sentence on stderr; returns the sentence."""
+
+    def run(*arguments: object) -> str:
+        status, out, err = call(*arguments)
+        assert status == 2 and out == ""
+        assert err.startswith("fastmeta: error: ") and err.count("\n") == 1
+        return err.removeprefix("fastmeta: error: ").rstrip()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def lora_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short run with LoRA and the head."""
+    from command_line import flags
+
+    from fastmeta.cli import main
+
+    out = tmp_path_factory.mktemp("lora") / "run"
+    spec = "lora:r=2,alpha=8,targets=query+value + head"
+    # A large outer rate, so that the trained values differ from the initial ones by a lot.
+    assert main(["train", "--quiet", *flags(spec=spec, out=out, outer_lr=0.1, inner_lr=0.5)]) == 0
+    return out

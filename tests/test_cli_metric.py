@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as tf
+from command_line import SUPPORT, flags, write_jsonl
 from safetensors.torch import load_file
-from test_cli import SUPPORT, call, fails, flags, write_jsonl  # noqa: F401
 
 import fastmeta as fm
 from fastmeta.training import find_checkpoint, read_checkpoint, read_metrics
@@ -26,7 +26,7 @@ METHODS = [
 
 
 @pytest.mark.parametrize("settings", METHODS, ids=lambda s: "-".join(map(str, s.values())))
-def test_train_eval_adapt(call, tmp_path, settings) -> None:  # noqa: F811
+def test_train_eval_adapt(call, tmp_path, settings) -> None:
     out = tmp_path / "run"
     more = {"checkpoint_every": 1, "steps": 2, "outer_lr": 0.05}
     assert call("train", "--quiet", *flags(out=out, **more, **settings))[0] == 0
@@ -51,7 +51,7 @@ def test_train_eval_adapt(call, tmp_path, settings) -> None:  # noqa: F811
     assert (folder / "base" / "model.safetensors").is_file()
 
 
-def test_written_prototypes_serve_without_the_library(call, tmp_path) -> None:  # noqa: F811
+def test_written_prototypes_serve_without_the_library(call, tmp_path) -> None:
     """A query belongs to the nearest written prototype of the written encoder's mean state."""
     out, folder = tmp_path / "run", tmp_path / "adapted"
     assert call("train", "--quiet", *flags(out=out, method="protonet", outer_lr=0.05))[0] == 0
@@ -74,7 +74,7 @@ def test_written_prototypes_serve_without_the_library(call, tmp_path) -> None:  
 
 
 @pytest.mark.parametrize("method", ["protonet", "protomaml"])
-def test_resume_is_exact(call, tmp_path, method: str) -> None:  # noqa: F811
+def test_resume_is_exact(call, tmp_path, method: str) -> None:
     straight, resumed = tmp_path / "a", tmp_path / "b"
     settings = {"method": method, "learn_temperature": True, "dropout": True}
     settings["model"] = "builtin:hidden=16,layers=1,dropout=0.1"
@@ -88,7 +88,7 @@ def test_resume_is_exact(call, tmp_path, method: str) -> None:  # noqa: F811
     assert all(torch.equal(states[0][n], states[1][n]) for n in states[0])
 
 
-def test_a_checkpoint_knows_its_learner(call, fails, tmp_path) -> None:  # noqa: F811
+def test_a_checkpoint_knows_its_learner(call, fails, tmp_path) -> None:
     out = tmp_path / "run"
     assert (
         call("train", "--quiet", *flags(out=out, steps=1, method="protonet", train="all"))[0] == 0
@@ -122,7 +122,7 @@ def test_a_checkpoint_knows_its_learner(call, fails, tmp_path) -> None:  # noqa:
         (["--method=protonet", "--temperature=0"], "temperature: expected a number above 0"),
     ],
 )
-def test_user_errors(fails, tmp_path: Path, monkeypatch, arguments, message) -> None:  # noqa: F811
+def test_user_errors(fails, tmp_path: Path, monkeypatch, arguments, message) -> None:
     monkeypatch.chdir(tmp_path)
     assert message in fails("train", "--model=builtin:hidden=16,layers=1", *arguments)
     assert list(tmp_path.iterdir()) == []

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import SUPPORT, flags, write_jsonl
 from safetensors.torch import load_file
-from test_cli import SUPPORT, call, fails, flags, write_jsonl  # noqa: F401
 
 import fastmeta as fm
 from fastmeta.training import find_checkpoint, read_checkpoint, read_metrics
@@ -28,7 +28,7 @@ METHODS = [
 
 
 @pytest.mark.parametrize("settings", METHODS, ids=lambda s: "-".join(map(str, s.values())))
-def test_train_eval_adapt(call, tmp_path, settings) -> None:  # noqa: F811
+def test_train_eval_adapt(call, tmp_path, settings) -> None:
     out = tmp_path / "run"
     more = {"checkpoint_every": 1, "steps": 2, "outer_lr": 0.01}
     assert call("train", "--quiet", *flags(out=out, **more, **settings))[0] == 0
@@ -51,7 +51,7 @@ def test_train_eval_adapt(call, tmp_path, settings) -> None:  # noqa: F811
 
 
 @pytest.mark.parametrize("settings", [METHODS[i] for i in (1, 2, 4, 5)])
-def test_resume_is_exact(call, tmp_path, settings) -> None:  # noqa: F811
+def test_resume_is_exact(call, tmp_path, settings) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     # an unroll is under way when the run stops
     settings = {"checkpoint_every": 1, "outer_lr": 0.01, **settings}
@@ -63,7 +63,7 @@ def test_resume_is_exact(call, tmp_path, settings) -> None:  # noqa: F811
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_a_checkpoint_for_another_specification(call, fails, tmp_path) -> None:  # noqa: F811
+def test_a_checkpoint_for_another_specification(call, fails, tmp_path) -> None:
     out = tmp_path / "run"
     assert call("train", "--quiet", *flags(out=out, steps=1, **HYPER))[0] == 0
     bert, tokenizer = fm.data.tiny_bert(3, 16, 1)
@@ -89,7 +89,7 @@ def test_a_checkpoint_for_another_specification(call, fails, tmp_path) -> None: 
         (["--method=hypernet", "--refine-steps=-1"], "refine_steps: expected at least 0, got -1"),
     ],
 )
-def test_user_errors(fails, tmp_path: Path, monkeypatch, arguments, message) -> None:  # noqa: F811
+def test_user_errors(fails, tmp_path: Path, monkeypatch, arguments, message) -> None:
     monkeypatch.chdir(tmp_path)
     assert message in fails("train", "--model=builtin:hidden=16,layers=1", *arguments)
     assert list(tmp_path.iterdir()) == []
