@@ -79,15 +79,19 @@ NAMED = {
 }  # fmt: skip
 
 
+def named_tasks(name: str) -> list[oracle.Task]:
+    """Three tasks with labels as a loss takes them."""
+    g, labels = torch.Generator().manual_seed(0), NAMED[name][1]
+    return [
+        (*({**s, "labels": labels(s, g)} for s in task[:2]), None) for task in oracle.make_tasks(3)
+    ]
+
+
 @pytest.mark.parametrize("compile", [False, True], ids=["eager", "captured"])
 @pytest.mark.parametrize("name", NAMED)
 def test_losses_by_name(name: str, compile: bool) -> None:
-    make, labels, loss = NAMED[name]
-    model, g = make(), torch.Generator().manual_seed(0)
-    tasks = []
-    for support, query, _ in oracle.make_tasks(3):
-        sets = [{**s, "labels": labels(s, g)} for s in (support, query)]
-        tasks.append((*sets, None))
+    make, _, loss = NAMED[name]
+    model, tasks = make(), named_tasks(name)
     settings = {"lr": 0.1, "steps": 2, "loss_fn": name, "compile": compile}
     learner = fm.MAML(fm.patch(model, fm.LoRA(r=2) + fm.Norm()), **settings)
     out = learner(oracle.as_batch(tasks))

@@ -9,6 +9,7 @@ import episode_oracle as oracle
 import metric_oracle as metric
 import pytest
 import search_oracle
+import test_patching_generation as generation
 import torch
 from standin import gpu, on_cpu, on_gpu
 from torch import Tensor, nn
@@ -63,6 +64,22 @@ def test_select_models() -> None:
         return {"chosen": found.chosen.double(), "ensemble": found.ensemble}
 
     on_both(run)
+
+
+@pytest.mark.parametrize("make", [generation.llama, generation.t5])
+def test_generate(make: Callable[[], nn.Module]) -> None:
+    ids = torch.tensor([[[3, 4, 5], [0, 6, 7]], [[8, 9, 3], [4, 5, 6]]])
+
+    def run(model: nn.Module, _: fm.TaskBatch) -> dict[str, Tensor]:
+        patched = fm.patch(model, fm.LoRA(r=2))
+        with torch.no_grad():
+            params = generation.tasks_of(patched, 2)
+        given = ids.to(patched.device)
+        mask = (given != 0).long()
+        words = patched.generate(params, input_ids=given, attention_mask=mask, max_new_tokens=4)
+        return {"words": words.double()}
+
+    on_both(run, generation.prepared(make))
 
 
 @pytest.mark.parametrize("steps", [0, 2])

@@ -7,10 +7,12 @@ import copy
 import episode_oracle as oracle
 import metric_oracle as metric
 import pytest
+import test_engine_losses as losses
 import torch
 from standin import gpu, on_cpu, on_gpu
 
 import fastmeta as fm
+from fastmeta.testing.float64 import keep_float64
 
 EVERYTHING = fm.Params("*")
 ADAPTERS = fm.LoRA(r=2) + fm.Head()
@@ -115,6 +117,16 @@ def test_other_learners(name: str) -> None:
         model = oracle.tiny_bert()
         here = kind(fm.patch(copy.deepcopy(model), spec), **settings)
         there = kind(fm.patch(on_gpu(model), spec), compile="cudagraph", **settings)
+        for _ in range(2):
+            oracle.assert_close(step(there, batch), step(here, batch))
+        assert len(there.replays.steps) == 1 and None not in there.replays.steps.values()
+
+
+@pytest.mark.parametrize("name", losses.NAMED)
+def test_other_losses(name: str) -> None:
+    batch = oracle.as_batch(losses.named_tasks(name))
+    with gpu(), keep_float64():
+        here, there = pair(losses.NAMED[name][0](), fm.LoRA(r=2), loss_fn=name)
         for _ in range(2):
             oracle.assert_close(step(there, batch), step(here, batch))
         assert len(there.replays.steps) == 1 and None not in there.replays.steps.values()
