@@ -14,6 +14,8 @@ gpus = torch.cuda.device_count()
 dist.init_process_group("nccl" if gpus else "gloo")
 rank, processes = dist.get_rank(), dist.get_world_size()
 device = torch.device(f"cuda:{rank % gpus}" if gpus else "cpu")
+if gpus:
+    torch.cuda.set_device(device)
 
 torch.manual_seed(0)  # the same model everywhere
 bert, tokenizer = fm.data.tiny_bert(hidden_size=64)
@@ -31,7 +33,7 @@ episodes = fm.data.Episodes(
 for batch in episodes:
     out = parallel(batch.to(device))
     outer.zero_grad()
-    out.loss.backward()  # the mean over the tasks of all processes
+    out.loss.backward()  # the mean over all processes
     outer.step()
 
 figures = torch.stack([out.loss.detach(), out.accuracy.mean()])

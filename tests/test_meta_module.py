@@ -29,6 +29,7 @@ MAKERS = {
     "hypernetwork": lambda m: fm.HyperNetwork(lora(m), train_encoder=True),
     "protonet": lambda m: fm.ProtoNet(m.encoder, temperature="learned", projection=4),
     "relationnet": lambda m: fm.RelationNet(m.encoder, hidden=4),
+    "protomaml of an encoder": lambda m: fm.ProtoMAML(m.encoder, ways=3, steps=1, projection=4),
     "truncated": lambda m: fm.TruncatedUnroll(MAKERS["learned"](m), horizon=2, truncation=1),
     "protomaml": lambda m: fm.ProtoMAML(lora(m), temperature="learned", steps=1),
 }
@@ -163,11 +164,62 @@ def test_copies_take_the_model_with_them(kind, how):
     found = gradients(other)
     assert found.keys() == want.keys()
     assert all(torch.equal(found[n], want[n]) for n in want)
+    learner.load_state_dict(other.state_dict())
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.add_(0.1)
     assert all(torch.equal(g, want[n]) for n, g in gradients(learner).items())
     assert any(not torch.equal(g, want[n]) for n, g in gradients(other).items())
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_shared_weights_are_not_converted(kind):
+    learner = MAKERS[kind](classifier())
+    dtypes = [p.dtype for p in learner.parameters()]
+    for around in (learner, Around(learner)):
+        with pytest.raises(RuntimeError, match="shares its weights with the user's model"):
+            around.double()
+    assert [p.dtype for p in learner.parameters()] == dtypes
+    learner.to("cpu", torch.float32)  # as they are
+
+
+def test_parameters_are_not_replaced():
+    net = nn.Linear(4, 3)
+    learner = fm.MAML(fm.patch(net, fm.Params("*")), steps=1)
+    with pytest.raises(TypeError, match=r"'weight' is not replaced: .* copy into them"):
+        torch.func.functional_call(learner, {"weight": torch.zeros(3, 4)}, (batch(),))
+    with pytest.raises(TypeError, match=r"override meta_parameters\(\) to add some"):
+        learner.register_parameter("gate", nn.Parameter(torch.ones(1)))
+
+
+class Gated(fm.MAML):
+    """A subclass that learns more."""
+
+    def __init__(self, *arguments, **settings) -> None:
+        super().__init__(*arguments, **settings)
+        self.gate = nn.Linear(1, 1)
+
+    def meta_parameters(self) -> dict[str, nn.Parameter]:
+        own = {f"gate.{n}": p for n, p in self.gate.named_parameters()}
+        return super().meta_parameters() | own
+
+
+def test_a_subclass_may_learn_more():
+    learner = Gated(lora(classifier()), steps=1)
+    assert {"gate.weight", "gate.bias"} < learner.state_dict().keys()
+    assert {"gate.weight", "gate.bias"} < dict(learner.named_parameters()).keys()
+    del learner.gate
+    with pytest.raises(RuntimeError, match=r"Gated\.meta_parameters failed: .*gate"):
+        list(learner.parameters())
+
+
+def test_names_of_the_model_and_of_the_learner_differ():
+    net = nn.Sequential()
+    net.inner_lr = nn.Module()
+    net.inner_lr.values = nn.Parameter(torch.ones(2))
+    learner = fm.MAML(fm.patch(net, fm.Params("*")), lr=fm.LearnedRate("step"))
+    with pytest.raises(ValueError, match=r"names that learners use: \['inner_lr.values'\]"):
+        learner.state_dict()
 
 
 def test_a_copy_of_a_captured_learner_captures_its_own():
@@ -201,6 +253,8 @@ def test_torch_compile_leaves_learners_alone(kind):
     want = gradients(learner)
     learner.zero_grad()
     torch.compile(learner, backend="eager")(batch()).loss.backward()
+    learner.compile(backend="eager")
+    learner(batch())
     for name, parameter in learner.named_parameters():
         assert parameter.grad is None or torch.equal(parameter.grad, want[name])
 

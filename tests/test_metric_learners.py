@@ -441,5 +441,5 @@ def test_a_model_without_token_states() -> None:
 def test_the_learner_is_not_moved(model) -> None:
     learner = fm.ProtoNet(model)
     assert learner.to("cpu") is learner and learner.double() is learner
-    with pytest.raises(RuntimeError, match="move or convert the model first"):
+    with pytest.raises(RuntimeError, match="move or convert the model, then patch"):
         learner.float()

@@ -209,5 +209,5 @@ def test_moving_a_patched_model(patched: fm.Patched) -> None:
     for stay in (patched.cpu, lambda: patched.to("cpu"), lambda: patched.to("cpu", dtype)):
         assert stay() is patched
     for move in (lambda: patched.to("meta"), patched.half, lambda: patched.to(torch.float16)):
-        with pytest.raises(RuntimeError, match="move or convert that one before patching"):
+        with pytest.raises(RuntimeError, match="move or convert the model, then patch"):
             move()

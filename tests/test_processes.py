@@ -56,6 +56,7 @@ def in_group(folder: str) -> None:
     found = {
         "eager": averaged(),
         "captured": averaged(compile=True),
+        "static": averaged(static_graph=True),
         "warned": warned(),
         "trained": trained(run("run")),
         "half": trained(run("half"), 3),
@@ -63,6 +64,7 @@ def in_group(folder: str) -> None:
         "first": trained(run("parts"), 3, dropout=0.5),
         "rest": trained(run("parts"), dropout=0.5, resume=True),
         "stopped": trained(run("stopped"), stop=dist.get_rank() == 1),
+        "alike": alike(),
         "refused": refused(),
         "folder": folder,
     }
@@ -74,11 +76,11 @@ def in_group(folder: str) -> None:
 # -- DistributedDataParallel ---------------------------------------------------------------------
 
 
-def averaged(compile: bool = False) -> dict[str, Any]:
+def averaged(compile: bool = False, **settings: Any) -> dict[str, Any]:
     rank, count = Processes.running().rank, Processes.running().count
     patched = fm.patch(classifier(), fm.Params("*"))
     learner = fm.MAML(patched, lr=0.1, steps=2, compile=compile)
-    parallel = learner if count == 1 else DistributedDataParallel(learner)
+    parallel = learner if count == 1 else DistributedDataParallel(learner, **settings)
     tokenizer = fm.data.tiny_bert(hidden_size=16, num_layers=1)[1]
     train, sizes = fm.data.builtin("train"), {"ways": 3, "shots": 1, "tasks": 4}
     batches = fm.data.Episodes(train, tokenizer, **sizes, num_batches=4, seed=5)
@@ -91,7 +93,7 @@ def averaged(compile: bool = False) -> dict[str, Any]:
     return learner.state_dict()
 
 
-@pytest.mark.parametrize("how", ["eager", "captured"])
+@pytest.mark.parametrize("how", ["eager", "captured", "static"])
 def test_averaged_gradients_are_those_of_all_tasks(together, how):
     alone, start = averaged(), classifier().state_dict()
     assert any(not torch.equal(start[n], t) for n, t in alone.items())
@@ -101,20 +103,23 @@ def test_averaged_gradients_are_those_of_all_tasks(together, how):
         torch.testing.assert_close(first[name], want, rtol=1e-5, atol=1e-6)
 
 
-def warned() -> dict[bool, bool]:
+def warned() -> dict[bool, int]:
+    """Number of warnings, of a model that is frozen or not, inside of a module."""
     found = {}
+    ids = torch.ones(2, 3, 4, dtype=torch.int64)
+    batch = fm.TaskBatch(*[{"input_ids": ids, "labels": torch.arange(3).expand(2, 3)}] * 2)
     for frozen in (False, True):
-        learner = fm.MAML(lora(classifier().requires_grad_(not frozen)))
+        learner = fm.MAML(lora(classifier().requires_grad_(not frozen)), steps=1)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            DistributedDataParallel(learner)
-        texts = [str(w.message) for w in caught]
-        found[frozen] = any("2 tensors that adapt are frozen" in t for t in texts)
+            for _ in range(2):
+                learner(batch)
+        found[frozen] = sum("2 tensors that adapt are frozen" in str(w.message) for w in caught)
     return found
 
 
 def test_frozen_weights_that_adapt_are_warned_of(together):
-    assert [found["warned"] for found in together] == [{False: False, True: True}] * 2
+    assert [found["warned"] for found in together] == [{False: 0, True: 1}] * 2
 
 
 # -- trainers ------------------------------------------------------------------------------------
@@ -220,7 +225,9 @@ def test_a_run_goes_on_with_another_number_of_processes(together, tmp_path):
 
 def test_a_resumed_run_goes_on_with_the_masks_of_every_process(together):
     for found in together:
-        assert found["rest"]["metrics"][-1]["step"] == 6
+        assert [r["step"] for r in found["rest"]["metrics"]] == [1, 2, 3, 4, 5, 6]
+        evaluated = [r.get("valid_loss") for r in found["rest"]["metrics"]]
+        assert evaluated == [r.get("valid_loss") for r in together[0]["rest"]["metrics"]]
         for name, want in found["whole"]["state"].items():
             assert torch.equal(found["rest"]["state"][name], want)
 
@@ -230,11 +237,33 @@ def test_one_that_is_asked_to_stop_stops_all(together):
         assert found["stopped"]["stopped"] and found["stopped"]["files"] == ["step-00000000"]
 
 
+def alike() -> dict[str, torch.Tensor]:
+    """Weights after two steps from other starts: frozen ones, buffers, of a loss's own."""
+    trains = trainer(None, valid=None)
+    net, own = trains.learner.model, nn.Parameter(torch.randn(8, 8)[:, ::2].double())
+    net.register_buffer("noise", torch.randn(3))
+    net.last.requires_grad_(False)
+    learner = fm.MAML(
+        fm.patch(net, fm.LoRA(r=2, targets="first")),
+        loss_fn=lambda out, batch: out.logits.square().mean((1, 2)) * own.sum(),
+    )
+    outer = torch.optim.SGD([*learner.parameters(), own], lr=0.01)
+    Trainer(learner, Points(0), outer, progress=False).fit(2)
+    return {n: t.detach().clone() for n, t in {**net.state_dict(), "own": own}.items()}
+
+
+def test_all_weights_start_alike_and_stay_so(together):
+    first, second = (found["alike"] for found in together)
+    assert first.keys() == second.keys() and {"noise", "own", "last.weight"} <= first.keys()
+    assert all(torch.equal(second[n], t) for n, t in first.items())
+
+
 def refused() -> dict[str, str]:
     learned = fm.MAML(
         fm.patch(Net(0.0).double(), fm.Params("*")), optimizer=fm.LearnedOptimizer(), order=1
     )
     unrolls = fm.TruncatedUnroll(learned, horizon=2, truncation=1)
+    rates = fm.MAML(learned.patched, lr=fm.LearnedRate("task", num_tasks=5))
     few = trainer(None, valid=None)
     few.episodes.batch = lambda index: Points(0).batch(0)[:1]
     cases = {
@@ -242,6 +271,9 @@ def refused() -> dict[str, str]:
             unrolls, Points(0), torch.optim.SGD(unrolls.parameters(), lr=0.1)
         ),
         "tasks": lambda: few.fit(1),
+        "rates": lambda: Trainer(
+            rates, Points(0), torch.optim.SGD(rates.parameters(), lr=0.1), progress=False
+        ),
     }
     found = {}
     for name, case in cases.items():
@@ -255,6 +287,7 @@ def test_what_processes_cannot_share_is_refused(together):
     for found in together:
         assert found["refused"] == {
             "unrolls": "TruncatedUnroll trains in one process",
+            "rates": "rates learned per task are trained in one process",
             "tasks": "expected a task for each of 2 processes, got 1 a step",
         }
 

@@ -167,6 +167,11 @@ class HyperNetwork(GradientLearner):
             }
         return found
 
+    def shared_tensors(self) -> list[Tensor]:
+        own = self.encoder.model
+        more = [*own.parameters(), *own.buffers()] if self.separate else []
+        return [*super().shared_tensors(), *more]
+
     # -- running -----------------------------------------------------------------------------
 
     def inner_loop(self, steps: int | None = None) -> InnerLoop:
@@ -199,6 +204,7 @@ class HyperNetwork(GradientLearner):
         batch = self._with_ways(batch)
         self.check(batch)
         self._check_texts(batch.support, description)
+        self.warn_of_frozen()
         loop = replace(self.inner_loop(steps), own_rows=True)
         with computing(self.device, self.compute_dtype):
             return self._with_memory(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from fastmeta._names import refuse_unknown
@@ -25,7 +26,6 @@ from fastmeta.engine.rates import LearnedRate, Rates
 from fastmeta.engine.replays import WHOLE, replays_of
 from fastmeta.meta_module import MetaModule
 from fastmeta.patching import Patched
-from fastmeta.patching.shared import check_unmoved
 
 
 class GradientLearner(MetaModule):
@@ -150,12 +150,23 @@ class GradientLearner(MetaModule):
 
     # -- meta-parameters ---------------------------------------------------------------------
 
+    averaged = False
+    """Whether someone averages gradients of frozen weights, or was told that nobody does."""
+
     @property
     def device(self) -> torch.device:
         return self.patched.device
 
+    @property
+    def model(self) -> nn.Module:
+        """The user's model."""
+        return self.patched.model
+
     def meta_parameters(self) -> dict[str, nn.Parameter]:
-        return self.patched.meta_parameters() | self._own()
+        shared, own = self.patched.meta_parameters(), self._own()
+        if both := sorted(shared.keys() & own.keys()):
+            raise ValueError(f"the model has parameters of names that learners use: {both[:4]}")
+        return shared | own
 
     def _own(self) -> dict[str, nn.Parameter]:
         """Meta-parameters that are not the model's, by name."""
@@ -206,6 +217,7 @@ class GradientLearner(MetaModule):
         state.
         """
         self.check(batch)
+        self.warn_of_frozen()
         loop = self.inner_loop(steps)
         with computing(self.device, self.compute_dtype):
             return self._with_memory(loop, batch, lambda plan: self._run(loop, batch, plan))
@@ -234,25 +246,19 @@ class GradientLearner(MetaModule):
                     raise
                 forget_others(self._memory_plans, plan)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> GradientLearner:
-        model = self.patched.model
-        own = [*model.parameters(), *model.buffers(), *self.parameters()]
-        instead = "the model before fm.patch, and build the learner on what that returns"
-        check_unmoved(own, fn, "a learner", instead)
-        return self
-
-    @property
-    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        """None; `DistributedDataParallel` asks as it wraps a module, which is the time to warn."""
+    def warn_of_frozen(self) -> None:
+        """Warn, once, that several processes do not average gradients of what is frozen."""
         frozen = [p for p in self.patched.slots.initial if not p.requires_grad]
-        if frozen:
-            warnings.warn(
-                f"{len(frozen)} tensors that adapt are frozen in the model, so that "
-                "DistributedDataParallel does not average their gradients: unfreeze them with "
-                "requires_grad_()",
-                stacklevel=3,
-            )
-        return []
+        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        if self.averaged or not (several and frozen and torch.is_grad_enabled()):
+            return
+        self.averaged = True
+        warnings.warn(
+            f"{len(frozen)} tensors that adapt are frozen in the model, so that "
+            "DistributedDataParallel does not average their gradients: unfreeze them with "
+            "requires_grad_()",
+            stacklevel=3,
+        )
 
     def extra_repr(self) -> str:
         return f"steps={self.steps}, order={self.order}, memory={self.memory!r}"

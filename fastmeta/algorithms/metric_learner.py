@@ -19,7 +19,6 @@ from fastmeta.engine.losses import WAYS, accuracy, classification
 from fastmeta.meta_module import MetaModule
 from fastmeta.patching import ParamLayout, Patched, TaskParams
 from fastmeta.patching.inputs import check_inputs
-from fastmeta.patching.shared import check_unmoved
 
 
 class Judged(NamedTuple):
@@ -102,12 +101,6 @@ class MetricLearner(MetaModule):
         """The encoder's, then what the algorithm adds, by name."""
         added = {f"metric.{n}": p for n, p in self.added_parameters().items()}
         return self.embedding.meta_parameters() | added
-
-    def _apply(self, fn: Any, recurse: bool = True) -> MetricLearner:
-        own = [*self.model.parameters(), *self.model.buffers(), *self.parameters()]
-        instead = "the model first, and build the learner on what that returns"
-        check_unmoved(own, fn, "a learner", instead)
-        return self
 
     # -- running -----------------------------------------------------------------------------
 

@@ -97,7 +97,10 @@ class ProtoMAML(GradientLearner):
                 "specification adapts none; add fm.Head()"
             )
         super().__init__(patched, **settings)
-        self.embedding_names = None if embedding is None else embedding.names()
+        names = {} if embedding is None else embedding.names()
+        own = patched.model.named_parameters()
+        # names in the model that embeds -> in the user's own, and below "metric"
+        self.embedding_names = {n: names[id(p)] for n, p in own if id(p) in names}
         learned = temperature == "learned"
         self.head = PrototypeHead(
             adapted.name,
@@ -113,9 +116,8 @@ class ProtoMAML(GradientLearner):
     def meta_parameters(self) -> dict[str, nn.Parameter]:
         initial = self.patched.slots.initial
         unused = {id(initial[self.head.weight]), id(initial[self.head.bias])}
-        names = self.embedding_names or {}
         found = super().meta_parameters().items()
-        found = {names.get(id(p), n): p for n, p in found if id(p) not in unused}
+        found = {self.embedding_names.get(n, n): p for n, p in found if id(p) not in unused}
         return found | {f"metric.{n}": p for n, p in self.head.named_parameters()}
 
     # -- running -----------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from fastmeta.engine.inner import InnerLoop, Support, inner_step, model_inputs, 
 from fastmeta.engine.losses import scores
 from fastmeta.engine.optimizers import State
 from fastmeta.meta_module import MetaModule
-from fastmeta.patching import TaskParams
+from fastmeta.patching import Patched, TaskParams
 from fastmeta.patching.prefix import PrefixCache
 
 
@@ -58,8 +58,13 @@ class _Unrolls(MetaModule):
         return self.learner.device
 
     @property
-    def patched(self):
+    def patched(self) -> Patched:
         return self.learner.patched
+
+    @property
+    def model(self) -> nn.Module:
+        """The user's model."""
+        return self.learner.model
 
     def meta_parameters(self) -> dict[str, nn.Parameter]:
         """What learns: the optimizer and learned rates; initial values stay as they are."""

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
+from fastmeta.cli.errors import UserError
 from fastmeta.training.processes import Processes
 
 
@@ -18,6 +19,8 @@ def launched(device: str) -> Iterator[Processes]:
         yield Processes()
         return
     cuda = device.startswith("cuda")
+    if cuda and device != "cuda":
+        raise UserError(f"every process has a GPU of its own: expected device cuda, got {device}")
     if cuda and torch.cuda.is_available():
         torch.cuda.set_device(dist.get_node_local_rank() % torch.cuda.device_count())
     dist.init_process_group("nccl" if cuda else "gloo")

@@ -47,6 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.resume is None:
         config = configs.make_config(*tables)
         check_files(config, configs.KEYS)
+        prepare_folder(config, overwrite=arguments.overwrite)
     else:
         config = _resumed_config(arguments.resume, tables)
     with launched(config.device) as processes:
@@ -54,8 +55,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run(config: Config, processes: Processes, arguments: argparse.Namespace) -> int:
-    if arguments.resume is None and processes.leads:
-        prepare_folder(config, overwrite=arguments.overwrite)
     trainer = build_trainer(config, build_parts(config), progress=not arguments.quiet)
     if processes.leads:
         announce_split(config)

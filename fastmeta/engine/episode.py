@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fastmeta.batch import TaskBatch
@@ -56,6 +57,14 @@ class MetaOutput:
     diverged: Tensor
     support_losses: Tensor
     accuracy: Tensor | None = None
+
+
+# torch finds the tensors of a result so, DistributedDataParallel(static_graph=True) among others.
+pytree.register_pytree_node(
+    MetaOutput,
+    lambda out: ([getattr(out, f.name) for f in fields(out)], None),
+    lambda values, _: MetaOutput(*values),
+)
 
 
 def with_ways(batch: TaskBatch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

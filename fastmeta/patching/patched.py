@@ -19,7 +19,6 @@ from fastmeta.patching.known_tokens import KnownTokens
 from fastmeta.patching.model_state import ModelState
 from fastmeta.patching.plan import Plan
 from fastmeta.patching.search import make_plan
-from fastmeta.patching.shared import check_unmoved
 from fastmeta.patching.slots import Slots, make_slots
 from fastmeta.patching.spec import Spec
 from fastmeta.patching.task_axes import (
@@ -103,8 +102,7 @@ class Patched(MetaModule):
 
     def shared_parameters(self) -> list[nn.Parameter]:
         """Meta-parameters that no task adapts: shared weights that require grad."""
-        adapted = {id(p) for p in self.slots.initial}
-        return [p for p in self.model.parameters() if p.requires_grad and id(p) not in adapted]
+        return list(self.meta_parameters().values())[len(self.slots.initial) :]
 
     @property
     def device(self) -> torch.device:
@@ -135,11 +133,6 @@ class Patched(MetaModule):
         if num_tasks < 1:
             raise ValueError(f"num_tasks must be at least 1, got {num_tasks}")
         return InitialParams(self.layout, with_zeros(self.slots.leaves()), num_tasks)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Patched:
-        own = [*self.model.parameters(), *self.model.buffers(), *self.slots.initial]
-        check_unmoved(own, fn, "a patched model", "that one before patching it")
-        return self
 
     # -- running -----------------------------------------------------------------------------
 

@@ -86,7 +86,8 @@ def evaluate(
     with evaluating(learner):
         for batch in take(episodes, count, device_of(learner)):
             share = shared.share(batch)
-            own = torch.empty(0, 3) if share is None else _scores(learner(share, **settings))
+            none = torch.empty(0, 3, dtype=torch.float64)
+            own = none if share is None else _scores(learner(share, **settings))
             found.append(shared.merge(own))
             if on_batch:
                 on_batch(batch.num_tasks)
@@ -98,7 +99,7 @@ def _scores(out: MetaOutput) -> Tensor:
     """Accuracy, loss and whether it diverged of every task, ``[T, 3]``."""
     if out.accuracy is None:
         raise ValueError("evaluation needs accuracies, which this learner does not give")
-    return torch.stack([out.accuracy, out.task_losses, out.diverged.to(out.task_losses)], 1)
+    return torch.stack([x.double() for x in (out.accuracy, out.task_losses, out.diverged)], 1)
 
 
 def evaluate_unadapted(patched: Patched, episodes: Loader, count: int = 600) -> Evaluation:

@@ -50,7 +50,8 @@ class Processes:
         if self.count == 1:
             return own.cpu()
         parts = self.gather(own.cpu())
-        whole = own.new_empty(sum(len(p) for p in parts), *own.shape[1:], device="cpu")
+        shape = sum(len(p) for p in parts), *own.shape[1:]
+        whole = torch.empty(shape, dtype=own.dtype)
         for rank, part in enumerate(parts):
             whole[rank :: self.count] = part
         return whole
@@ -85,7 +86,7 @@ class Processes:
         """The sum of all processes' gradients in each of them; None where none has one."""
         if self.count == 1:
             return
-        own = list(parameters)
+        own = _each_once(parameters)
         used = torch.tensor([float(p.grad is not None) for p in own], device=own[0].device)
         used = [p for p, count in zip(own, self.sum(used).tolist(), strict=True) if count]
         for dtype in sorted({p.dtype for p in used}, key=str):
@@ -96,8 +97,15 @@ class Processes:
                 p.grad = part.view_as(p)
 
     @torch.no_grad()
-    def start_alike(self, parameters: Iterable[nn.Parameter]) -> None:
+    def start_alike(self, tensors: Iterable[Tensor]) -> None:
         """Give every process the values of the first."""
-        if self.count > 1:
-            for parameter in parameters:
-                dist.broadcast(parameter.data, 0)
+        if self.count == 1:
+            return
+        for tensor in _each_once(tensors):
+            values = tensor.detach().contiguous()
+            dist.broadcast(values, 0)
+            tensor.copy_(values)
+
+
+def _each_once(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return list({id(t): t for t in tensors}.values())

@@ -40,7 +40,7 @@ class Trainer:
 
     Under an initialised ``torch.distributed`` (``torchrun``) the tasks of every batch are shared
     among the processes, which take the same steps; the first writes files and shows progress. All
-    have the same arguments, each the learner on its own device.
+    have the same arguments, each the learner on its own device, and call the same methods.
 
     Args:
         learner: A learner such as `fm.MAML`.
@@ -67,7 +67,7 @@ class Trainer:
 
     Raises:
         ValueError: A number out of its range, an optimizer without meta-parameters, or long
-            unrolls (`fm.TruncatedUnroll`, `fm.PES`) in several processes.
+            unrolls (`fm.TruncatedUnroll`, `fm.PES`) or rates of tasks in several processes.
         OSError: `out` cannot be written.
     """
 
@@ -106,8 +106,12 @@ class Trainer:
                 "make it over learner.parameters()"
             )
         self.processes = Processes.running()
-        if self.processes.count > 1 and hasattr(learner, "progress"):
-            raise ValueError(f"{type(learner).__name__} trains in one process")
+        if self.processes.count > 1:
+            if hasattr(learner, "progress"):
+                raise ValueError(f"{type(learner).__name__} trains in one process")
+            if "task" in getattr(getattr(learner, "rates", None), "axes", ()):
+                raise ValueError("rates learned per task are trained in one process")
+            learner.averaged = True
         self.learner = learner
         self.episodes = episodes
         self.outer = outer
@@ -128,6 +132,8 @@ class Trainer:
         self._unfinished: dict[str, Any] | None = None  # a record whose evaluation was cut short
         self._stopping = False
         self._saved_step = -1
+        if self.processes.count > 1 and self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # where objects are exchanged
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
@@ -154,7 +160,8 @@ class Trainer:
             TrainingError: Every task of a batch diverged.
             OSError: A file cannot be written.
         """
-        self.processes.start_alike(self.learner.parameters())
+        if self.processes.count > 1:
+            self.processes.start_alike([*self.learner.shared_tensors(), *self._learning()])
         if self.out is not None and self.processes.leads:
             sweep(self.out)
             sweep(self.out / "checkpoints")
@@ -212,7 +219,7 @@ class Trainer:
             out.loss.backward()
         else:  # the mean over the good tasks of all
             (out.loss * (int((~out.diverged).sum()) / good)).backward()
-            self.processes.sum_gradients(self.learner.parameters())
+            self.processes.sum_gradients(self._learning())
         if self.clip_norm is not None:
             nn.utils.clip_grad_norm_(list(self.learner.parameters()), self.clip_norm)
         lr = float(self.outer.param_groups[0]["lr"])
@@ -229,6 +236,11 @@ class Trainer:
             "tasks_per_s": round(batch.num_tasks / (time.perf_counter() - start), 3),
             "peak_memory_mb": round(peak_memory(self.device), 1),
         }
+
+    def _learning(self) -> list[nn.Parameter]:
+        """The meta-parameters, and what else the outer optimizer moves."""
+        groups = self.outer.param_groups
+        return [*self.learner.parameters(), *(p for group in groups for p in group["params"])]
 
     def _figures(self, out: MetaOutput) -> dict[str, float]:
         """Number of good tasks, and the sums of their losses and accuracies, of all processes."""
@@ -287,7 +299,7 @@ class Trainer:
     # -- state -------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that later steps depend on, as tensors and JSON values."""
+        """Everything that later steps depend on, as tensors and JSON values; called by all."""
         cuda = self.device.type == "cuda"
         plans = getattr(self.learner, "_memory_plans", {})
         return {
@@ -305,12 +317,16 @@ class Trainer:
                 }
             ),
             # Unrolling and recomputing round differently: a resumed run keeps the choice made.
-            "memory_plans": {key: asdict(plan) for key, plan in plans.items()},
+            "memory_plans": self.processes.gather(
+                {key: asdict(plan) for key, plan in plans.items()}
+            ),
             "unfinished": self._unfinished,
         }
 
     def save(self) -> Path:
         """Write a checkpoint of this step, whole or not at all, and return its folder.
+
+        Of several processes all call it.
 
         Raises:
             ValueError: The trainer has no folder.
@@ -320,7 +336,8 @@ class Trainer:
             raise ValueError("a trainer without a folder cannot save: give it out=...")
         folder = self.out / "checkpoints"
         path = folder / f"step-{self.step:08d}"
-        if self._saved_step != self.step or not path.exists() or self._unfinished:
+        due = self._saved_step != self.step or not path.exists() or bool(self._unfinished)
+        if self.processes.any(due and self.processes.leads, self.device):
             state = self.state_dict()
             if self.processes.leads:
                 path = write_checkpoint(folder, self.step, state, keep=self.keep)
@@ -353,19 +370,26 @@ class Trainer:
             self.episodes.load_state_dict(state["episodes"])
         except ValueError as error:
             raise CheckpointError(f"{folder}: {error}") from None
-        plans = {key: MemoryPlan(**plan) for key, plan in state["memory_plans"].items()}
+        plans = self._own_of(state["memory_plans"])
+        plans = {key: MemoryPlan(**plan) for key, plan in plans.items()}
         getattr(self.learner, "_memory_plans", {}).update(plans)
         self.step = self._saved_step = state["step"]
         self._unfinished = state["unfinished"]
         done = self.step - (self._unfinished is not None)
         self._log.rewind(done)
-        # with another number of processes: other dropout masks
-        states = state["rng"] if isinstance(state["rng"], list) else [state["rng"]]
-        own = states[self.processes.rank % len(states)]
+        self._log.records = self.processes.gather(self.metrics)[0]
+        own = self._own_of(state["rng"])
         torch.set_rng_state(own["cpu"])
-        if own["cuda"] is not None and self.device.type == "cuda":
+        if isinstance(state["rng"], list) and self.processes.rank >= len(state["rng"]):
+            torch.manual_seed(int(torch.randint(2**31, ())) + self.processes.rank)
+        elif own["cuda"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(own["cuda"], self.device)
         return self.step
+
+    def _own_of(self, saved: Any) -> Any:
+        """This process's part of what all had saved; of fewer processes, another's."""
+        parts = saved if isinstance(saved, list) else [saved]
+        return parts[self.processes.rank % len(parts)]
 
     def _load_outer(self, state: dict[str, Any], folder: Path) -> None:
         if (state["schedule"] is None) != (self.schedule is None):
