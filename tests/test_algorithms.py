@@ -293,7 +293,7 @@ def test_the_model_is_moved_before_patching() -> None:
     for stay in (learner.double, learner.cpu, lambda: learner.to("cpu", torch.float64)):
         assert stay() is learner
     for move in (learner.float, lambda: learner.to("meta"), learner.half):
-        with pytest.raises(RuntimeError, match=r"move or convert the model before fm\.patch"):
+        with pytest.raises(RuntimeError, match="move or convert the model, then patch"):
             move()
 
 
