@@ -204,7 +204,7 @@ class HyperNetwork(GradientLearner):
         batch = self._with_ways(batch)
         self.check(batch)
         self._check_texts(batch.support, description)
-        self.warn_of_frozen()
+        self._warn_of_frozen()
         loop = replace(self.inner_loop(steps), own_rows=True)
         with computing(self.device, self.compute_dtype):
             return self._with_memory(

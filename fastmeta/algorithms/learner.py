@@ -217,7 +217,7 @@ class GradientLearner(MetaModule):
         state.
         """
         self.check(batch)
-        self.warn_of_frozen()
+        self._warn_of_frozen()
         loop = self.inner_loop(steps)
         with computing(self.device, self.compute_dtype):
             return self._with_memory(loop, batch, lambda plan: self._run(loop, batch, plan))
@@ -246,7 +246,7 @@ class GradientLearner(MetaModule):
                     raise
                 forget_others(self._memory_plans, plan)
 
-    def warn_of_frozen(self) -> None:
+    def _warn_of_frozen(self) -> None:
         """Warn, once, that several processes do not average gradients of what is frozen."""
         frozen = [p for p in self.patched.slots.initial if not p.requires_grad]
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
