@@ -248,9 +248,11 @@ class GradientLearner(MetaModule):
 
     def _warn_of_frozen(self) -> None:
         """Warn, once, that several processes do not average gradients of what is frozen."""
-        frozen = [p for p in self.patched.slots.initial if not p.requires_grad]
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        if self.averaged or not (several and frozen and torch.is_grad_enabled()):
+        if self.averaged or not (several and torch.is_grad_enabled()):
+            return
+        frozen = [p for p in self.patched.slots.initial if not p.requires_grad]
+        if not frozen:
             return
         self.averaged = True
         warnings.warn(
