@@ -117,8 +117,8 @@ def run(module: str, description: str, cases: Callable[[str], dict[str, Case]]) 
         }
         print(f"\n{title}; limit {limit * 1e3:.3f} ms")
         for label, row in found.items():
-            peak = f"{row['peak_bytes'] / 2**20:10.0f} MiB" if "peak_bytes" in row else ""
-            print(f"  {label:40s}{row['seconds'] * 1e3:10.3f} ms {row['ratio']:8.2f} x{peak}")
+            most = f"{row['peak_bytes'] / 2**20:10.0f} MiB" if "peak_bytes" in row else ""
+            print(f"  {label:40s}{row['seconds'] * 1e3:10.3f} ms {row['ratio']:8.2f} x{most}")
         if args.out:
             args.out.parent.mkdir(parents=True, exist_ok=True)
             args.out.write_text(json.dumps(result, indent=1))

@@ -36,6 +36,11 @@ KERNELS = {  # raw operators by file of kernels/; the launcher of each has its n
         "coordinate_lstm_double_backward",
     ),
     "activations": ("activation", "activation_backward", "activation_double_backward"),
+    "cross_entropy": (
+        "cross_entropy",
+        "cross_entropy_backward",
+        "cross_entropy_double_backward",
+    ),
     "dropout": ("dropout",),
     "layer_norm": ("layer_norm", "layer_norm_backward", "layer_norm_double_backward"),
     "lora_linear": (

@@ -167,6 +167,16 @@ def call_norms(launchers, dtype) -> None:
     launchers["dropout"](x, seed, 0.1, x.numel())
 
 
+def call_cross_entropy(launchers, dtype) -> None:
+    """A few classes, and the words of a language model."""
+    for rows, classes in ((160, 5), (2048, 32_000)):
+        x, v = (torch.empty(rows, classes, dtype=dtype, device="meta") for _ in range(2))
+        labels = torch.empty(rows, dtype=torch.int64, device="meta")
+        g, stats = launchers["cross_entropy"](x, labels, -100)
+        launchers["cross_entropy_backward"](g, x, labels, stats)
+        launchers["cross_entropy_double_backward"](v, g, x, labels, stats)
+
+
 def source_of(launch: Launch):
     """The source as the just-in-time compiler would specialise it for these arguments."""
     signature, constants, attributes = {}, {}, {}
@@ -267,6 +277,7 @@ def test_lora_compiles(dtype, launchers, recorded, tmp_path):
 
 def test_norms_compile(launchers, recorded, tmp_path):
     call_norms(launchers, torch.float32)
+    call_cross_entropy(launchers, torch.float32)
     check(recorded, 90, tmp_path)
 
 
@@ -275,6 +286,7 @@ def test_norms_compile(launchers, recorded, tmp_path):
 @pytest.mark.parametrize("dtype", [d for d in TYPES if d.is_floating_point], ids=str)
 def test_norms_compile_everything(dtype, architecture: int, launchers, recorded, tmp_path):
     call_norms(launchers, dtype)
+    call_cross_entropy(launchers, dtype)
     check(recorded, architecture, tmp_path)
 
 

@@ -154,6 +154,14 @@ FM_LANES(where_equal, (const Lanes<A, B>& a, const Lanes<A, B>& b, const Lanes<A
          Vector(Bits(a.v[i] == b.v[i]) & Bits(x.v[i])))
 #undef FM_LANES
 
+// Runs f(whole, j, count) over a row of numbers: a whole vector, or its first `count` numbers.
+template <typename L, typename F>
+FM_HD void each_vector(int64_t width, const F& f) {
+  int64_t j = 0;
+  for (; j + L::kCount <= width; j += L::kCount) f(std::true_type{}, j, int64_t(L::kCount));
+  if (j < width) f(std::false_type{}, j, width - j);
+}
+
 // Runs f(std::integral_constant<int, register width>) in code compiled for the widest registers
 // this CPU has. Everything f calls must be FM_HD, to be compiled with it.
 #if defined(__x86_64__) && defined(__GNUC__)

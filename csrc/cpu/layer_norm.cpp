@@ -27,14 +27,6 @@ struct Cut {
   int64_t units() const { return tasks * blocks; }
 };
 
-// Runs f(whole, j, count) over a row: a whole vector, or its first `count` numbers.
-template <typename L, typename F>
-FM_HD void along(int64_t width, const F& f) {
-  int64_t j = 0;
-  for (; j + L::kCount <= width; j += L::kCount) f(std::true_type{}, j, int64_t(L::kCount));
-  if (j < width) f(std::false_type{}, j, width - j);
-}
-
 // Runs f(type of vectors, unit, task, first row, last row) over all units, compiled for the CPU's
 // registers.
 template <typename A, typename F>
@@ -61,41 +53,41 @@ std::tuple<Tensor, Tensor> forward(Tensor x, Tensor weight, std::optional<Tensor
     const int64_t gain_row = weight.stride(0), shift_row = bias ? bias->stride(0) : 0;
     A *const to = data_of<A>(y), *const kept = data_of<A>(stats);
     const int64_t width = cut.width;
-    each_block<A>(cut,
-                  [&](auto* lane, int64_t, int64_t t, int64_t begin, int64_t end) FM_INLINE_LAMBDA {
-                    using L = std::remove_pointer_t<decltype(lane)>;
-                    const A *const w = gain + t * gain_row, *const b = shift + t * shift_row;
-                    for (int64_t i = begin; i < end; ++i) {
-                      const A* const row = from + i * width;
-                      A mean = 0;
-                      if (!rms) {
-                        L sum = L::all(0);
-                        along<L>(width, [&](auto whole, int64_t j, int64_t count) FM_INLINE_LAMBDA {
-                          sum = sum + L::template load<whole()>(row + j, count);
-                        });
-                        mean = sum.sum() / A(width);
-                      }
-                      L squares = L::all(0);
-                      along<L>(width, [&](auto whole, int64_t j, int64_t count) FM_INLINE_LAMBDA {
-                        L at = L::template load<whole()>(row + j, count) - L::all(mean);
-                        if constexpr (!whole()) {  // what is not there counts nothing
-                          A there[L::kCount] = {};
-                          at.template store<false>(there, count);
-                          at = L::template load<true>(there, 0);
-                        }
-                        squares = squares + at * at;
-                      });
-                      const A s = A(1) / std::sqrt(squares.sum() / A(width) + A(eps));
-                      kept[2 * i] = mean;
-                      kept[2 * i + 1] = s;
-                      along<L>(width, [&](auto whole, int64_t j, int64_t count) FM_INLINE_LAMBDA {
-                        const L h = s * (L::template load<whole()>(row + j, count) - L::all(mean));
-                        L out = h * L::template load<whole()>(w + j, count);
-                        if (shift != nullptr) out = out + L::template load<whole()>(b + j, count);
-                        out.template store<whole()>(to + i * width + j, count);
-                      });
-                    }
-                  });
+    each_block<A>(
+        cut, [&](auto* lane, int64_t, int64_t t, int64_t begin, int64_t end) FM_INLINE_LAMBDA {
+          using L = std::remove_pointer_t<decltype(lane)>;
+          const A *const w = gain + t * gain_row, *const b = shift + t * shift_row;
+          for (int64_t i = begin; i < end; ++i) {
+            const A* const row = from + i * width;
+            A mean = 0;
+            if (!rms) {
+              L sum = L::all(0);
+              each_vector<L>(width, [&](auto whole, int64_t j, int64_t count) FM_INLINE_LAMBDA {
+                sum = sum + L::template load<whole()>(row + j, count);
+              });
+              mean = sum.sum() / A(width);
+            }
+            L squares = L::all(0);
+            each_vector<L>(width, [&](auto whole, int64_t j, int64_t count) FM_INLINE_LAMBDA {
+              L at = L::template load<whole()>(row + j, count) - L::all(mean);
+              if constexpr (!whole()) {  // what is not there counts nothing
+                A there[L::kCount] = {};
+                at.template store<false>(there, count);
+                at = L::template load<true>(there, 0);
+              }
+              squares = squares + at * at;
+            });
+            const A s = A(1) / std::sqrt(squares.sum() / A(width) + A(eps));
+            kept[2 * i] = mean;
+            kept[2 * i + 1] = s;
+            each_vector<L>(width, [&](auto whole, int64_t j, int64_t count) FM_INLINE_LAMBDA {
+              const L h = s * (L::template load<whole()>(row + j, count) - L::all(mean));
+              L out = h * L::template load<whole()>(w + j, count);
+              if (shift != nullptr) out = out + L::template load<whole()>(b + j, count);
+              out.template store<whole()>(to + i * width + j, count);
+            });
+          }
+        });
   });
   return {y, stats};
 }
@@ -139,7 +131,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dy, Tensor x, Tensor weight, 
             const A *const row = from + i * width, *const d = given + i * width;
             const A mean = kept[2 * i], s = kept[2 * i + 1];
             L sa = L::all(0), sah = L::all(0);
-            along<L>(width, [&](auto whole, int64_t j, int64_t count) FM_INLINE_LAMBDA {
+            each_vector<L>(width, [&](auto whole, int64_t j, int64_t count) FM_INLINE_LAMBDA {
               const L h = s * (L::template load<whole()>(row + j, count) - L::all(mean));
               const L at = L::template load<whole()>(d + j, count);
               const L a = at * L::template load<whole()>(w + j, count), dh = at * h;
@@ -151,7 +143,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor dy, Tensor x, Tensor weight, 
                   .template store<whole()>(sum_b + j, count);
             });
             const A ma = rms ? A(0) : sa.sum() / A(width), mah = sah.sum() / A(width);
-            along<L>(width, [&](auto whole, int64_t j, int64_t count) FM_INLINE_LAMBDA {
+            each_vector<L>(width, [&](auto whole, int64_t j, int64_t count) FM_INLINE_LAMBDA {
               const L h = s * (L::template load<whole()>(row + j, count) - L::all(mean));
               const L a =
                   L::template load<whole()>(d + j, count) * L::template load<whole()>(w + j, count);
@@ -204,7 +196,7 @@ std::tuple<Tensor, Tensor, Tensor> double_backward(std::optional<Tensor> u,
         const A* const of_b = to_db == nullptr ? nullptr : to_db + t * gb_row;
         const L none = L::all(0);
         NormSums<L> sums{none, none, none, none, none, none, none};
-        along<L>(width, [&](auto whole, int64_t j, int64_t count) FM_INLINE_LAMBDA {
+        each_vector<L>(width, [&](auto whole, int64_t j, int64_t count) FM_INLINE_LAMBDA {
           const L h = s * (L::template load<whole()>(row + j, count) - L::all(mean));
           const L at = L::template load<whole()>(d + j, count);
           const L a = at * L::template load<whole()>(w + j, count);
@@ -221,7 +213,7 @@ std::tuple<Tensor, Tensor, Tensor> double_backward(std::optional<Tensor> u,
         const NormSums<A> sum{sums.u.sum(),  sums.uh.sum(), sums.a.sum(), sums.ah.sum(),
                               sums.ua.sum(), sums.c.sum(),  sums.ch.sum()};
         const NormSecond<A> second(sum, s, A(width), rms);
-        along<L>(width, [&](auto whole, int64_t j, int64_t count) FM_INLINE_LAMBDA {
+        each_vector<L>(width, [&](auto whole, int64_t j, int64_t count) FM_INLINE_LAMBDA {
           const L h = s * (L::template load<whole()>(row + j, count) - L::all(mean));
           const L at = L::template load<whole()>(d + j, count);
           const L gain_at = L::template load<whole()>(w + j, count), a = at * gain_at;

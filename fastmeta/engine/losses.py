@@ -10,6 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastmeta.batch import IGNORE_INDEX, ways_of
+from fastmeta.ops.cross_entropy import rows_cross_entropy
+
+_MANY_CLASSES = 256
+"""From here on passes over memory are what a loss costs; below, calls."""
 
 LossFn = Callable[[Any, Mapping[str, Tensor]], Tensor]
 """``(outputs, batch) -> [T]``; `batch` is the support or query mapping."""
@@ -38,7 +42,9 @@ def classification(outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
 def causal_lm(outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """Mean next-token cross-entropy of each task, ``[T]``; labels ``[T, N, L]``, -100 ignored."""
     logits = _logits(outputs, 4, "causal_lm", batch)
-    return _mean_cross_entropy(logits[:, :, :-1], batch["labels"][:, :, 1:])
+    # the labels move, not the logits: a slice of those is copied, and so is its gradient
+    following = F.pad(batch["labels"][:, :, 1:], (0, 1), value=IGNORE_INDEX)
+    return _mean_cross_entropy(logits, following)
 
 
 def token_classification(outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
@@ -146,12 +152,11 @@ def _logits(
 
 def _mean_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """``[T, ..., C]`` and ``[T, ...]`` -> ``[T]``."""
-    losses = F.cross_entropy(
-        logits.reshape(-1, logits.shape[-1]),
-        labels.reshape(-1),
-        ignore_index=IGNORE_INDEX,
-        reduction="none",
-    )
+    rows, flat = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
+    if logits.shape[-1] < _MANY_CLASSES:
+        losses = F.cross_entropy(rows, flat, ignore_index=IGNORE_INDEX, reduction="none")
+    else:
+        losses = rows_cross_entropy(rows, flat, IGNORE_INDEX)
     losses = losses.view(labels.shape[0], -1)
     count = (labels != IGNORE_INDEX).flatten(1).sum(1).clamp_min(1)
     return losses.sum(1) / count

@@ -6,6 +6,7 @@ from fastmeta.ops.activations import gelu, silu
 from fastmeta.ops.attention import attention
 from fastmeta.ops.batched_linear import batched_linear
 from fastmeta.ops.coordinate_lstm import coordinate_lstm
+from fastmeta.ops.cross_entropy import cross_entropy
 from fastmeta.ops.dropout import dropout
 from fastmeta.ops.head_inner_loop import head_inner_loop
 from fastmeta.ops.inner_update import (
@@ -47,6 +48,7 @@ __all__ = [
     "class_means",
     "clip_scale",
     "coordinate_lstm",
+    "cross_entropy",
     "dropout",
     "gelu",
     "head_inner_loop",

@@ -19,6 +19,7 @@ from fastmeta.testing import (
     attention,
     batched_linear,
     coordinate_lstm,
+    cross_entropy,
     layer_norm,
     lora_linear,
     pairwise,
@@ -237,6 +238,7 @@ TABLE = (
     *attention.TABLE,
     *batched_linear.TABLE,
     *coordinate_lstm.TABLE,
+    *cross_entropy.TABLE,
     *layer_norm.TABLE,
     *rows.TABLE,
 )
