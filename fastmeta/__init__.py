@@ -21,6 +21,7 @@ from fastmeta.batch import TaskBatch
 from fastmeta.engine import optimizers as rules
 from fastmeta.engine.adaptation import Adapted, adapt
 from fastmeta.engine.episode import MetaOutput
+from fastmeta.engine.fine_tuning import FineTuner
 from fastmeta.engine.learned import LearnedOptimizer
 from fastmeta.engine.rates import LearnedRate
 from fastmeta.patching import (
@@ -49,6 +50,7 @@ __all__ = [
     "Adapted",
     "Bias",
     "Candidate",
+    "FineTuner",
     "GradientLearner",
     "Head",
     "HyperNetwork",

@@ -78,6 +78,10 @@ class TaskBatch:
         """The same batch with every tensor on `device`."""
         return self.map(lambda t: t.to(device, non_blocking=non_blocking))
 
+    def pin_memory(self) -> TaskBatch:
+        """The same batch in page-locked memory, for copies to a GPU that do not wait."""
+        return self.map(lambda t: t.pin_memory())
+
     def __getitem__(self, index: slice) -> TaskBatch:
         """Tasks `start:stop` as a batch."""
         if not isinstance(index, slice):

@@ -16,7 +16,7 @@ from fastmeta.data.texts import LabelledTexts
 from fastmeta.data.tokens import PackedTokens, tokenize
 
 
-class Episodes(Loader):
+class Episodes(Loader[TaskBatch]):
     """Batches of N-way K-shot episodes: T tasks, each of N classes drawn at random.
 
     Episode ``e`` (task ``e % tasks`` of batch ``e // tasks``) depends only on ``(seed, e)``. Its

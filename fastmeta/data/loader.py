@@ -6,16 +6,24 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import closing
 from itertools import count
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
-from fastmeta.batch import TaskBatch
 from fastmeta.data.prefetch import Prefetch
 
 
-class Loader(ABC):
-    """Numbered TaskBatches: batch ``i`` depends only on the settings, the seed and ``i``.
+class Pinned(Protocol):
+    """A batch of tensors."""
+
+    def pin_memory(self) -> Any: ...
+
+
+Batch = TypeVar("Batch", bound=Pinned)
+
+
+class Loader(ABC, Generic[Batch]):
+    """Numbered batches: batch ``i`` depends only on the settings, the seed and ``i``.
 
     Iterating hands out the batches from ``position`` on. A loop that is left early goes on from
     there the next time; one that ran to the end of ``num_batches`` starts again at batch 0, so a
@@ -57,29 +65,24 @@ class Loader(ABC):
         self.position = start
 
     @abstractmethod
-    def _make(self, index: int) -> TaskBatch:
+    def _make(self, index: int) -> Batch:
         """Build batch ``index``."""
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
         """Return what a batch depends on besides its number, as JSON values."""
 
-    def batch(self, index: int) -> TaskBatch:
+    def batch(self, index: int) -> Batch:
         """Return batch ``index`` (>= 0), whatever the position."""
         check_least(0, index=index)
         batch = self._make(index)
-        if not self.pin_memory:
-            return batch
-        support, query = (
-            {k: v.pin_memory() for k, v in s.items()} for s in (batch.support, batch.query)
-        )
-        return TaskBatch(support, query, None if batch.ways is None else batch.ways.pin_memory())
+        return batch.pin_memory() if self.pin_memory else batch
 
-    def __iter__(self) -> Iterator[TaskBatch]:
+    def __iter__(self) -> Iterator[Batch]:
         first = self.position
         numbers = count(first) if self.num_batches is None else range(first, self.num_batches)
         if self.prefetch:
-            batches: Iterator[TaskBatch] = Prefetch(self.batch, numbers, self.prefetch)
+            batches: Iterator[Batch] = Prefetch(self.batch, numbers, self.prefetch)
         else:
             batches = (self.batch(n) for n in numbers)
         with closing(batches):

@@ -20,7 +20,7 @@ _ORDER_STREAM = (
 )
 
 
-class TaskDataset(Loader):
+class TaskDataset(Loader[TaskBatch]):
     """Batches of whole tasks: a task is drawn with all its classes, K shots and Q queries of each.
 
     Draw ``d`` (task ``d % tasks`` of batch ``d // tasks``) depends only on ``(seed, d)``. The tasks

@@ -235,7 +235,7 @@ def adapt_tasks(
         active = torch.ones(start.num_tasks, dtype=torch.bool, device=start.device)
         return Trajectory(start, active, [])
     if head_may_serve(loop):
-        trajectory = adapt_head(loop, start, _support(loop, start, inputs, tasks))
+        trajectory = adapt_head(loop, start, support_of(loop, start, inputs, tasks))
         if trajectory is not None:
             return trajectory
     if mode == "recompute" and loop.second_order and differentiated and not loop.implicit:
@@ -245,11 +245,11 @@ def adapt_tasks(
             for part in parts:
                 texts = {k: v[part] for k, v in inputs.items()}
                 places = None if tasks is None else tasks[part]
-                support = _support(loop, mine := start.select(part), texts, places)
+                support = support_of(loop, mine := start.select(part), texts, places)
                 found.append(_recomputed(loop, mine, support, keep))
             return Trajectory.joined(found)
-        return _recomputed(loop, start, _support(loop, start, inputs, tasks), keep)
-    support = _support(loop, start, inputs, tasks)
+        return _recomputed(loop, start, support_of(loop, start, inputs, tasks), keep)
+    support = support_of(loop, start, inputs, tasks)
     if loop.head is None and may_serve(loop, start):
         trajectory = unroll_by_leaf(loop, start, support)
         if trajectory is not None:
@@ -295,7 +295,7 @@ def _leaves(loop: InnerLoop, params: TaskParams) -> LeafParams | None:
     return LeafParams(params.layout, params, {}) if packed else None
 
 
-def _support(
+def support_of(
     loop: InnerLoop, start: TaskParams, inputs: Mapping[str, Tensor], tasks: Tensor | None
 ) -> Support:
     """The support set with its frozen prefix, run once."""

@@ -246,7 +246,7 @@ def gradient(
 
 def inner_step(
     loop: InnerLoop,
-    step: int,
+    step: int | Tensor,
     packed: Tensor,
     state: State,
     support: Support,
@@ -256,6 +256,7 @@ def inner_step(
 ) -> tuple[Tensor, State, Tensor, Tensor]:
     """One step: new ``[T, P]``, new state, who is still active, support losses ``[T]``.
 
+    `step` may be int64 ``[T]`` for rules with steps apart and rates that are not learned by step.
     With `create_graph` the gradient is part of the graph (second order); without, the update
     still is, so that first-order gradients reach learned rates and initial values. With `in_place`
     `packed` and `state` may be overwritten.

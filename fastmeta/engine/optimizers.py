@@ -37,9 +37,12 @@ class UpdateRule:
     Attributes:
         reads_losses: Whether :meth:`update` takes the support losses before the step as ``losses``,
             ``[T]`` without gradient.
+        steps_apart: Whether ``step`` may be int64 ``[T]``, another for each task, for state that
+            starts at step 0 as :meth:`init` made it.
     """
 
     reads_losses: ClassVar[bool] = False
+    steps_apart: ClassVar[bool] = False
 
     def bound(self, layout: ParamLayout) -> UpdateRule:
         """The rule for fast weights of this layout: itself, unless it looks at it."""
@@ -129,8 +132,9 @@ class FusedRule(UpdateRule):
 
     op: ClassVar[Callable]
     op_in_place: ClassVar[Callable]
+    steps_apart = True
 
-    def arguments(self, state: State, step: int) -> tuple[tuple, dict[str, object]]:
+    def arguments(self, state: State, step: int | Tensor) -> tuple[tuple, dict[str, object]]:
         """What the operator takes between gradient and rate, and its settings."""
         return state, {}
 
@@ -205,9 +209,15 @@ class Momentum(FusedRule):
         return _zeros(params, 1)
 
     def arguments(self, state, step):
-        return (None if step == 0 else state[0],), {
+        dampening = self.dampening
+        if isinstance(step, Tensor):  # from a buffer of 0, b is g where nothing is dampened
+            buf = state[0]
+            dampening = dampening * (step > 0).double() if dampening else 0.0
+        else:
+            buf = None if step == 0 else state[0]
+        return (buf,), {
             "momentum": self.momentum,
-            "dampening": self.dampening,
+            "dampening": dampening,
             "nesterov": self.nesterov,
             "weight_decay": self.weight_decay,
         }

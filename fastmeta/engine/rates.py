@@ -83,6 +83,13 @@ class Rates(nn.Module):
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         self.values = nn.Parameter(torch.full(shape, lr.init, dtype=dtype, device=like.device))
 
+    @classmethod
+    def of_tasks(cls, values: Tensor, layout: ParamLayout) -> Rates:
+        """Rates ``[T]`` of tasks, which are given and not learned."""
+        rates = cls(LearnedRate(per="task", num_tasks=len(values)), layout, 1, values)
+        rates.values = nn.Parameter(values, requires_grad=False)
+        return rates
+
     @property
     def segments(self) -> ParamLayout | None:
         """The layout, where the rate is per layer."""

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastmeta.batch import IGNORE_INDEX
 from fastmeta.engine.inner import InnerLoop, Support, inner_step
 from fastmeta.engine.losses import WAYS, classification
-from fastmeta.engine.rates import LearnedRate, Rates
+from fastmeta.engine.rates import Rates
 from fastmeta.patching import Patched, TaskParams
 from fastmeta.search.proposal import Proposal
 from fastmeta.search.rules import RowRules
@@ -94,7 +94,7 @@ def adapt_candidates(
         loop = InnerLoop(
             patched=patched,
             rule=rule,
-            rates=_rates(rate, patched, params),
+            rates=Rates.of_tasks(rate, patched.layout),
             steps=step + 1,
             loss_fn=classification,
             second_order=0,
@@ -140,10 +140,3 @@ def step_rows(labels: Tensor, batch_sizes: Sequence[int | None], step: int, seed
         beyond = rank.gather(1, index).unsqueeze(0) >= size
         read = read.masked_fill(beyond, IGNORE_INDEX)
     return Rows(index, read)
-
-
-def _rates(rate: Tensor, patched: Patched, like: Tensor) -> Rates:
-    """Rates ``[T]`` as the inner loop takes them."""
-    rates = Rates(LearnedRate(per="task", num_tasks=len(rate)), patched.layout, 1, like)
-    rates.values = nn.Parameter(rate, requires_grad=False)
-    return rates

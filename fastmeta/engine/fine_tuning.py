@@ -1,0 +1,346 @@
+"""`fm.FineTuner`: many tasks fine-tuned at once, batch after batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmeta._names import near
+from fastmeta.batch import check_set, ways_of
+from fastmeta.engine.capture import capture_of
+from fastmeta.engine.checks import check_clip_norm, check_sets, compute_dtype_of
+from fastmeta.engine.chunks import split
+from fastmeta.engine.conditions import computing
+from fastmeta.engine.episode import support_of
+from fastmeta.engine.inner import InnerLoop, inner_step
+from fastmeta.engine.losses import WAYS, LossFn, resolve_loss
+from fastmeta.engine.memory import check_memory
+from fastmeta.engine.optimizers import UpdateRule, resolve_rule
+from fastmeta.engine.rates import Rates
+from fastmeta.patching import Patched, TaskParams
+
+Place = slice | Tensor
+"""Where tasks are: adjacent ones, whose rows are views, or int64 ``[A]``."""
+
+
+class FineTuner:
+    """Fine-tunes T tasks at once, each on batches of its own data.
+
+    ``phi_t <- U_t(phi_t, dL(phi_t; batch_t)/dphi_t)`` for every task t of a batch, with U an update
+    rule whose state goes on from step to step. Tasks may come and go, and need not take part in
+    every step: one that joins late takes the steps that it would have taken alone.
+
+    Example::
+
+        batches = fm.data.Minibatches(texts, tokenizer, batch_size=8, epochs=3)
+        tuner = fm.FineTuner(patched, batches.names, lr=1e-3, ways=batches.ways)
+        for batch in batches:
+            losses = tuner.step(batch.inputs, batch.tasks)
+        fm.training.export_task(patched, tuner.task("acme"), "adapters/acme")
+
+    Args:
+        patched: The model, from `fm.patch`. Its weights do not change; its mode decides whether
+            dropout is active.
+        tasks: Names of T tasks, or how many: then they are called 0 to T - 1.
+        lr: Learning rate, positive: a number, or one for each task.
+        optimizer: A name or a rule object, as for `fm.adapt`. Default ``"adamw"``.
+        schedule: ``steps -> factors`` of the learning rate; steps int64 ``[A]`` are those that each
+            task has taken. Default None: 1.
+        loss_fn: As for `fm.adapt`. Default ``"classification"``.
+        clip_norm: Bound on each task's gradient norm, positive, or None.
+        params: Fast weights of T tasks to start from; default the model's own initial values.
+        ways: Number of classes of each task, or one for all, when fewer than the head has.
+        task_chunk: Tasks whose graph is held at once, at least 1, or None for all.
+        compute_dtype, compile, compile_cache: As for `fm.adapt`.
+
+    Attributes:
+        names: Of the tasks, in their order.
+        params: Their fast weights, `fm.TaskParams` ``[T, ...]``, which every step overwrites.
+        steps: Steps that each has taken, int64 ``[T]``.
+        diverged: bool ``[T]``: tasks whose loss or gradient became NaN or Inf. They keep the fast
+            weights from before that step; the others go on.
+        lr: ``[T]``; may be written to.
+
+    Raises:
+        TypeError: `patched` is no patched model, a setting of another type.
+        ValueError: A name given twice, no task, a setting out of its range.
+
+    A task's numbers are those of tuning it alone. Memory: fast weights and the rule's state
+    (``"adamw"``: two more of their size) of all tasks.
+    """
+
+    def __init__(
+        self,
+        patched: Patched,
+        tasks: int | Iterable[Hashable],
+        *,
+        lr: float | Sequence[float] | Tensor,
+        optimizer: str | UpdateRule = "adamw",
+        schedule: Callable[[Tensor], Tensor] | None = None,
+        loss_fn: str | LossFn = "classification",
+        clip_norm: float | None = None,
+        params: TaskParams | None = None,
+        ways: Tensor | Sequence[int] | int | None = None,
+        task_chunk: int | None = None,
+        compute_dtype: torch.dtype | str | None = None,
+        compile: bool | str = False,
+        compile_cache: str | Path | None = None,
+    ) -> None:
+        if not isinstance(patched, Patched):
+            raise TypeError(
+                f"expected a patched model (fm.patch(model, spec)), got {type(patched).__name__}"
+            )
+        check_clip_norm(clip_norm)
+        check_memory("unroll", task_chunk)
+        if task_chunk == "auto":
+            raise ValueError("task_chunk must be None or an integer of at least 1, got 'auto'")
+        if schedule is not None and not callable(schedule):
+            raise TypeError(f"schedule must be a function of steps or None, got {schedule!r}")
+        self.patched, self.schedule, self.task_chunk = patched, schedule, task_chunk
+        self.compute_dtype = compute_dtype_of(compute_dtype, patched.dtype)
+        rule = resolve_rule(optimizer).bound(patched.layout)
+        if not rule.steps_apart:
+            raise ValueError(
+                f"a FineTuner's tasks take steps of their own, which {type(rule).__name__} does "
+                "not know (fm.rules.UpdateRule.steps_apart); fm.adapt takes any rule"
+            )
+        capture = capture_of(patched, compile, compile_cache)
+        self._loop = InnerLoop(
+            patched=patched,
+            rule=rule,
+            rates=Rates.of_tasks(torch.ones(1, device=patched.device), patched.layout),
+            steps=1,
+            loss_fn=resolve_loss(loss_fn),
+            second_order=0,
+            clip_norm=clip_norm,
+            capture=capture,
+            widths=0 if capture is None else capture.widths,
+        )
+        self.names: tuple[Hashable, ...] = ()
+        start = patched.init(1).packed.detach()
+        self._packed = start.new_empty(0, start.shape[1])
+        self._state = rule.init(self._packed)
+        self.steps = torch.zeros(0, dtype=torch.int64, device=start.device)
+        self.diverged = torch.zeros(0, dtype=torch.bool, device=start.device)
+        wide = torch.float64 if start.dtype == torch.float64 else torch.float32
+        self.lr = torch.zeros(0, dtype=wide, device=start.device)
+        self._ways: Tensor | None = None
+        if isinstance(tasks, int) and not isinstance(tasks, bool):
+            tasks = range(tasks)
+        self.add(tasks, lr=lr, params=params, ways=ways)
+
+    # -- tasks -------------------------------------------------------------------------------
+
+    @property
+    def params(self) -> TaskParams:
+        return TaskParams(self.patched.layout, self._packed)
+
+    def task(self, name: Hashable) -> TaskParams:
+        """A copy of one task's fast weights, ``[1, ...]``."""
+        return TaskParams(self.patched.layout, self._packed[self._place([name])].clone())
+
+    def add(
+        self,
+        tasks: Iterable[Hashable],
+        *,
+        lr: float | Sequence[float] | Tensor,
+        params: TaskParams | None = None,
+        ways: Tensor | Sequence[int] | int | None = None,
+    ) -> None:
+        """Take in tasks, which come last and have taken no step.
+
+        Args:
+            tasks: Their names, at least one, new.
+            lr, params, ways: As for the class, of these tasks.
+
+        Raises:
+            ValueError: A name that is there or given twice, `params` of another number of tasks,
+                `ways` where other tasks have none or the other way round.
+        """
+        names = tuple(tasks)
+        twice = next((n for i, n in enumerate(names) if n in (*self.names, *names[:i])), None)
+        if twice is not None:
+            raise ValueError(f"every task needs a name of its own, got {twice!r} twice")
+        if not names:
+            raise ValueError("expected at least one task, got none")
+        if self.names and (ways is None) != (self._ways is None):
+            raise ValueError("ways must be given for all tasks or for none")
+        count, device = len(names), self._packed.device
+        rates = _rates(lr, count, self.lr)
+        if params is None:
+            packed = self.patched.init(count).packed.detach()
+        else:
+            self.patched.check_params(params)
+            if params.num_tasks != count:
+                raise ValueError(f"params hold {params.num_tasks} tasks, but {count} were named")
+            packed = params.packed.detach()
+        new_ways = None if ways is None else ways_of(ways, count, device).to(device)
+        with torch.no_grad():
+            state = self._loop.rule.init(packed)
+            self._packed = torch.cat([self._packed, packed])
+            self._state = tuple(map(torch.cat, zip(self._state, state, strict=True)))
+        self.steps = torch.cat([self.steps, self.steps.new_zeros(count)])
+        self.diverged = torch.cat([self.diverged, self.diverged.new_zeros(count)])
+        self.lr = torch.cat([self.lr, rates])
+        if new_ways is not None:
+            self._ways = new_ways if self._ways is None else torch.cat([self._ways, new_ways])
+        self.names += names
+
+    def remove(self, tasks: Iterable[Hashable]) -> TaskParams:
+        """Let tasks go and return their fast weights, in the order named.
+
+        Raises:
+            ValueError: A name that is not there, or twice.
+        """
+        gone = list(tasks)
+        place = self._place(gone)
+        params = TaskParams(self.patched.layout, self._packed[place].clone())
+        kept = [i for i, name in enumerate(self.names) if name not in gone]
+        self.names = tuple(self.names[i] for i in kept)
+        self._packed, self.steps, self.diverged, self.lr = (
+            t[kept] for t in (self._packed, self.steps, self.diverged, self.lr)
+        )
+        self._state = tuple(t[kept] for t in self._state)
+        self._ways = None if self._ways is None else self._ways[kept]
+        return params
+
+    def _place(self, names: Sequence[Hashable]) -> Place:
+        index = {name: i for i, name in enumerate(self.names)}
+        unknown = next((n for n in names if n not in index), None)
+        if unknown is not None:
+            raise ValueError(f"there is no task {unknown!r}{near(unknown, self.names)}")
+        if len(set(names)) < len(names) or not names:
+            raise ValueError(f"expected tasks, each once, got {list(names)}")
+        places = [index[name] for name in names]
+        if places == list(range(places[0], places[0] + len(places))):
+            return slice(places[0], places[0] + len(places))
+        return torch.tensor(places, device=self._packed.device)
+
+    # -- steps -------------------------------------------------------------------------------
+
+    def step(self, batch: Mapping[str, Tensor], tasks: Sequence[Hashable] | None = None) -> Tensor:
+        """One update of the tasks that the batch is of.
+
+        Args:
+            batch: Model inputs and ``labels``, each ``[A, N, ...]``; of tasks with fewer rows, see
+                `fm.TaskBatch.collate`.
+            tasks: The names of these A tasks, in the batch's order; None: all T. Adjacent tasks in
+                their order (as `fm.data.Minibatches` has them) are updated where they lie, others
+                are copied.
+
+        Returns:
+            Losses before the step, ``[A]``.
+
+        Raises:
+            ValueError: A name that is not there, another number of tasks in the batch, labels out
+                of range or none that counts, tensors on another device.
+        """
+        place = slice(0, len(self.names)) if tasks is None else self._place(list(tasks))
+        count = place.stop - place.start if isinstance(place, slice) else len(place)
+        given = check_set("batch", batch)
+        if given != count:
+            raise ValueError(f"expected a batch of {count} tasks, got {given}")
+        inputs = dict(batch)
+        if self._ways is not None:
+            inputs[WAYS] = self._ways[place]
+        check_sets(self.patched, self._loop.loss_fn, {"batch": inputs})
+        losses = []
+        with torch.no_grad(), computing(self._packed.device, self.compute_dtype):
+            for part in split(slice(0, count), self.task_chunk):
+                own = {k: v[part] for k, v in inputs.items()}
+                losses.append(self._step(_part(place, part), own))
+        return torch.cat(losses)
+
+    def _step(self, place: Place, inputs: Mapping[str, Tensor]) -> Tensor:
+        """One pass and one update; see :meth:`step`."""
+        packed, steps = self._packed[place], self.steps[place]
+        state = tuple(t[place] for t in self._state)
+        rates = self.lr[place]
+        if self.schedule is not None:
+            factors = self.schedule(steps)
+            if not isinstance(factors, Tensor) or factors.shape != steps.shape:
+                got = list(factors.shape) if isinstance(factors, Tensor) else repr(factors)
+                raise ValueError(
+                    f"schedule must return a factor for each task, {list(steps.shape)}, got {got}"
+                )
+            rates = rates * factors.to(rates.dtype)
+        self._loop.rates.values.data = rates
+        params = TaskParams(self.patched.layout, packed)
+        packed, state, active, losses = inner_step(
+            self._loop, steps, packed, state, support_of(self._loop, params, inputs, None),
+            ~self.diverged[place], create_graph=False, in_place=True,
+        )  # fmt: skip
+        _write(self._packed, place, packed)
+        for whole, part in zip(self._state, state, strict=True):
+            _write(whole, place, part)
+        self.steps[place] += active
+        self.diverged[place] = ~active
+        return losses
+
+    # -- keeping -----------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Names, and tensors that are not copied: what :meth:`load_state_dict` goes on from."""
+        kept = {"names": list(self.names), "params": self._packed, "state": list(self._state)}
+        kept |= {"steps": self.steps, "diverged": self.diverged, "lr": self.lr}
+        return kept | {"ways": self._ways}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with the tasks of a :meth:`state_dict`, in place of those here.
+
+        Raises:
+            ValueError: It is of other fast weights or of another update rule; nothing is changed.
+        """
+        missing = [k for k in self.state_dict() if k not in state]
+        if missing:
+            raise ValueError(f"expected the state of a FineTuner, which has {missing[0]!r}")
+        packed = state["params"]
+        if packed.dim() != 2 or packed.shape[1] != self._packed.shape[1]:
+            raise ValueError(
+                f"expected fast weights [T, {self._packed.shape[1]}], got {list(packed.shape)}"
+            )
+        if len(state["state"]) != len(self._state):
+            raise ValueError(
+                f"{type(self._loop.rule).__name__} keeps {len(self._state)} tensors, "
+                f"got {len(state['state'])}: expected the same optimizer"
+            )
+
+        def own(t: Tensor, like: Tensor) -> Tensor:
+            return t.to(like.device, like.dtype, copy=True)
+
+        self.names = tuple(state["names"])
+        self._packed = own(packed, self._packed)
+        self._state = tuple(own(t, self._packed) for t in state["state"])
+        self.steps, self.diverged, self.lr = (
+            own(state[k], getattr(self, k)) for k in ("steps", "diverged", "lr")
+        )
+        self._ways = None if state["ways"] is None else own(state["ways"], self.steps)
+
+
+def _rates(lr: float | Sequence[float] | Tensor, count: int, like: Tensor) -> Tensor:
+    """Learning rates ``[count]``, positive and finite."""
+    rates = torch.as_tensor(lr, dtype=like.dtype, device=like.device)
+    if rates.dim() > 1 or (rates.dim() == 1 and len(rates) != count):
+        raise ValueError(f"lr must be a number or one for each of {count} tasks, got {lr!r}")
+    low = float(rates.min())
+    if not (low > 0 and math.isfinite(float(rates.max()))):
+        raise ValueError(f"lr must be positive and finite, got {lr!r}")
+    return rates.expand(count).clone()
+
+
+def _part(place: Place, part: slice) -> Place:
+    """Some of the tasks at a place."""
+    if isinstance(place, slice):
+        return slice(place.start + part.start, place.start + part.stop)
+    return place[part]
+
+
+def _write(whole: Tensor, place: Place, rows: Tensor) -> None:
+    """Rows of some tasks, unless they were updated where they lie."""
+    if not isinstance(place, slice) or rows.data_ptr() != whole[place].data_ptr():
+        whole[place] = rows
