@@ -72,6 +72,8 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -
 
 def rows_cross_entropy(x: Tensor, labels: Tensor, ignored: int) -> Tensor:
     """The operator on rows ``[R, C]`` and ``[R]``, without its checks."""
+    if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16):
+        x = x.float()  # kernels for the CPU take float32 and float64
     if not _backend.takes(_FORWARD, x):
         return reference.cross_entropy(x, labels, ignored)[0]
     run = _CrossEntropy.call if needs_autograd(x) else _CrossEntropy.forward
