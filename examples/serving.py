@@ -1,4 +1,4 @@
-"""One model for many customers: adapt each by LoRA, keep their weights, answer mixed requests.
+"""One model for many customers: fine-tune all at once, keep their weights, answer mixed requests.
 
     python examples/serving.py
 
@@ -28,14 +28,20 @@ def tokens(texts) -> dict[str, torch.Tensor]:
     return dict(tokenizer(list(texts), padding=True, return_tensors="pt"))
 
 
-# 1. Each customer's own examples, whenever they come: a small folder, which PEFT reads, too.
+# 1. Everyone's own examples, 20 texts of each class: a batch of each customer in every step. What
+#    each has learned is a small folder, which PEFT reads, too. Customers may come and go meanwhile:
+#    `tuner.add(["dune"], lr=0.003)`, `tuner.remove(["acme"])`.
+examples = {}
 for name, classes in customers.items():
-    texts = [t for c in classes for t in data.texts_of(c)[:20]]
-    labels = torch.arange(len(classes)).repeat_interleave(20)
-    support = {k: v.unsqueeze(0) for k, v in (tokens(texts) | {"labels": labels}).items()}
-    adapted = fm.adapt(patched, support, steps=60, lr=0.003, optimizer="adam")
+    pairs = [(text, c) for c in classes for text in data.texts_of(c)[:20]]
+    examples[name] = fm.data.from_lists(*zip(*pairs, strict=True), classes=classes)
+batches = fm.data.Minibatches(examples, tokenizer, batch_size=12, epochs=12)
+tuner = fm.FineTuner(patched, batches.names, lr=0.003, ways=batches.ways)
+for batch in batches:
+    losses = tuner.step(batch.inputs, batch.tasks)
+for name, classes in customers.items():
     fm.training.export_task(
-        patched, adapted, store / name, labels=classes, base=str(store / "base")
+        patched, tuner.task(name), store / name, labels=classes, base=str(store / "base")
     )
 
 # 2. The service reads them into one batch of fast weights; `.to("cuda")` for a model on a GPU.

@@ -110,13 +110,11 @@ def test_tasks_come_and_go() -> None:
         owners[name].check(tuner.task(name))
 
 
-def test_schedule_follows_each_tasks_own_steps() -> None:
-    def schedule(steps: Tensor) -> Tensor:
-        return 1 / (1 + steps.double())
-
-    tuner = fm.FineTuner(patched_bert(), 2, lr=0.1, optimizer="sgd", schedule=schedule)
+def test_rates_that_change_with_each_tasks_own_steps() -> None:
+    tuner = fm.FineTuner(patched_bert(), 2, lr=0.1, optimizer="sgd")
     alone = [Alone(torch.optim.SGD, 0.1) for _ in range(2)]
     for step, turn in enumerate([(0,), (0, 1), (0, 1)]):
+        tuner.lr[:] = 0.1 / (1 + tuner.steps.double())
         tuner.step({k: v[list(turn)] for k, v in BATCHES[step].items()}, turn)
         for t in turn:
             alone[t].optimizer.param_groups[0]["lr"] = 0.1 / (1 + step - t)
@@ -192,7 +190,6 @@ class Unaware(rules.UpdateRule):
         ({"tasks": ["a", "b", "a"]}, ValueError, "a name of its own, got 'a' twice"),
         ({"lr": 0.0}, ValueError, "lr must be positive and finite, got 0.0"),
         ({"lr": [0.1, 0.2]}, ValueError, "a number or one for each of 3 tasks"),
-        ({"schedule": 0.5}, TypeError, "schedule must be a function of steps or None, got 0.5"),
         ({"optimizer": Unaware()}, ValueError, "which Unaware does not know"),
         ({"task_chunk": "auto"}, ValueError, "task_chunk must be None or an integer"),
         ({"clip_norm": -1.0}, ValueError, "clip_norm must be positive or None"),
@@ -226,9 +223,6 @@ def test_wrong_calls_change_nothing() -> None:
     state = fm.FineTuner(patched, 3, lr=0.1, optimizer="sgd").state_dict()
     with pytest.raises(ValueError, match="AdamW keeps 2 tensors, got 0: expected the same"):
         tuner.load_state_dict(state)
-    tuner.schedule = lambda steps: 0.5
-    with pytest.raises(ValueError, match=r"a factor for each task, \[3\], got 0.5"):
-        tuner.step(batch)
     assert torch.equal(tuner.params.packed, before) and tuner.steps.tolist() == [0, 0, 0]
     with pytest.raises(TypeError, match="expected a patched model"):
         fm.FineTuner(torch.nn.Linear(2, 2), 3, lr=0.1)

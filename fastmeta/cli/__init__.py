@@ -1,4 +1,4 @@
-"""The command line: ``fastmeta train | eval | adapt | search | info | demo``."""
+"""The command line: ``fastmeta train | eval | adapt | tune | search | info | demo``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     from fastmeta import __version__
-    from fastmeta.cli import adapt, demo, evaluate, info, search, train
+    from fastmeta.cli import adapt, demo, evaluate, info, search, train, tune
 
     parser = _Parser(
         prog="fastmeta",
@@ -37,6 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("train", train),
         ("eval", evaluate),
         ("adapt", adapt),
+        ("tune", tune),
         ("search", search),
         ("info", info),
         ("demo", demo),
@@ -86,7 +87,8 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpa
     arguments, unknown = parser.parse_known_args(given)
     if arguments.command is None:
         raise UserError(
-            "expected a command: train, eval, adapt, search, info or demo; see fastmeta --help"
+            "expected a command: train, eval, adapt, tune, search, info or demo; "
+            "see fastmeta --help"
         )
     if unknown:
         first = unknown[0]

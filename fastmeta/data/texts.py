@@ -157,6 +157,35 @@ class LabelledTexts:
             )
         return tuple(self.restrict(sorted(p)) for p in parts)
 
+    def hold_out(
+        self, share: float, *, seed: int = 0
+    ) -> tuple[LabelledTexts, list[tuple[str, str]]]:
+        """Take texts of every class away at random, to judge by what was not trained on.
+
+        Args:
+            share: of each class's texts, at least 0 and below 1, rounded down; a class keeps one.
+            seed: the same seed takes the same texts.
+
+        Returns:
+            The other texts, with all classes, and those taken as ``(text, class name)``.
+
+        Raises:
+            ValueError: a share out of its range.
+        """
+        if not 0 <= share < 1:
+            raise ValueError(f"expected a share of at least 0 and below 1, got {share}")
+        random, taken = Random(f"hold out {seed}"), set()
+        for first, end in zip(self.starts, self.starts[1:], strict=False):
+            taken.update(random.sample(range(first, end), int(share * (end - first))))
+        left = [i for i in range(len(self)) if i not in taken]
+        kept = LabelledTexts(
+            [self.texts[i] for i in left],
+            self.labels[left],
+            classes=self.classes,
+            name=self.name,
+        )
+        return kept, [self[i] for i in sorted(taken)]
+
     def _index(self, names: Iterable[str]) -> list[int]:
         names = [names] if isinstance(names, str) else list(names)
         position = {n: i for i, n in enumerate(self.classes)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +49,6 @@ class FineTuner:
         tasks: Names of T tasks, or how many: then they are called 0 to T - 1.
         lr: Learning rate, positive: a number, or one for each task.
         optimizer: A name or a rule object, as for `fm.adapt`. Default ``"adamw"``.
-        schedule: ``steps -> factors`` of the learning rate; steps int64 ``[A]`` are those that each
-            task has taken. Default None: 1.
         loss_fn: As for `fm.adapt`. Default ``"classification"``.
         clip_norm: Bound on each task's gradient norm, positive, or None.
         params: Fast weights of T tasks to start from; default the model's own initial values.
@@ -64,7 +62,8 @@ class FineTuner:
         steps: Steps that each has taken, int64 ``[T]``.
         diverged: bool ``[T]``: tasks whose loss or gradient became NaN or Inf. They keep the fast
             weights from before that step; the others go on.
-        lr: ``[T]``; may be written to.
+        lr: Learning rates ``[T]``; may be written to before a step, as in
+            ``tuner.lr[:] = 1e-3 * (1 - tuner.steps / 500)``.
 
     Raises:
         TypeError: `patched` is no patched model, a setting of another type.
@@ -81,7 +80,6 @@ class FineTuner:
         *,
         lr: float | Sequence[float] | Tensor,
         optimizer: str | UpdateRule = "adamw",
-        schedule: Callable[[Tensor], Tensor] | None = None,
         loss_fn: str | LossFn = "classification",
         clip_norm: float | None = None,
         params: TaskParams | None = None,
@@ -99,9 +97,7 @@ class FineTuner:
         check_memory("unroll", task_chunk)
         if task_chunk == "auto":
             raise ValueError("task_chunk must be None or an integer of at least 1, got 'auto'")
-        if schedule is not None and not callable(schedule):
-            raise TypeError(f"schedule must be a function of steps or None, got {schedule!r}")
-        self.patched, self.schedule, self.task_chunk = patched, schedule, task_chunk
+        self.patched, self.task_chunk = patched, task_chunk
         self.compute_dtype = compute_dtype_of(compute_dtype, patched.dtype)
         rule = resolve_rule(optimizer).bound(patched.layout)
         if not rule.steps_apart:
@@ -260,16 +256,7 @@ class FineTuner:
         """One pass and one update; see :meth:`step`."""
         packed, steps = self._packed[place], self.steps[place]
         state = tuple(t[place] for t in self._state)
-        rates = self.lr[place]
-        if self.schedule is not None:
-            factors = self.schedule(steps)
-            if not isinstance(factors, Tensor) or factors.shape != steps.shape:
-                got = list(factors.shape) if isinstance(factors, Tensor) else repr(factors)
-                raise ValueError(
-                    f"schedule must return a factor for each task, {list(steps.shape)}, got {got}"
-                )
-            rates = rates * factors.to(rates.dtype)
-        self._loop.rates.values.data = rates
+        self._loop.rates.values.data = self.lr[place]
         params = TaskParams(self.patched.layout, packed)
         packed, state, active, losses = inner_step(
             self._loop, steps, packed, state, support_of(self._loop, params, inputs, None),

@@ -1,0 +1,260 @@
+"""``fastmeta tune``: fine-tune one model for many customers at once."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import fastmeta as fm
+from fastmeta.cli import checkpointed
+from fastmeta.cli import config as configs
+from fastmeta.cli.adapt import predict
+from fastmeta.cli.build import Parts, build_parts
+from fastmeta.cli.config import METRIC, Config
+from fastmeta.cli.errors import UserError, as_user_errors
+from fastmeta.cli.signals import stopping
+from fastmeta.data import LabelledTexts, Minibatches
+from fastmeta.training.errors import CheckpointError
+from fastmeta.training.export import check_new, export_task, quiet_transformers
+from fastmeta.training.files import check_writable, whole_file
+
+SUMMARY = (
+    "Fine-tune a model for many customers at once: a JSONL file of texts and labels of each, a "
+    "folder of adapted weights of each (PEFT's format where the spec has LoRA)."
+)
+KEYS = tuple(
+    "model pooling pooling_scale spec dropout max_length text_key label_key task_chunk compile "
+    "seed device dtype threads".split()
+)
+DEFAULT_SPEC = "lora:r=8 + head"
+INTERRUPTED = 130
+_STATE = "tuning.pt"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("files", nargs="+", metavar="FILE", help="JSONL; its stem is the name")
+    parser.add_argument("--out", required=True, metavar="DIR", help="new folder of all results")
+    parser.add_argument(
+        "--checkpoint",
+        metavar="RUN",
+        help="start from what fastmeta train has learned [from --model, with a new head]",
+    )
+    parser.add_argument("--epochs", type=int, default=3, metavar="N", help="of each's texts [3]")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="of each [8]")
+    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate at the start [1e-3]")
+    parser.add_argument(
+        "--schedule",
+        choices=("linear", "constant"),
+        default="linear",
+        help="learning rate over each's steps: down to 0 [linear], or constant",
+    )
+    parser.add_argument(
+        "--optimizer", choices=sorted(fm.rules.RULES), default="adamw", help="update rule [adamw]"
+    )
+    parser.add_argument("--clip-norm", type=float, help="bound on each's gradient norm")
+    parser.add_argument(
+        "--hold-out", type=float, default=0.0, metavar="SHARE", help="of texts, to judge by [0]"
+    )
+    parser.add_argument(
+        "--save-every", type=int, default=200, metavar="N", help="steps between states [200]"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with what --out has begun")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    configs.add_flags(parser, KEYS)
+
+
+@dataclass
+class Run:
+    """One run of the command.
+
+    Attributes:
+        parts: Model and tokenizer.
+        texts: Customer -> texts that train.
+        held: Customer -> ``(text, class name)`` that judge.
+        batches, tuner: Of the customers in the order of `batches`.
+        totals: Steps that each will have taken, ``[T]``.
+        stopped: Whether somebody asked to stop.
+    """
+
+    parts: Parts
+    texts: dict[str, LabelledTexts]
+    held: dict[str, list[tuple[str, str]]]
+    batches: Minibatches
+    tuner: fm.FineTuner
+    totals: torch.Tensor
+    stopped: bool = field(default=False)
+
+    def stop(self) -> None:
+        self.stopped = True
+
+
+def run(arguments: argparse.Namespace) -> int:
+    out = Path(arguments.out)
+    check_writable(out if arguments.resume else check_new(out))
+    if arguments.resume and not (out / _STATE).is_file():
+        raise CheckpointError(f"{out} holds no state of an unfinished run to go on with")
+    current = _prepare(arguments)
+    if arguments.resume:
+        _load(current, out)
+    if not _train(current, out, arguments):
+        print(
+            f"fastmeta: stopped after {current.batches.position} of {len(current.batches)} steps; "
+            "the same command with --resume goes on",
+            file=sys.stderr,
+        )
+        return INTERRUPTED
+    _finish(current, out)
+    (out / _STATE).unlink(missing_ok=True)
+    return 0
+
+
+def _prepare(arguments: argparse.Namespace) -> Run:
+    """Read everything and check it; nothing is written."""
+    given = configs.flag_values(arguments)
+    keys = configs.make_config(given)  # of the files; the run's own come with its checkpoint
+    texts, held = {}, {}
+    names = [Path(f).stem for f in arguments.files]
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise UserError(f"expected files of different stems, got {twice[0]!r} twice")
+    if "base" in names:
+        raise UserError("base is where the model itself may go: name that file otherwise")
+    for name, file in zip(names, arguments.files, strict=True):
+        found = fm.data.from_jsonl(file, text=keys.text_key, label=keys.label_key)
+        with as_user_errors("--hold-out: "):
+            texts[name], held[name] = found.hold_out(arguments.hold_out, seed=keys.seed)
+    parts = _parts(arguments, given, max(len(t.classes) for t in texts.values()))
+    config = parts.config
+    parts.patched.train(config.dropout)
+    with as_user_errors():
+        batches = Minibatches(
+            texts,
+            parts.tokenizer,
+            arguments.batch_size,
+            epochs=arguments.epochs,
+            seed=config.seed,
+            max_length=config.max_length,
+        )
+        tuner = fm.FineTuner(
+            parts.patched,
+            batches.names,
+            lr=arguments.lr,
+            optimizer=arguments.optimizer,
+            clip_norm=arguments.clip_norm,
+            ways=batches.ways,
+            task_chunk=config.task_chunk,
+            compute_dtype="bfloat16" if config.dtype == "bfloat16" else None,
+            compile=config.compile,
+        )
+    sizes = [-(-len(texts[name]) // arguments.batch_size) for name in batches.names]
+    totals = arguments.epochs * torch.tensor(sizes, device=parts.device)
+    return Run(parts, texts, held, batches, tuner, totals)
+
+
+def _parts(arguments: argparse.Namespace, given: dict[str, Any], classes: int) -> Parts:
+    """The patched model: as it comes, or as meta-trained."""
+    if arguments.checkpoint is None:
+        spec = given.get("spec") or DEFAULT_SPEC
+        return build_parts(configs.make_config(given, {"spec": spec, "ways": max(classes, 2)}))
+    fixed = [key for key in ("pooling", "pooling_scale", "spec") if key in given]
+    if fixed:
+        raise UserError(f"{fixed[0]} comes with the checkpoint and cannot be given with it")
+    parts = checkpointed.load(arguments)
+    config = parts.config
+    if parts.patched is None or config.method in (*METRIC, "protomaml", "hypernet"):
+        raise UserError(f"a checkpoint of {config.method} has no initial weights to tune from")
+    if classes > config.ways:
+        raise UserError(
+            f"the checkpoint was trained with ways={config.ways}, but a file has {classes} classes"
+        )
+    return parts
+
+
+def _train(current: Run, out: Path, arguments: argparse.Namespace) -> bool:
+    """All steps that are left; False where somebody asked to stop."""
+    batches, tuner = current.batches, current.tuner
+    device = current.parts.device
+    bar = tqdm(
+        total=len(batches),
+        initial=batches.position,
+        desc=f"{len(batches.names)} customers",
+        unit="step",
+        disable=arguments.quiet,
+    )
+    if batches.position >= len(batches):
+        return True  # only the folders were left to write
+    with bar, stopping(current.stop):
+        for batch in batches:
+            if arguments.schedule == "linear":
+                left = 1 - tuner.steps / current.totals
+                tuner.lr[:] = arguments.lr * left.clamp(min=0)
+            losses = tuner.step(batch.to(device).inputs, batch.tasks)
+            bar.update()
+            if not arguments.quiet:
+                bar.set_postfix(loss=f"{float(losses.nanmean()):.3f}", refresh=False)
+            done = batches.position == len(batches)
+            if current.stopped or done or batches.position % arguments.save_every == 0:
+                _save(current, out)
+            if current.stopped and not done:
+                return False
+    return True
+
+
+def _save(current: Run, out: Path) -> None:
+    state = {"tuner": current.tuner.state_dict(), "batches": current.batches.state_dict()}
+    with whole_file(out / _STATE) as temporary:
+        torch.save(state, temporary)
+
+
+def _load(current: Run, out: Path) -> None:
+    try:
+        state = torch.load(out / _STATE, map_location=current.parts.device, weights_only=True)
+        current.batches.load_state_dict(state["batches"])
+        current.tuner.load_state_dict(state["tuner"])
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{out / _STATE} cannot be gone on with: {error}") from None
+
+
+def _finish(current: Run, out: Path) -> None:
+    """A folder of each customer, and a table."""
+    parts, tuner = current.parts, current.tuner
+    base = _base(parts, out)
+    width = max(len("customer"), *map(len, tuner.names))
+    print(f"{'customer':{width}}  classes  texts  steps  accuracy of held-out texts")
+    for place, name in enumerate(tuner.names):
+        labels = list(current.texts[name].classes)
+        details = {"steps": int(tuner.steps[place]), "diverged": bool(tuner.diverged[place])}
+        judged = "none held out"
+        if current.held[name]:
+            rows = [{"text": text, "label": label} for text, label in current.held[name]]
+            found = predict(parts, tuner.task(name), rows, labels)
+            right = sum(row["predicted"] == row["label"] for row in found) / len(found)
+            details["held_out_accuracy"] = round(right, 6)
+            judged = f"{100 * right:.1f} % of {len(found)}"
+        if details["diverged"]:
+            judged += "; diverged: its weights from before are kept"
+        row = f"{len(labels):7}  {len(current.texts[name]):5}  {details['steps']:5}  {judged}"
+        print(f"{name:{width}}  {row}")
+        shutil.rmtree(out / name, ignore_errors=True)  # of a run that ended while it wrote these
+        export_task(
+            parts.patched, tuner.task(name), out / name, labels=labels, base=base, details=details
+        )
+
+
+def _base(parts: Parts, out: Path) -> str:
+    """What all adapters are of: the model as it was named, or where it has learned, a copy."""
+    config: Config = parts.config
+    if not config.model.startswith("builtin") and not parts.patched.shared_parameters():
+        return config.model
+    with quiet_transformers():
+        parts.model.save_pretrained(out / "base")
+        parts.tokenizer.save_pretrained(out / "base")
+    return str(out / "base")
