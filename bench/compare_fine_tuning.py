@@ -3,10 +3,10 @@
     python -m bench.compare_fine_tuning [--device cuda] [--rounds 9] [--out results.json]
 
 A step updates every customer's LoRA factors by AdamW on a batch of their own; PEFT's way is one
-step of one adapter for each customer, without what switching adapters costs. Answers are one text
-of each customer: PEFT runs them as a mixed batch (``adapter_names``), or one after another. The
-limit of a step is its matrix products at this machine's best rate: forward, and the gradient to
-the layers' inputs.
+step of one adapter for each customer, on texts no wider than the customer's longest, without what
+switching adapters costs. Answers are one text of each customer: PEFT runs them as a mixed batch
+(``adapter_names``), or one after another. The limit of a step is its matrix products at this
+machine's best rate: forward, and the gradient to the layers' inputs.
 """
 
 from __future__ import annotations
@@ -129,6 +129,15 @@ def patched_model(service: Service, device: str) -> fm.Patched:
     return fm.patch(model, spec + fm.Head() if service.model == "bert" else spec)
 
 
+def apart(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Each customer's rows, no wider than the longest of them."""
+    longest = batch["attention_mask"].sum(-1).amax(-1).tolist()
+    return [
+        {k: v[t, :, :n] if v.dim() == 3 else v[t] for k, v in batch.items()}
+        for t, n in enumerate(longest)
+    ]
+
+
 def steps(service: Service, device: str) -> dict[str, Way]:
     batch = service.batch(device)
     patched, model = patched_model(service, device), peft_model(service, device)
@@ -141,10 +150,12 @@ def steps(service: Service, device: str) -> dict[str, Way]:
     learned = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=LR)
 
+    own = apart(batch)
+
     def one_by_one() -> None:
-        for customer in range(service.customers):
+        for inputs in own:
             optimizer.zero_grad()
-            model(**{k: v[customer] for k, v in batch.items()}).loss.backward()
+            model(**inputs).loss.backward()
             optimizer.step()
 
     return {
@@ -166,7 +177,7 @@ def answers(service: Service, device: str) -> dict[str, Way]:
         model.add_adapter(names[-1], copy.deepcopy(model.peft_config["default"]))
     model.eval()
     params = fm.TaskParams(patched.layout, patched.init(service.customers).packed.clone())
-    flat = {k: v[:, 0] for k, v in batch.items()}
+    own, flat = apart(batch), {k: v[:, 0] for k, v in batch.items()}
 
     def no_graph(call: Callable[[], object]) -> Way:
         def way() -> object:
@@ -176,9 +187,9 @@ def answers(service: Service, device: str) -> dict[str, Way]:
         return way
 
     def one_by_one() -> None:
-        for customer, name in enumerate(names):
+        for name, inputs in zip(names, own, strict=True):
             model.set_adapter(name)
-            model(**{k: v[customer : customer + 1] for k, v in flat.items()})
+            model(**inputs)
 
     return {
         "fastmeta": no_graph(lambda: patched(params, **batch)),

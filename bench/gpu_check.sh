@@ -15,7 +15,7 @@ python=${PYTHON:-python3}
 export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$($python -c \
   'import torch; print("{}.{}".format(*torch.cuda.get_device_capability()))')}
 deadline=570 # seconds from the start
-parts=(build triton_tests info tests learners metasteps updates attention pairwise lstm lora)
+parts=(build triton_tests info tests learners metasteps updates attention pairwise lstm lora entropy)
 
 part() { # name, seconds at most, command...
   local name=$1 limit=$2 start=$SECONDS left=$((deadline - SECONDS)) status=124
@@ -53,6 +53,8 @@ part attention 120 $python -m bench.compare_attention --device cuda --out "$out/
 part pairwise 100 "$python" -m bench.compare_pairwise --device cuda --out "$out/pairwise.json"
 part lstm 40 "$python" -m bench.compare_coordinate_lstm --device cuda --rounds 5 --out "$out/lstm.json"
 part lora 60 "$python" -m bench.compare_lora --device cuda --rounds 5 --out "$out/lora.json"
+part entropy 40 "$python" -m bench.compare_cross_entropy --device cuda --rounds 5 \
+  --out "$out/entropy.json"
 
 failed=()
 {

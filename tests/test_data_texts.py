@@ -82,6 +82,24 @@ def test_split_is_disjoint_complete_and_seeded():
             data.split(*wrong)
 
 
+def test_held_out_texts_are_of_every_class_and_seeded():
+    data = fd.builtin("test").restrict(fd.builtin("test").classes[:3])
+    counts = data.counts
+    kept, held = data.hold_out(0.25, seed=5)
+    assert kept.classes == data.classes
+    assert sorted([*kept, *held]) == sorted(data)
+    for name, count in counts.items():
+        assert sum(c == name for _, c in held) == count // 4
+    assert data.hold_out(0.25, seed=5)[1] == held != data.hold_out(0.25, seed=6)[1]
+    few = fd.from_lists(["a", "b", "c"], ["x", "y", "y"])
+    rest, taken = few.hold_out(0.9)
+    assert rest.counts == {"x": 1, "y": 1} and [c for _, c in taken] == ["y"]
+    assert few.hold_out(0)[1] == []
+    for wrong in (-0.1, 1):
+        with pytest.raises(ValueError, match="expected a share of at least 0 and below 1"):
+            data.hold_out(wrong)
+
+
 def test_merge_digest_and_pickle():
     a, b = fd.from_lists(["x", "y"], ["p", "q"]), fd.from_lists(["z"], ["p"])
     both = fd.merge({"a": a, "b": b})

@@ -108,6 +108,11 @@ def test_tasks_come_and_go() -> None:
     assert tuner.names == ("a", "c") and tuner.params.num_tasks == 2
     for name in tuner.names:
         owners[name].check(tuner.task(name))
+    both = torch.cat([tuner.task("c").packed, tuner.task("a").packed])
+    assert torch.equal(tuner.remove(["c", "a"]).packed, both)
+    assert tuner.names == () and tuner.params.num_tasks == 0
+    tuner.add(["d"], lr=0.1, ways=3)
+    assert tuner.step({k: v[:1] % 3 if k == "labels" else v[:1] for k, v in BATCHES[0].items()}) > 0
 
 
 def test_rates_that_change_with_each_tasks_own_steps() -> None:
@@ -123,7 +128,11 @@ def test_rates_that_change_with_each_tasks_own_steps() -> None:
         alone[t].check(tuner.task(t))
 
 
-@pytest.mark.parametrize("settings", [{"task_chunk": 2}, {"compile": True}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{"task_chunk": 2}, {"compile": True}, {"compile": True, "task_chunk": 2}],
+    ids=str,
+)
 def test_chunks_and_captured_steps(settings: dict) -> None:
     spec = fm.LoRA(r=2) + fm.Head()
     tuner = fm.FineTuner(patched_bert(spec), 3, lr=0.01)

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 import fastmeta as fm
-from fastmeta.cli import checkpointed
+from fastmeta.cli import INTERRUPTED, checkpointed
 from fastmeta.cli import config as configs
 from fastmeta.cli.adapt import predict
 from fastmeta.cli.build import Parts, build_parts
@@ -35,7 +35,6 @@ KEYS = tuple(
     "seed device dtype threads".split()
 )
 DEFAULT_SPEC = "lora:r=8 + head"
-INTERRUPTED = 130
 _STATE = "tuning.pt"
 
 
@@ -134,6 +133,7 @@ def _prepare(arguments: argparse.Namespace) -> Run:
     parts = _parts(arguments, given, max(len(t.classes) for t in texts.values()))
     config = parts.config
     parts.patched.train(config.dropout)
+    torch.manual_seed(config.seed)  # of dropout
     with as_user_errors():
         batches = Minibatches(
             texts,
@@ -210,6 +210,7 @@ def _train(current: Run, out: Path, arguments: argparse.Namespace) -> bool:
 
 def _save(current: Run, out: Path) -> None:
     state = {"tuner": current.tuner.state_dict(), "batches": current.batches.state_dict()}
+    state["random"] = torch.get_rng_state()  # of dropout
     with whole_file(out / _STATE) as temporary:
         torch.save(state, temporary)
 
@@ -219,6 +220,7 @@ def _load(current: Run, out: Path) -> None:
         state = torch.load(out / _STATE, map_location=current.parts.device, weights_only=True)
         current.batches.load_state_dict(state["batches"])
         current.tuner.load_state_dict(state["tuner"])
+        torch.set_rng_state(state["random"].cpu())
     except (ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{out / _STATE} cannot be gone on with: {error}") from None
 

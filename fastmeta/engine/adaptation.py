@@ -89,7 +89,8 @@ def adapt(
         ValueError: Empty support, labels out of range, tensors on another device, steps below 1,
             `lr` not positive, `params` of another model, specification or number of tasks.
 
-    Not differentiable; use a learner for meta-gradients. Several threads may call it at once.
+    Not differentiable; use a learner for meta-gradients, and `fm.FineTuner` for tasks with more
+    texts than one batch. Several threads may call it at once.
     """
     if not isinstance(patched, Patched):
         raise TypeError(

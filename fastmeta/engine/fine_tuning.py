@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,7 @@ class FineTuner:
         self._loop = InnerLoop(
             patched=patched,
             rule=rule,
-            rates=Rates.of_tasks(torch.ones(1, device=patched.device), patched.layout),
+            rates=Rates(1.0, patched.layout, 1, patched.slots.initial[0]),  # another in every step
             steps=1,
             loss_fn=resolve_loss(loss_fn),
             second_order=0,
@@ -158,10 +159,11 @@ class FineTuner:
             ValueError: A name that is there or given twice, `params` of another number of tasks,
                 `ways` where other tasks have none or the other way round.
         """
-        names = tuple(tasks)
-        twice = next((n for i, n in enumerate(names) if n in (*self.names, *names[:i])), None)
-        if twice is not None:
-            raise ValueError(f"every task needs a name of its own, got {twice!r} twice")
+        names, seen = tuple(tasks), set(self.names)
+        for name in names:
+            if name in seen:
+                raise ValueError(f"every task needs a name of its own, got {name!r} twice")
+            seen.add(name)
         if not names:
             raise ValueError("expected at least one task, got none")
         if self.names and (ways is None) != (self._ways is None):
@@ -191,10 +193,10 @@ class FineTuner:
         """Let tasks go and return their fast weights, in the order named.
 
         Raises:
-            ValueError: A name that is not there, or twice.
+            ValueError: A name that is not there, or none.
         """
-        gone = list(tasks)
-        place = self._place(gone)
+        gone = dict.fromkeys(tasks)
+        place = self._place(list(gone))
         params = TaskParams(self.patched.layout, self._packed[place].clone())
         kept = [i for i, name in enumerate(self.names) if name not in gone]
         self.names = tuple(self.names[i] for i in kept)
@@ -202,7 +204,7 @@ class FineTuner:
             t[kept] for t in (self._packed, self.steps, self.diverged, self.lr)
         )
         self._state = tuple(t[kept] for t in self._state)
-        self._ways = None if self._ways is None else self._ways[kept]
+        self._ways = None if self._ways is None or not kept else self._ways[kept]
         return params
 
     def _place(self, names: Sequence[Hashable]) -> Place:
@@ -256,11 +258,11 @@ class FineTuner:
         """One pass and one update; see :meth:`step`."""
         packed, steps = self._packed[place], self.steps[place]
         state = tuple(t[place] for t in self._state)
-        self._loop.rates.values.data = self.lr[place]
-        params = TaskParams(self.patched.layout, packed)
+        loop = replace(self._loop, rates=Rates.of_tasks(self.lr[place], self.patched.layout))
+        support = support_of(loop, TaskParams(self.patched.layout, packed), inputs, None)
         packed, state, active, losses = inner_step(
-            self._loop, steps, packed, state, support_of(self._loop, params, inputs, None),
-            ~self.diverged[place], create_graph=False, in_place=True,
+            loop, steps, packed, state, support, ~self.diverged[place],
+            create_graph=False, in_place=True,
         )  # fmt: skip
         _write(self._packed, place, packed)
         for whole, part in zip(self._state, state, strict=True):

@@ -54,6 +54,24 @@ def test_adapt(spec: fm.Spec) -> None:
     on_both(run)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", fm.rules.Momentum(dampening=0.3)], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"task_chunk": 2}, {"compile": "trace"}], ids=str)
+def test_fine_tuning(optimizer, settings: dict) -> None:
+    """Tasks that are adjacent and that are not, one that joins."""
+
+    def run(model: nn.Module, batch: fm.TaskBatch) -> dict[str, Tensor]:
+        patched = fm.patch(model, fm.LoRA(r=2) + fm.Head())
+        tuner = fm.FineTuner(patched, 2, lr=[0.1, 0.2], optimizer=optimizer, **settings)
+        losses = [tuner.step(batch[:2].support)]
+        tuner.add([2], lr=0.1)
+        losses.append(tuner.step({k: v[[0, 2]] for k, v in batch.support.items()}, [0, 2]))
+        losses.append(tuner.step(batch.support))
+        kept = {"params": tuner.params.packed, "steps": tuner.steps.double()}
+        return kept | {"losses": torch.cat(losses), "gone": tuner.remove([1]).packed}
+
+    on_both(run)
+
+
 def test_select_models() -> None:
     def run(model: nn.Module, batch: fm.TaskBatch) -> dict[str, Tensor]:
         patched = fm.patch(model, fm.Head())
