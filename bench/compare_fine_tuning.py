@@ -86,7 +86,9 @@ class Service:
         drawn = torch.randint(len(CLINC_LENGTHS), shape[:2], generator=generator)
         lengths = torch.tensor(CLINC_LENGTHS)[drawn]
         if self.model == "llama":  # half of them full, the others down to a half
-            lengths = torch.randint(self.length // 2, 3 * self.length // 2, shape[:2])
+            lengths = torch.randint(
+                self.length // 2, 3 * self.length // 2, shape[:2], generator=generator
+            )
         lengths = lengths.clamp(max=self.length).unsqueeze(-1)
         mask = (torch.arange(self.length) < lengths).to(ids.dtype)
         labels = ids.masked_fill(mask == 0, -100)

@@ -34,6 +34,11 @@ def accumulator(*tensors: Tensor) -> tl.dtype:
     return tl.float64 if any(t.dtype == torch.float64 for t in tensors) else tl.float32
 
 
+def wide_dtype(t: Tensor) -> torch.dtype:
+    """The dtype of what is accumulated, as torch says it."""
+    return torch.float64 if t.dtype == torch.float64 else torch.float32
+
+
 def empty_like(t: Tensor, wanted: int = 1) -> Tensor:
     """A contiguous result in the shape of ``t``, without elements where it is not wanted."""
     return t.new_empty(t.shape if wanted else 0)

@@ -22,6 +22,7 @@ from fastmeta.kernels._common import (
     log,
     mixed,
     power_of_2,
+    wide_dtype,
 )
 
 
@@ -356,7 +357,7 @@ def attention(
     check_padded(places)
     mask = readable(mask, q)
     out = laid_out_as(q, v.shape[3])
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(q)
     lse = q.new_empty(q.shape[:3], dtype=wide)
     constants = constants_of(q, v, mask, k.shape[2], scale, dropout_p, 64)
     blocks = ceil_div(q.shape[2], constants["BM"])

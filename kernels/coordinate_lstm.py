@@ -12,7 +12,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmeta.kernels._common import accumulator, ceil_div, launch, power_of_2, sigmoid, tanh
+from fastmeta.kernels._common import (
+    accumulator,
+    ceil_div,
+    launch,
+    power_of_2,
+    sigmoid,
+    tanh,
+    wide_dtype,
+)
 
 _STRIPS = 256  # of coordinates, whose sums are added at last
 
@@ -308,7 +316,7 @@ def _derivative(directions, gh, gc, x, h, c, w_ih, w_hh, bias, needs, second: bo
     if needs & 8:
         per_strip = max(ceil_div(blocks, _STRIPS), 1)
         strips = ceil_div(blocks, per_strip)
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        wide = wide_dtype(x)
         parts = x.new_empty(strips, 4 * hidden, features + hidden + 1, dtype=wide)
         if parts.numel():
             launch(

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmeta.kernels._common import accumulator, exp, launch, log, power_of_2
+from fastmeta.kernels._common import accumulator, exp, launch, log, power_of_2, wide_dtype
 
 _BLOCK = 4096  # logits of a row at a time
 
@@ -99,13 +99,9 @@ def _options(x: Tensor) -> dict:
     return {"ACC": accumulator(x), "BLOCK": block, "num_warps": 8 if block > 1024 else 4}
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def cross_entropy(x: Tensor, labels: Tensor, ignored: int) -> tuple[Tensor, Tensor]:
     rows, classes = x.shape
-    losses, stats = (x.new_empty(*shape, dtype=_wide(x)) for shape in ((rows,), (rows, 2)))
+    losses, stats = (x.new_empty(*shape, dtype=wide_dtype(x)) for shape in ((rows,), (rows, 2)))
     launch(
         cross_entropy_kernel, rows,
         x, labels, losses, stats, classes, IGNORED=ignored, **_options(x),

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmeta.kernels._common import accumulator, ceil_div, launch, square_root
+from fastmeta.kernels._common import accumulator, ceil_div, launch, square_root, wide_dtype
 
 _ROWS = 32  # of one program: what it sums up does not depend on the device
 
@@ -128,15 +128,11 @@ def _shape(x: Tensor, weight: Tensor) -> tuple[int, int, int, dict]:
     )
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, rms: bool
 ) -> tuple[Tensor, Tensor]:
     _, rows, _, row = _shape(x, weight)
-    y, stats = torch.empty_like(x), x.new_empty(x.shape[0], 2, dtype=_wide(x))
+    y, stats = torch.empty_like(x), x.new_empty(x.shape[0], 2, dtype=wide_dtype(x))
     launch(
         layer_norm_kernel, x.shape[0] if x.numel() else 0,
         x, weight, bias, y, stats, rows, weight.stride(0),
@@ -151,7 +147,7 @@ def layer_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     tasks, rows, parts, row = _shape(x, weight)
     dx = torch.empty_like(x)
-    dw, db = (x.new_empty(tasks, parts, x.shape[1], dtype=_wide(x)) for _ in range(2))
+    dw, db = (x.new_empty(tasks, parts, x.shape[1], dtype=wide_dtype(x)) for _ in range(2))
     launch(
         layer_norm_backward_kernel, tasks * parts if x.numel() else 0,
         dy, x, weight, stats, dx, dw, db, rows, parts, weight.stride(0), x.shape[1],
@@ -172,7 +168,7 @@ def layer_norm_double_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     tasks, rows, parts, row = _shape(x, weight)
     d_dy, d_x = torch.empty_like(x), torch.empty_like(x)
-    d_w = x.new_empty(tasks, parts, x.shape[1], dtype=_wide(x))
+    d_w = x.new_empty(tasks, parts, x.shape[1], dtype=wide_dtype(x))
     strides = [0 if g is None else g.stride(0) for g in (gw, gb)]
     launch(
         layer_norm_double_backward_kernel, tasks * parts if x.numel() else 0,

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmeta.kernels._common import INTERPRETED, ceil_div, launch, power_of_2
+from fastmeta.kernels._common import INTERPRETED, ceil_div, launch, power_of_2, wide_dtype
 from fastmeta.reference.lora_linear import dequantise
 
 _HALF = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -303,7 +303,7 @@ def _if_wanted(like: Tensor, shape: tuple[int, ...], wanted: int) -> Tensor:
 def lora_linear(x, weight, weight_scale, bias, a, b, offsets, scale) -> tuple[Tensor, Tensor]:
     """``x W^T + bias + s B^T`` and ``s = scale x A^T``, summed up in one loop."""
     rows = _Rows(x, a.shape[0], a.shape[1], offsets)
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(x)
     y, s = x.new_empty(x.shape[0], b.shape[1]), x.new_empty(x.shape[0], a.shape[1], dtype=wide)
     if y.numel() == 0 and s.numel():
         s = rows.shrink(x, a, None, None, scale)

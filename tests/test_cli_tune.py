@@ -78,7 +78,15 @@ def test_stopped_and_gone_on_with(call, files, tmp_path, monkeypatch) -> None:
     assert status == 130 and "stopped after 4 of 15 steps" in err and "--resume" in err
     assert [p.name for p in out.iterdir()] == ["tuning.pt"]
     status, _, err = call("tune", *files, "--out", out, *more[:-1], 6, "--resume")
-    assert status == 2 and "batch_size=5, these have batch_size=6" in err
+    assert status == 2 and "is of a run with batch_size=5, got 6" in err
+    for change in (["--optimizer", "adam"], ["--lr", "0.1"], ["--dtype", "float64"]):
+        status, _, err = call("tune", *files, "--out", out, *more, *change, "--resume")
+        assert status == 2 and f"is of a run with {change[0][2:]}=" in err and len(calls) == 4
+    text = files[0].read_text()
+    files[0].write_text(text.replace(DATA.classes[0], "zoo"))
+    status, _, err = call("tune", *files, "--out", out, *more, "--resume")
+    assert status == 2 and "belongs to other data: that of 'acme' differs" in err
+    files[0].write_text(text)
     assert call("tune", *files, "--out", out, *more, "--resume")[0] == 0
     assert len(calls) == 15 and not (out / "tuning.pt").exists()
     for name in ("acme", "bolt"):
@@ -99,10 +107,11 @@ def test_from_what_was_meta_learned(call, lora_run, files, tmp_path) -> None:
     ("more", "message"),
     [
         (["--spec", "lora:r=0"], "LoRA"),
-        (["--lr", "0"], "lr must be positive and finite, got 0.0"),
+        (["--lr", "0"], "lr must be positive, got 0.0"),
         (["--epochs", "0"], "expected epochs to be an integer >= 1, got 0"),
         (["--hold-out", "1"], "--hold-out: expected a share of at least 0 and below 1, got 1.0"),
         (["--resume"], "holds no state of an unfinished run to go on with"),
+        (["--save-every", "0"], "--save-every: expected at least 1, got 0"),
         (["--checkpoint", "RUN", "--spec", "head"], "spec comes with the checkpoint"),
     ],
 )
@@ -116,8 +125,10 @@ def test_refused_files(fails, files, tmp_path, lora_run) -> None:
         return fails("tune", *given, "--out", tmp_path / "out", "--quiet")
 
     assert "different stems, got 'acme' twice" in refused(files[0], files[0])
-    base = write_jsonl(tmp_path / "base.jsonl", [("a", "x"), ("b", "y")])
-    assert "base is where the model itself may go" in refused(base)
+    for name in ("base", "...", ".", ".hidden", "tuning.pt"):
+        file = write_jsonl(tmp_path / f"{name}jsonl", [("a", "x")]) if name == "." else None
+        file = file or write_jsonl(tmp_path / f"{name}.jsonl", [("a", "x"), ("b", "y")])
+        assert "no customer can be called" in refused(file)
     single = write_jsonl(tmp_path / "one.jsonl", [("a", "x"), ("b", "x")])
     assert "task 'one': expected 2 classes or more, got 1" in refused(single)
     four = write_jsonl(tmp_path / "four.jsonl", [(c, c) for c in "abcd"])
@@ -133,3 +144,26 @@ def test_metric_checkpoints_are_refused(fails, call, files, tmp_path) -> None:
     assert call("train", "--quiet", *flags(method="protonet", out=run, inner_steps=None))[0] == 0
     message = fails("tune", *files, "--checkpoint", run, "--out", tmp_path / "out")
     assert "a checkpoint of protonet has no initial weights to tune from" in message
+
+
+def test_a_damaged_state(fails, files, tmp_path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "tuning.pt").write_bytes(b"no state")
+    message = fails("tune", *files, "--out", out, *MODEL, *SPEC, "--resume")
+    assert "tuning.pt cannot be read" in message
+
+
+def test_a_new_head_that_does_not_adapt_is_kept(call, files, tmp_path) -> None:
+    """Weights of norms alone are adapted under a head that no other place has."""
+    bert, tokenizer = fm.data.tiny_bert(hidden_size=16, num_layers=1)
+    bert.bert.save_pretrained(tmp_path / "encoder")
+    tokenizer.save_pretrained(tmp_path / "encoder")
+    arguments = ["tune", *files, "--model", tmp_path / "encoder", "--quiet", "--epochs", 1]
+    for spec, bases in (("norm", 1), ("lora:r=2 + head", 0)):
+        out = tmp_path / f"out{bases}"
+        assert call(*arguments, "--spec", spec, "--out", out)[0] == 0
+        assert (out / "base").is_dir() == bool(bases)
+        about = json.loads((out / "acme" / "fastmeta.json").read_text())
+        assert about["ways"] == 3 and about["pooling"] is None and len(about["labels"]) == 2
+        assert Path(about["base_model"]) == (out / "base" if bases else tmp_path / "encoder")

@@ -119,7 +119,7 @@ def test_state_of_other_episodes_is_refused(numbered, tokenizer):
     loader = fd.Episodes(numbered, tokenizer, 2, 1, 1, 2, start=3)
     state = loader.state_dict()
     other = fd.Episodes(numbered, tokenizer, 3, 1, 1, 2)
-    with pytest.raises(ValueError, match="belongs to episodes with ways=2, these have ways=3"):
+    with pytest.raises(ValueError, match="belongs to batches with ways=2, these have ways=3"):
         other.load_state_dict(state)
     with pytest.raises(ValueError, match="expected position to be an integer >= 0, got -1"):
         loader.load_state_dict({**state, "position": -1})

@@ -90,12 +90,39 @@ def test_going_on_from_a_position() -> None:
         assert all(torch.equal(one.inputs[k], same.inputs[k]) for k in one.inputs)
     with pytest.raises(ValueError, match="batch_size=4, these have batch_size=5"):
         Minibatches(TASKS, TOKENIZER, batch_size=5, epochs=2).load_state_dict(state)
+    few = TASKS["few"]
+    other = TASKS | {"few": LabelledTexts(few.texts, [*few.labels[1:].tolist(), 0])}
+    with pytest.raises(ValueError, match="belongs to other data: that of 'few' differs"):
+        Minibatches(other, TOKENIZER, batch_size=4, epochs=2).load_state_dict(state)
+
+
+class OfWords:
+    """A tokenizer that adds nothing to the words."""
+
+    pad_token_id, model_max_length = 0, 100
+
+    def __call__(self, texts, **_):
+        return {"input_ids": [[len(w) for w in t.split()] for t in texts]}
+
+    def __len__(self) -> int:
+        return 100
+
+
+def test_a_text_without_a_next_word() -> None:
+    data = {"a": ["two words", "three words here"], "b": ["two words", "one"]}
+    with pytest.raises(DataError, match="task 'b': 'one' is one token, which has no next word"):
+        Minibatches(data, OfWords())
+    batch = Minibatches({"a": data["a"]}, OfWords(), bucket=1).batch(0)
+    assert sorted(batch.inputs) == ["attention_mask", "input_ids", "labels"]
+    assert sorted(batch.inputs["labels"][0].tolist()) == [[3, 5, -100], [5, 5, 4]]
 
 
 def test_number_of_batches() -> None:
     assert len(Minibatches(TASKS, TOKENIZER, 4, epochs=2, num_batches=3)) == 3
     assert len(Minibatches(TASKS, TOKENIZER, 4, epochs=2, num_batches=30)) == 10
     assert len(Minibatches(TASKS, TOKENIZER, 4, epochs=None, num_batches=30)) == 30
+    with pytest.raises(IndexError, match="there is no batch 10: expected 0 to 9"):
+        Minibatches(TASKS, TOKENIZER, 4, epochs=2).batch(10)
     with pytest.raises(TypeError, match="endless"):
         len(Minibatches(TASKS, TOKENIZER, 4, epochs=None))
 
@@ -108,6 +135,7 @@ def test_number_of_batches() -> None:
         ({"a": texts(2, classes=1)}, {}, DataError, "task 'a': expected 2 classes or more, got 1"),
         ({"a": []}, {}, DataError, "task 'a': expected at least one text, got none"),
         ({"a": "text"}, {}, TypeError, "task 'a': expected labelled texts or a list of strings"),
+        ({0: ["one", "two"]}, {}, TypeError, "expected names of tasks to be texts, got 0"),
         ({"a": [1]}, {}, TypeError, "task 'a': expected labelled texts or a list of strings"),
         (TASKS, {"batch_size": 0}, ValueError, "batch_size to be an integer >= 1, got 0"),
         (TASKS, {"epochs": 0}, ValueError, "epochs to be an integer >= 1, got 0"),

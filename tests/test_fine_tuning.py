@@ -119,7 +119,7 @@ def test_rates_that_change_with_each_tasks_own_steps() -> None:
     tuner = fm.FineTuner(patched_bert(), 2, lr=0.1, optimizer="sgd")
     alone = [Alone(torch.optim.SGD, 0.1) for _ in range(2)]
     for step, turn in enumerate([(0,), (0, 1), (0, 1)]):
-        tuner.lr[:] = 0.1 / (1 + tuner.steps.double())
+        tuner.lr = 0.1 / (1 + tuner.steps.double())
         tuner.step({k: v[list(turn)] for k, v in BATCHES[step].items()}, turn)
         for t in turn:
             alone[t].optimizer.param_groups[0]["lr"] = 0.1 / (1 + step - t)
@@ -197,12 +197,16 @@ class Unaware(rules.UpdateRule):
     [
         ({"tasks": 0}, ValueError, "expected at least one task, got none"),
         ({"tasks": ["a", "b", "a"]}, ValueError, "a name of its own, got 'a' twice"),
-        ({"lr": 0.0}, ValueError, "lr must be positive and finite, got 0.0"),
+        ({"tasks": "acme"}, TypeError, r"expected a list of names, such as \['acme'\]"),
+        ({"lr": 0.0}, ValueError, "lr must be positive, got 0.0"),
+        ({"lr": float("inf")}, ValueError, "lr must be finite, got inf"),
         ({"lr": [0.1, 0.2]}, ValueError, "a number or one for each of 3 tasks"),
         ({"optimizer": Unaware()}, ValueError, "which Unaware does not know"),
         ({"task_chunk": "auto"}, ValueError, "task_chunk must be None or an integer"),
         ({"clip_norm": -1.0}, ValueError, "clip_norm must be positive or None"),
         ({"ways": [1, 2]}, ValueError, r"ways must have shape \[3\]"),
+        ({"ways": [1, 2, 5]}, ValueError, r"ways must be in 1..4, got \[1, 2, 5\]"),
+        ({"ways": 0}, ValueError, r"ways must be in 1..4, got \[0, 0, 0\]"),
     ],
 )
 def test_wrong_settings(settings: dict, error: type, message: str) -> None:
@@ -229,9 +233,20 @@ def test_wrong_calls_change_nothing() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             call()
-    state = fm.FineTuner(patched, 3, lr=0.1, optimizer="sgd").state_dict()
-    with pytest.raises(ValueError, match="AdamW keeps 2 tensors, got 0: expected the same"):
-        tuner.load_state_dict(state)
+    others = {
+        "another optimizer: expected AdamW": fm.FineTuner(patched, 3, lr=0.1, optimizer="sgd"),
+        "another model or specification": fm.FineTuner(patched_bert(fm.LoRA(r=2)), 3, lr=0.1),
+    }
+    for message, other in others.items():
+        with pytest.raises(ValueError, match=message):
+            tuner.load_state_dict(other.state_dict())
+    with pytest.raises(TypeError, match=r"inputs of a fm\.data\.Minibatch, got list"):
+        tuner.step([batch])
+    with pytest.raises(TypeError, match="expected a list of names"):
+        tuner.step(batch, "acme")
+    tuner.lr = [0.1, 0.2, -0.1]
+    with pytest.raises(ValueError, match="lr must be at least 0"):
+        tuner.step(batch)
     assert torch.equal(tuner.params.packed, before) and tuner.steps.tolist() == [0, 0, 0]
     with pytest.raises(TypeError, match="expected a patched model"):
         fm.FineTuner(torch.nn.Linear(2, 2), 3, lr=0.1)

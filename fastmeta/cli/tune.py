@@ -23,7 +23,7 @@ from fastmeta.cli.errors import UserError, as_user_errors
 from fastmeta.cli.signals import stopping
 from fastmeta.data import LabelledTexts, Minibatches
 from fastmeta.training.errors import CheckpointError
-from fastmeta.training.export import check_new, export_task, quiet_transformers
+from fastmeta.training.export import ABOUT, check_new, export_task, quiet_transformers
 from fastmeta.training.files import check_writable, whole_file
 
 SUMMARY = (
@@ -36,6 +36,19 @@ KEYS = tuple(
 )
 DEFAULT_SPEC = "lora:r=8 + head"
 _STATE = "tuning.pt"
+_FREE = ("device", "threads", "task_chunk", "compile")
+"""Of the configuration, what may change when a run goes on."""
+_OWN = (
+    "epochs",
+    "batch_size",
+    "lr",
+    "schedule",
+    "optimizer",
+    "clip_norm",
+    "hold_out",
+    "checkpoint",
+)
+"""Flags that are no keys of a configuration."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,6 +93,7 @@ class Run:
         held: Customer -> ``(text, class name)`` that judge.
         batches, tuner: Of the customers in the order of `batches`.
         totals: Steps that each will have taken, ``[T]``.
+        settings: What all of it depends on beside the texts.
         stopped: Whether somebody asked to stop.
     """
 
@@ -89,6 +103,7 @@ class Run:
     batches: Minibatches
     tuner: fm.FineTuner
     totals: torch.Tensor
+    settings: dict[str, Any]
     stopped: bool = field(default=False)
 
     def stop(self) -> None:
@@ -117,6 +132,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _prepare(arguments: argparse.Namespace) -> Run:
     """Read everything and check it; nothing is written."""
+    if arguments.save_every < 1:
+        raise UserError(f"--save-every: expected at least 1, got {arguments.save_every}")
     given = configs.flag_values(arguments)
     keys = configs.make_config(given)  # of the files; the run's own come with its checkpoint
     texts, held = {}, {}
@@ -124,8 +141,9 @@ def _prepare(arguments: argparse.Namespace) -> Run:
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise UserError(f"expected files of different stems, got {twice[0]!r} twice")
-    if "base" in names:
-        raise UserError("base is where the model itself may go: name that file otherwise")
+    for name, file in zip(names, arguments.files, strict=True):
+        if name.startswith(".") or name.casefold() in ("base", _STATE):
+            raise UserError(f"{file}: no customer can be called {name!r}; rename the file")
     for name, file in zip(names, arguments.files, strict=True):
         found = fm.data.from_jsonl(file, text=keys.text_key, label=keys.label_key)
         with as_user_errors("--hold-out: "):
@@ -156,7 +174,9 @@ def _prepare(arguments: argparse.Namespace) -> Run:
         )
     sizes = [-(-len(texts[name]) // arguments.batch_size) for name in batches.names]
     totals = arguments.epochs * torch.tensor(sizes, device=parts.device)
-    return Run(parts, texts, held, batches, tuner, totals)
+    settings = {k: v for k, v in config.to_dict().items() if k not in _FREE}
+    settings |= {k: getattr(arguments, k) for k in _OWN}
+    return Run(parts, texts, held, batches, tuner, totals, settings)
 
 
 def _parts(arguments: argparse.Namespace, given: dict[str, Any], classes: int) -> Parts:
@@ -210,30 +230,51 @@ def _train(current: Run, out: Path, arguments: argparse.Namespace) -> bool:
 
 def _save(current: Run, out: Path) -> None:
     state = {"tuner": current.tuner.state_dict(), "batches": current.batches.state_dict()}
-    state["random"] = torch.get_rng_state()  # of dropout
+    state |= {"settings": current.settings, "random": _random_state(current.parts.device)}
     with whole_file(out / _STATE) as temporary:
         torch.save(state, temporary)
 
 
 def _load(current: Run, out: Path) -> None:
+    file, device = out / _STATE, current.parts.device
     try:
-        state = torch.load(out / _STATE, map_location=current.parts.device, weights_only=True)
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        saved = state["settings"]
+    except Exception as error:  # whatever a damaged file has to say
+        raise CheckpointError(f"{file} cannot be read: {error}") from None
+    for key, value in current.settings.items():
+        if saved.get(key) != value:
+            raise CheckpointError(
+                f"{file} is of a run with {key}={saved.get(key)!r}, got {value!r}: only "
+                f"{', '.join(_FREE)} and save-every may change"
+            )
+    try:
         current.batches.load_state_dict(state["batches"])
         current.tuner.load_state_dict(state["tuner"])
-        torch.set_rng_state(state["random"].cpu())
-    except (ValueError, KeyError, RuntimeError) as error:
-        raise CheckpointError(f"{out / _STATE} cannot be gone on with: {error}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{file} cannot be gone on with: {error}") from None
+    torch.set_rng_state(state["random"][0])
+    if device.type == "cuda" and len(state["random"]) > 1:
+        torch.cuda.set_rng_state(state["random"][1], device)
+
+
+def _random_state(device: torch.device) -> list[torch.Tensor]:
+    """Of what dropout draws from."""
+    own = [torch.cuda.get_rng_state(device).cpu()] if device.type == "cuda" else []
+    return [torch.get_rng_state(), *own]
 
 
 def _finish(current: Run, out: Path) -> None:
     """A folder of each customer, and a table."""
     parts, tuner = current.parts, current.tuner
+    shared = {k: getattr(parts.config, k) for k in ("ways", "pooling", "pooling_scale")}
     base = _base(parts, out)
     width = max(len("customer"), *map(len, tuner.names))
     print(f"{'customer':{width}}  classes  texts  steps  accuracy of held-out texts")
     for place, name in enumerate(tuner.names):
         labels = list(current.texts[name].classes)
         details = {"steps": int(tuner.steps[place]), "diverged": bool(tuner.diverged[place])}
+        details |= shared
         judged = "none held out"
         if current.held[name]:
             rows = [{"text": text, "label": label} for text, label in current.held[name]]
@@ -245,16 +286,20 @@ def _finish(current: Run, out: Path) -> None:
             judged += "; diverged: its weights from before are kept"
         row = f"{len(labels):7}  {len(current.texts[name]):5}  {details['steps']:5}  {judged}"
         print(f"{name:{width}}  {row}")
-        shutil.rmtree(out / name, ignore_errors=True)  # of a run that ended while it wrote these
+        if (out / name / ABOUT).is_file():  # of a run that ended while it wrote these
+            shutil.rmtree(out / name)
         export_task(
             parts.patched, tuner.task(name), out / name, labels=labels, base=base, details=details
         )
 
 
 def _base(parts: Parts, out: Path) -> str:
-    """What all adapters are of: the model as it was named, or where it has learned, a copy."""
+    """What all adapters are of: the model as it was named, or a copy where that lacks something:
+    what it has learned, or a new head that does not adapt."""
     config: Config = parts.config
-    if not config.model.startswith("builtin") and not parts.patched.shared_parameters():
+    named = not config.model.startswith("builtin") and not parts.patched.shared_parameters()
+    head = {request.name for request in fm.Head().resolve(parts.model)}
+    if named and head <= set(parts.patched.layout.names):
         return config.model
     with quiet_transformers():
         parts.model.save_pretrained(out / "base")

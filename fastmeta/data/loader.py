@@ -113,11 +113,19 @@ class Loader(ABC, Generic[Batch]):
                 f"expected a state with 'position' and 'settings', got {state!r}"
             ) from None
         for key, value in self.settings().items():
-            if saved.get(key) != value:
+            found = saved.get(key)
+            if found == value:
+                continue
+            if isinstance(found, dict) and isinstance(value, dict):  # by task
+                tasks = [n for n in {**value, **found} if found.get(n) != value.get(n)]
+                more = f" and {len(tasks) - 1} more" if len(tasks) > 1 else ""
                 raise ValueError(
-                    f"the saved position belongs to episodes with {key}={saved.get(key)!r}, "
-                    f"these have {key}={value!r}"
+                    f"the saved position belongs to other {key}: that of {tasks[0]!r}{more} differs"
                 )
+            raise ValueError(
+                f"the saved position belongs to batches with {key}={found!r}, "
+                f"these have {key}={value!r}"
+            )
         check_least(0, position=position)
         self.position = position
 

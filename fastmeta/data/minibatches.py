@@ -73,8 +73,10 @@ class Minibatches(Loader[Minibatch]):
         Minibatch.
 
     Raises:
-        DataError: No task, a task without texts or with fewer than two classes.
-        TypeError: Tasks with and without labels.
+        DataError: No task, a task without texts or with fewer than two classes, a text without
+            labels of one token.
+        IndexError: From `batch`, beyond the last.
+        TypeError: Tasks with and without labels, a name that is no text.
         ValueError: A number out of its range.
     """
 
@@ -115,12 +117,20 @@ class Minibatches(Loader[Minibatch]):
         self.data = {name: data[name] for name in self.names}
         self.ways = [len(t.classes) for t in self.data.values()] if self.labelled else None
         self._tokens = [tokenize(t, tokenizer, max_length=max_length) for t in self.data.values()]
+        if not self.labelled:
+            for name, tokens in zip(self.names, self._tokens, strict=True):
+                if int(tokens.lengths.min()) < 2:
+                    text = self.data[name][int(tokens.lengths.argmin())]
+                    raise DataError(f"task {name!r}: {text!r} is one token, which has no next word")
         self._orders: dict[int, tuple[int, np.ndarray]] = {}  # of each task's epoch
 
     def settings(self) -> dict[str, Any]:
         """Return what a batch depends on besides its number, as JSON values."""
         names = ("batch_size", "epochs", "seed", "max_length")
-        digests = {n: crc32(t.ids.tobytes()) for n, t in zip(self.names, self._tokens, strict=True)}
+        digests = {}
+        for (name, texts), tokens in zip(self.data.items(), self._tokens, strict=True):
+            digest = crc32(tokens.offsets.tobytes(), crc32(tokens.ids.tobytes()))
+            digests[name] = [digest, texts.digest] if self.labelled else [digest]
         return {name: getattr(self, name) for name in names} | {"data": digests}
 
     def _order(self, task: int, epoch: int) -> np.ndarray:
@@ -128,7 +138,8 @@ class Minibatches(Loader[Minibatch]):
         kept = self._orders.get(task)
         if kept is None or kept[0] != epoch:
             count = len(self._tokens[task])
-            seed = (self.seed + (crc32(self.names[task].encode()) << 32)) % 2**64
+            name = self.names[task].encode("utf-8", "surrogatepass")
+            seed = (self.seed + (crc32(name) << 32)) % 2**64
             _, order, _ = sample_episodes([0, count], 1, 1, count, 0, seed, epoch)
             kept = self._orders[task] = (epoch, order.reshape(-1))
         return kept[1]
@@ -141,6 +152,8 @@ class Minibatches(Loader[Minibatch]):
                 break  # the others have fewer
             order = self._order(task, epoch)
             parts.append(order[at * self.batch_size : (at + 1) * self.batch_size])
+        if not parts:
+            raise IndexError(f"there is no batch {index}: expected 0 to {len(self) - 1}")
         rows = max(map(len, parts))
         pieces = [self._rows(task, chosen, rows) for task, chosen in enumerate(parts)]
         width = max(p["input_ids"].shape[1] for p in pieces)
@@ -174,6 +187,8 @@ def _kind(data: Mapping[str, LabelledTexts | Sequence[str]]) -> bool:
     if len(kinds) > 1:
         raise TypeError("expected labelled texts of every task or of none, got both")
     for name, texts in data.items():
+        if not isinstance(name, str):
+            raise TypeError(f"expected names of tasks to be texts, got {name!r}")
         if isinstance(texts, LabelledTexts):
             if len(texts.classes) < 2:
                 raise DataError(f"task {name!r}: expected 2 classes or more, got 1")

@@ -67,7 +67,7 @@ def check_sets(patched: Patched, loss_fn: LossFn, sets: Mapping[str, Mapping[str
         if loss in _LABELS:
             setting, dim = _LABELS[loss]
             first = 1 if loss == "causal_lm" else 0  # the first token has nothing before it
-            check_labels(batch, which, setting, dim, _setting(patched, setting), first)
+            check_labels(batch, which, setting, dim, setting_of(patched, setting), first)
         elif loss == "regression":
             check_targets(batch, which)
         if loss in ("causal_lm", "seq2seq_lm"):
@@ -100,7 +100,7 @@ _LABELS = {
 """Of a loss of classes: the configuration entry that bounds its labels, and their axes."""
 
 
-def _setting(patched: Patched, name: str) -> int | None:
+def setting_of(patched: Patched, name: str) -> int | None:
     """An entry of the model's configuration; None for a bare backbone, whose head is missing."""
     if getattr(patched.model, "base_model", None) is patched.model:
         return None

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastmeta._names import near
 from fastmeta.batch import check_set, ways_of
 from fastmeta.engine.capture import capture_of
-from fastmeta.engine.checks import check_clip_norm, check_sets, compute_dtype_of
+from fastmeta.engine.checks import check_clip_norm, check_sets, compute_dtype_of, setting_of
 from fastmeta.engine.chunks import split
 from fastmeta.engine.conditions import computing
 from fastmeta.engine.episode import support_of
@@ -23,7 +23,7 @@ from fastmeta.engine.losses import WAYS, LossFn, resolve_loss
 from fastmeta.engine.memory import check_memory
 from fastmeta.engine.optimizers import UpdateRule, resolve_rule
 from fastmeta.engine.rates import Rates
-from fastmeta.patching import Patched, TaskParams
+from fastmeta.patching import ParamLayout, Patched, TaskParams
 
 Place = slice | Tensor
 """Where tasks are: adjacent ones, whose rows are views, or int64 ``[A]``."""
@@ -63,8 +63,8 @@ class FineTuner:
         steps: Steps that each has taken, int64 ``[T]``.
         diverged: bool ``[T]``: tasks whose loss or gradient became NaN or Inf. They keep the fast
             weights from before that step; the others go on.
-        lr: Learning rates ``[T]``; may be written to before a step, as in
-            ``tuner.lr[:] = 1e-3 * (1 - tuner.steps / 500)``.
+        lr: Learning rates ``[T]``; may be set before a step, as in
+            ``tuner.lr = 1e-3 * (1 - tuner.steps / 500).clamp(min=0)``.
 
     Raises:
         TypeError: `patched` is no patched model, a setting of another type.
@@ -125,7 +125,7 @@ class FineTuner:
         self.steps = torch.zeros(0, dtype=torch.int64, device=start.device)
         self.diverged = torch.zeros(0, dtype=torch.bool, device=start.device)
         wide = torch.float64 if start.dtype == torch.float64 else torch.float32
-        self.lr = torch.zeros(0, dtype=wide, device=start.device)
+        self._lr = torch.zeros(0, dtype=wide, device=start.device)
         self._ways: Tensor | None = None
         if isinstance(tasks, int) and not isinstance(tasks, bool):
             tasks = range(tasks)
@@ -136,6 +136,14 @@ class FineTuner:
     @property
     def params(self) -> TaskParams:
         return TaskParams(self.patched.layout, self._packed)
+
+    @property
+    def lr(self) -> Tensor:
+        return self._lr
+
+    @lr.setter
+    def lr(self, lr: float | Sequence[float] | Tensor) -> None:
+        self._lr = _rates(lr, len(self.names), self._lr)
 
     def task(self, name: Hashable) -> TaskParams:
         """A copy of one task's fast weights, ``[1, ...]``."""
@@ -159,7 +167,7 @@ class FineTuner:
             ValueError: A name that is there or given twice, `params` of another number of tasks,
                 `ways` where other tasks have none or the other way round.
         """
-        names, seen = tuple(tasks), set(self.names)
+        names, seen = _names(tasks), set(self.names)
         for name in names:
             if name in seen:
                 raise ValueError(f"every task needs a name of its own, got {name!r} twice")
@@ -169,7 +177,9 @@ class FineTuner:
         if self.names and (ways is None) != (self._ways is None):
             raise ValueError("ways must be given for all tasks or for none")
         count, device = len(names), self._packed.device
-        rates = _rates(lr, count, self.lr)
+        rates = _rates(lr, count, self._lr)
+        if not bool((rates > 0).all()):
+            raise ValueError(f"lr must be positive, got {lr!r}")
         if params is None:
             packed = self.patched.init(count).packed.detach()
         else:
@@ -178,13 +188,18 @@ class FineTuner:
                 raise ValueError(f"params hold {params.num_tasks} tasks, but {count} were named")
             packed = params.packed.detach()
         new_ways = None if ways is None else ways_of(ways, count, device).to(device)
+        most = setting_of(self.patched, "num_labels")
+        if new_ways is not None and not 1 <= int(new_ways.min()) <= int(new_ways.max()) <= (
+            most or math.inf
+        ):
+            raise ValueError(f"ways must be in 1..{most or 'C'}, got {new_ways.tolist()}")
         with torch.no_grad():
             state = self._loop.rule.init(packed)
             self._packed = torch.cat([self._packed, packed])
             self._state = tuple(map(torch.cat, zip(self._state, state, strict=True)))
         self.steps = torch.cat([self.steps, self.steps.new_zeros(count)])
         self.diverged = torch.cat([self.diverged, self.diverged.new_zeros(count)])
-        self.lr = torch.cat([self.lr, rates])
+        self._lr = torch.cat([self._lr, rates])
         if new_ways is not None:
             self._ways = new_ways if self._ways is None else torch.cat([self._ways, new_ways])
         self.names += names
@@ -193,15 +208,16 @@ class FineTuner:
         """Let tasks go and return their fast weights, in the order named.
 
         Raises:
-            ValueError: A name that is not there, or none.
+            ValueError: A name that is not there, or twice, or none.
         """
-        gone = dict.fromkeys(tasks)
-        place = self._place(list(gone))
+        gone = _names(tasks)
+        place = self._place(gone)
         params = TaskParams(self.patched.layout, self._packed[place].clone())
-        kept = [i for i, name in enumerate(self.names) if name not in gone]
+        left = set(self.names).difference(gone)
+        kept = [i for i, name in enumerate(self.names) if name in left]
         self.names = tuple(self.names[i] for i in kept)
-        self._packed, self.steps, self.diverged, self.lr = (
-            t[kept] for t in (self._packed, self.steps, self.diverged, self.lr)
+        self._packed, self.steps, self.diverged, self._lr = (
+            t[kept] for t in (self._packed, self.steps, self.diverged, self._lr)
         )
         self._state = tuple(t[kept] for t in self._state)
         self._ways = None if self._ways is None or not kept else self._ways[kept]
@@ -238,7 +254,12 @@ class FineTuner:
             ValueError: A name that is not there, another number of tasks in the batch, labels out
                 of range or none that counts, tensors on another device.
         """
-        place = slice(0, len(self.names)) if tasks is None else self._place(list(tasks))
+        if not isinstance(batch, Mapping):
+            raise TypeError(
+                "expected model inputs and labels by name, such as the inputs of a "
+                f"fm.data.Minibatch, got {type(batch).__name__}"
+            )
+        place = slice(0, len(self.names)) if tasks is None else self._place(_names(tasks))
         count = place.stop - place.start if isinstance(place, slice) else len(place)
         given = check_set("batch", batch)
         if given != count:
@@ -258,7 +279,10 @@ class FineTuner:
         """One pass and one update; see :meth:`step`."""
         packed, steps = self._packed[place], self.steps[place]
         state = tuple(t[place] for t in self._state)
-        loop = replace(self._loop, rates=Rates.of_tasks(self.lr[place], self.patched.layout))
+        rates = self._lr[place]
+        if rates.device.type == "cpu" and not bool((rates >= 0).all()):
+            raise ValueError(f"lr must be at least 0, got {rates.tolist()}")
+        loop = replace(self._loop, rates=Rates.of_tasks(rates, self.patched.layout))
         support = support_of(loop, TaskParams(self.patched.layout, packed), inputs, None)
         packed, state, active, losses = inner_step(
             loop, steps, packed, state, support, ~self.diverged[place],
@@ -274,51 +298,63 @@ class FineTuner:
     # -- keeping -----------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Names, and tensors that are not copied: what :meth:`load_state_dict` goes on from."""
+        """Numbers, texts, and tensors that are not copied: what :meth:`load_state_dict` goes on
+        from."""
+        layout = self.patched.layout
         kept = {"names": list(self.names), "params": self._packed, "state": list(self._state)}
-        kept |= {"steps": self.steps, "diverged": self.diverged, "lr": self.lr}
-        return kept | {"ways": self._ways}
+        kept |= {"steps": self.steps, "diverged": self.diverged, "lr": self._lr}
+        kept |= {"ways": self._ways, "optimizer": repr(self._loop.rule)}
+        shapes = [list(shape) for shape in layout.shapes]
+        return kept | {"layout": [list(layout.names), shapes, dict(layout.scales)]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with the tasks of a :meth:`state_dict`, in place of those here.
 
         Raises:
-            ValueError: It is of other fast weights or of another update rule; nothing is changed.
+            ValueError: It is of another specification, model, dtype or update rule; nothing is
+                changed.
         """
         missing = [k for k in self.state_dict() if k not in state]
         if missing:
             raise ValueError(f"expected the state of a FineTuner, which has {missing[0]!r}")
-        packed = state["params"]
-        if packed.dim() != 2 or packed.shape[1] != self._packed.shape[1]:
-            raise ValueError(
-                f"expected fast weights [T, {self._packed.shape[1]}], got {list(packed.shape)}"
-            )
-        if len(state["state"]) != len(self._state):
-            raise ValueError(
-                f"{type(self._loop.rule).__name__} keeps {len(self._state)} tensors, "
-                f"got {len(state['state'])}: expected the same optimizer"
-            )
+        difference = self.patched.layout.difference(ParamLayout(*state["layout"]))
+        if difference:
+            raise ValueError(f"the state is of another model or specification: {difference}")
+        for what, found, expected in (
+            ("optimizer", state["optimizer"], repr(self._loop.rule)),
+            ("dtype", state["params"].dtype, self._packed.dtype),
+        ):
+            if found != expected:
+                raise ValueError(
+                    f"the state is of another {what}: expected {expected}, got {found}"
+                )
 
         def own(t: Tensor, like: Tensor) -> Tensor:
             return t.to(like.device, like.dtype, copy=True)
 
         self.names = tuple(state["names"])
-        self._packed = own(packed, self._packed)
+        self._packed = own(state["params"], self._packed)
         self._state = tuple(own(t, self._packed) for t in state["state"])
-        self.steps, self.diverged, self.lr = (
+        self.steps, self.diverged, self._lr = (
             own(state[k], getattr(self, k)) for k in ("steps", "diverged", "lr")
         )
         self._ways = None if state["ways"] is None else own(state["ways"], self.steps)
 
 
+def _names(tasks: Iterable[Hashable]) -> tuple[Hashable, ...]:
+    """Names of tasks; a text would be one letter each."""
+    if isinstance(tasks, str):
+        raise TypeError(f"expected a list of names, such as [{tasks!r}], got {tasks!r}")
+    return tuple(tasks)
+
+
 def _rates(lr: float | Sequence[float] | Tensor, count: int, like: Tensor) -> Tensor:
-    """Learning rates ``[count]``, positive and finite."""
-    rates = torch.as_tensor(lr, dtype=like.dtype, device=like.device)
+    """Learning rates ``[count]``, finite."""
+    rates = torch.as_tensor(lr, dtype=like.dtype, device=like.device).detach()
     if rates.dim() > 1 or (rates.dim() == 1 and len(rates) != count):
         raise ValueError(f"lr must be a number or one for each of {count} tasks, got {lr!r}")
-    low = float(rates.min())
-    if not (low > 0 and math.isfinite(float(rates.max()))):
-        raise ValueError(f"lr must be positive and finite, got {lr!r}")
+    if not bool(rates.isfinite().all()):
+        raise ValueError(f"lr must be finite, got {lr!r}")
     return rates.expand(count).clone()
 
 

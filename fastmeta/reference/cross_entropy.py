@@ -7,15 +7,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def losses(x: Tensor, labels: Tensor, ignored: int) -> Tensor:
+    """``log sum_j exp(x_rj) - x_r,labels[r]``, or 0 where the label is `ignored`, ``[R]``."""
+    return F.cross_entropy(
+        _counted(x, labels, ignored), labels, ignore_index=ignored, reduction="none"
+    )
+
+
 def cross_entropy(x: Tensor, labels: Tensor, ignored: int) -> tuple[Tensor, Tensor]:
-    """``log sum_j exp(x_rj) - x_r,labels[r]``, or 0 where the label is `ignored`, ``[R]``; and
-    ``[R, 2]``: a row's largest logit m and ``1 / sum_j exp(x_rj - m)``, zeros where ignored."""
-    wide = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    aside = (labels == ignored).unsqueeze(-1)
-    wide = wide.masked_fill(aside, 0)
-    losses = F.cross_entropy(wide, labels, ignore_index=ignored, reduction="none")
-    rows = wide.detach()
+    """:func:`losses`; and ``[R, 2]``: a row's largest logit m and ``1 / sum_j exp(x_rj - m)``,
+    zeros where ignored."""
+    rows = _counted(x.detach(), labels, ignored)
     largest = rows.amax(-1)
     share = 1 / (rows - largest.unsqueeze(-1)).exp().sum(-1)
     stats = torch.stack([largest, share], -1)
-    return losses, stats.masked_fill(aside, 0)
+    stats = stats.masked_fill((labels == ignored).unsqueeze(-1), 0)
+    return losses(x, labels, ignored), stats
+
+
+def _counted(x: Tensor, labels: Tensor, ignored: int) -> Tensor:
+    """Wide logits, zeros in rows that do not count: those may hold anything."""
+    wide = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return wide.masked_fill((labels == ignored).unsqueeze(-1), 0)

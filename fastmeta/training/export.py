@@ -43,7 +43,8 @@ def export_task(
         patched: The model.
         params: Fast weights of T tasks, or what `fm.adapt` returned.
         folder: Must not exist, or be empty.
-        labels: Class names in the order of the logits.
+        labels: Class names in the order of the logits; logits beyond them are of no class, and
+            readers leave them out.
         base: Name or folder of the model as it was loaded, where that holds every weight but those
             adapted and those of a classifier's new head (whose ``num_labels=`` is then given to
             ``AutoPeftModelFor...``, too). None writes the model itself to ``folder/base``, as is
