@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser, keys: tuple[str, ...]) -> Non
         metavar="DIR",
         help="a run's folder (its newest) or one of its checkpoints",
     )
-    configs.add_flags(parser, keys)
+    configs.add_flags(parser, keys, "changes to the checkpoint's configuration")
 
 
 def load(arguments: argparse.Namespace) -> Parts:

@@ -286,13 +286,13 @@ def write_yaml(config: Config, path: Path) -> None:
     path.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
 
 
-def add_flags(parser: argparse.ArgumentParser, keys: Iterable[str] = ()) -> None:
+def add_flags(
+    parser: argparse.ArgumentParser,
+    keys: Iterable[str] = (),
+    title: str = "configuration (also the keys of --config FILE)",
+) -> None:
     """Give `parser` one flag per key (all, or `keys`); what was not given stays absent."""
-    group = parser.add_argument_group(
-        "changes to the checkpoint's configuration"
-        if keys
-        else "configuration (also the keys of --config FILE)"
-    )
+    group = parser.add_argument_group(title)
     for name in keys or KEYS:
         key = KEYS[name]
         default = "" if keys or key.default is None else f" [{key.default}]"

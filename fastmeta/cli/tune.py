@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--resume", action="store_true", help="go on with what --out has begun")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    configs.add_flags(parser, KEYS)
+    configs.add_flags(parser, KEYS, f"model, texts and machine (--spec: [{DEFAULT_SPEC}])")
 
 
 @dataclass
