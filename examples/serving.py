@@ -30,7 +30,7 @@ def tokens(texts) -> dict[str, torch.Tensor]:
 
 # 1. Everyone's own examples, 20 texts of each class: a batch of each customer in every step. What
 #    each has learned is a small folder, which PEFT reads, too. Customers may come and go meanwhile:
-#    `tuner.add(["dune"], lr=0.003)`, `tuner.remove(["acme"])`.
+#    `tuner.add(["dune"], lr=0.003, ways=3)`, `tuner.remove(["acme"])`.
 examples = {}
 for name, classes in customers.items():
     pairs = [(text, c) for c in classes for text in data.texts_of(c)[:20]]
