@@ -130,23 +130,11 @@ class TaskBatch:
         """
         if not tasks:
             raise ValueError("expected at least one task, got none")
-        sets = []
-        for which, name in enumerate(("support", "query")):
-            per_task = [task[which] for task in tasks]
-            keys = per_task[0].keys()
-            for t, task in enumerate(per_task):
-                if task.keys() != keys:
-                    raise ValueError(
-                        f"every task must have the same inputs: task 0's {name} set has "
-                        f"{sorted(keys)}, task {t}'s has {sorted(task)}"
-                    )
-                if not task or any(v.shape[0] == 0 for v in task.values()):
-                    raise ValueError(f"the {name} set of task {t} is empty")
-            masked = "attention_mask" in keys
-            sets.append(
-                {k: _stack(k, [t[k] for t in per_task], pad_token_id, masked) for k in keys}
-            )
-        return cls(sets[0], sets[1], ways)
+        support, query = (
+            stack_sets(name, [task[which] for task in tasks], pad_token_id)
+            for which, name in enumerate(("support", "query"))
+        )
+        return cls(support, query, ways)
 
     def __repr__(self) -> str:
         shapes = {k: list(v.shape) for k, v in self.support.items()}
@@ -218,6 +206,24 @@ def join_sets(
         )
         for key in first
     }
+
+
+def stack_sets(
+    name: str, sets: Sequence[Mapping[str, Tensor]], pad_token_id: int = 0
+) -> dict[str, Tensor]:
+    """Sets of T tasks, tensors ``[N_t, ...]``, as one of ``[T, max N_t, ...]``; how they are padded
+    see :meth:`TaskBatch.collate`."""
+    keys = sets[0].keys()
+    for t, task in enumerate(sets):
+        if task.keys() != keys:
+            raise ValueError(
+                f"every task must have the same inputs: task 0's {name} set has "
+                f"{sorted(keys)}, task {t}'s has {sorted(task)}"
+            )
+        if not task or any(v.shape[0] == 0 for v in task.values()):
+            raise ValueError(f"the {name} set of task {t} is empty")
+    masked = "attention_mask" in keys
+    return {k: _stack(k, [t[k] for t in sets], pad_token_id, masked) for k in keys}
 
 
 def _stack(key: str, tensors: list[Tensor], pad_token_id: int, masked: bool) -> Tensor:

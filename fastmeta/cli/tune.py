@@ -92,7 +92,6 @@ class Run:
         texts: Customer -> texts that train.
         held: Customer -> ``(text, class name)`` that judge.
         batches, tuner: Of the customers in the order of `batches`.
-        totals: Steps that each will have taken, ``[T]``.
         settings: What all of it depends on beside the texts.
         stopped: Whether somebody asked to stop.
     """
@@ -102,7 +101,6 @@ class Run:
     held: dict[str, list[tuple[str, str]]]
     batches: Minibatches
     tuner: fm.FineTuner
-    totals: torch.Tensor
     settings: dict[str, Any]
     stopped: bool = field(default=False)
 
@@ -172,11 +170,9 @@ def _prepare(arguments: argparse.Namespace) -> Run:
             compute_dtype="bfloat16" if config.dtype == "bfloat16" else None,
             compile=config.compile,
         )
-    sizes = [-(-len(texts[name]) // arguments.batch_size) for name in batches.names]
-    totals = arguments.epochs * torch.tensor(sizes, device=parts.device)
     settings = {k: v for k, v in config.to_dict().items() if k not in _FREE}
     settings |= {k: getattr(arguments, k) for k in _OWN}
-    return Run(parts, texts, held, batches, tuner, totals, settings)
+    return Run(parts, texts, held, batches, tuner, settings)
 
 
 def _parts(arguments: argparse.Namespace, given: dict[str, Any], classes: int) -> Parts:
@@ -201,7 +197,10 @@ def _parts(arguments: argparse.Namespace, given: dict[str, Any], classes: int) -
 def _train(current: Run, out: Path, arguments: argparse.Namespace) -> bool:
     """All steps that are left; False where somebody asked to stop."""
     batches, tuner = current.batches, current.tuner
+    if batches.position >= len(batches):
+        return True  # only the folders were left to write
     device = current.parts.device
+    totals = torch.tensor(batches.steps, device=device)
     bar = tqdm(
         total=len(batches),
         initial=batches.position,
@@ -209,13 +208,10 @@ def _train(current: Run, out: Path, arguments: argparse.Namespace) -> bool:
         unit="step",
         disable=arguments.quiet,
     )
-    if batches.position >= len(batches):
-        return True  # only the folders were left to write
     with bar, stopping(current.stop):
         for batch in batches:
             if arguments.schedule == "linear":
-                left = 1 - tuner.steps / current.totals
-                tuner.lr[:] = arguments.lr * left.clamp(min=0)
+                tuner.lr = arguments.lr * (1 - tuner.steps / totals).clamp(min=0)
             losses = tuner.step(batch.to(device).inputs, batch.tasks)
             bar.update()
             if not arguments.quiet:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from fastmeta._sampler import sample_episodes
-from fastmeta.batch import IGNORE_INDEX
+from fastmeta.batch import IGNORE_INDEX, stack_sets
 from fastmeta.data._errors import DataError
 from fastmeta.data.loader import Loader, check_least
 from fastmeta.data.texts import LabelledTexts
-from fastmeta.data.tokens import PackedTokens, tokenize
+from fastmeta.data.tokens import tokenize
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ class Minibatches(Loader[Minibatch]):
     Attributes:
         names: Of the tasks, in the order of every batch.
         ways: Number of classes of each, in that order; None for texts without labels.
+        steps: Batches that each reads in all epochs, in that order; None where they do not end.
 
     Yields:
         Minibatch.
@@ -104,7 +105,8 @@ class Minibatches(Loader[Minibatch]):
         sizes = {name: -(-len(texts) // batch_size) for name, texts in data.items()}
         self.names = tuple(sorted(data, key=lambda name: -sizes[name]))
         self._per_epoch = [sizes[name] for name in self.names]
-        most = None if epochs is None else epochs * self._per_epoch[0]
+        self.steps = None if epochs is None else [epochs * size for size in self._per_epoch]
+        most = None if self.steps is None else self.steps[0]
         super().__init__(
             tasks=len(self.names),
             seed=seed,
@@ -151,32 +153,20 @@ class Minibatches(Loader[Minibatch]):
             if self.epochs is not None and epoch >= self.epochs:
                 break  # the others have fewer
             order = self._order(task, epoch)
-            parts.append(order[at * self.batch_size : (at + 1) * self.batch_size])
+            parts.append(self._rows(task, order[at * self.batch_size : (at + 1) * self.batch_size]))
         if not parts:
             raise IndexError(f"there is no batch {index}: expected 0 to {len(self) - 1}")
-        rows = max(map(len, parts))
-        pieces = [self._rows(task, chosen, rows) for task, chosen in enumerate(parts)]
-        width = max(p["input_ids"].shape[1] for p in pieces)
-        pad = {"input_ids": self._tokens[0].pad_id, "labels": IGNORE_INDEX}
-        inputs = {}
-        for key in pieces[0]:
-            wide = key != "labels" or not self.labelled
-            stacked = [_padded(p[key], width, pad.get(key, 0)) if wide else p[key] for p in pieces]
-            inputs[key] = torch.from_numpy(np.stack(stacked))
+        inputs = stack_sets("batch", parts, self._tokens[0].pad_id)
         return Minibatch(self.names[: len(parts)], inputs)
 
-    def _rows(self, task: int, chosen: np.ndarray, rows: int) -> dict[str, np.ndarray]:
-        """Texts of a task and their labels, the first once more where there are fewer."""
-        tokens: PackedTokens = self._tokens[task]
-        there = np.concatenate([chosen, np.repeat(chosen[:1], rows - len(chosen))])
-        found = tokens.rows(there, multiple=self.bucket)
+    def _rows(self, task: int, chosen: np.ndarray) -> dict[str, Tensor]:
+        """Texts of a task and their labels, ``[N, L]`` and ``[N]`` or ``[N, L]``."""
+        found = self._tokens[task].rows(chosen, multiple=self.bucket)
         if self.labelled:
-            labels = self.data[self.names[task]].labels[there]
+            labels = self.data[self.names[task]].labels[chosen]
         else:
             labels = np.where(found["attention_mask"] == 1, found["input_ids"], IGNORE_INDEX)
-        labels = labels.astype(np.int64)
-        labels[len(chosen) :] = IGNORE_INDEX
-        return found | {"labels": labels}
+        return {k: torch.from_numpy(v) for k, v in (found | {"labels": labels}).items()}
 
 
 def _kind(data: Mapping[str, LabelledTexts | Sequence[str]]) -> bool:
@@ -197,8 +187,3 @@ def _kind(data: Mapping[str, LabelledTexts | Sequence[str]]) -> bool:
         elif not len(texts):
             raise DataError(f"task {name!r}: expected at least one text, got none")
     return kinds.pop()
-
-
-def _padded(rows: np.ndarray, width: int, fill: int) -> np.ndarray:
-    """``[N, L]`` with columns up to `width`."""
-    return np.pad(rows, ((0, 0), (0, width - rows.shape[1])), constant_values=fill)

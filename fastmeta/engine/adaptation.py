@@ -92,19 +92,18 @@ def adapt(
     Not differentiable; use a learner for meta-gradients, and `fm.FineTuner` for tasks with more
     texts than one batch. Several threads may call it at once.
     """
-    if not isinstance(patched, Patched):
-        raise TypeError(
-            f"expected a patched model (fm.patch(model, spec)), got {type(patched).__name__}"
-        )
-    steps = check_steps(steps)
-    check_clip_norm(clip_norm)
-    check_memory("unroll", task_chunk)
+    loop = plain_loop(
+        patched,
+        steps=steps,
+        lr=lr,
+        optimizer=optimizer,
+        loss_fn=loss_fn,
+        clip_norm=clip_norm,
+        task_chunk=task_chunk,
+        compile=compile,
+        compile_cache=compile_cache,
+    )
     compute_dtype = compute_dtype_of(compute_dtype, patched.dtype)
-    if task_chunk == "auto":
-        raise ValueError("task_chunk must be None or an integer of at least 1, got 'auto'")
-    if isinstance(lr, LearnedRate):
-        raise TypeError("adapt takes a number as lr; learned rates belong to a learner")
-    rates = Rates(lr, patched.layout, steps, patched.slots.initial[0])
     tasks = check_set("support", support)
     if params is not None:
         patched.check_params(params)
@@ -112,18 +111,6 @@ def adapt(
             raise ValueError(f"params hold {params.num_tasks} tasks, but the support set {tasks}")
     if ways is not None:
         support = {**support, WAYS: ways_of(ways, tasks, patched.device)}
-    capture = capture_of(patched, compile, compile_cache)
-    loop = InnerLoop(
-        patched=patched,
-        rule=resolve_rule(optimizer).bound(patched.layout),
-        rates=rates,
-        steps=steps,
-        loss_fn=resolve_loss(loss_fn),
-        second_order=0,
-        clip_norm=clip_norm,
-        capture=capture,
-        widths=0 if capture is None else capture.widths,
-    )
     check_sets(patched, loop.loss_fn, {"support": support})
     with torch.no_grad(), computing(patched.device, compute_dtype):
         start = patched.initial(tasks) if params is None else params
@@ -133,3 +120,41 @@ def adapt(
         ]
     whole = Trajectory.joined(pieces)
     return Adapted(whole.params, torch.stack(whole.losses), ~whole.active)
+
+
+def plain_loop(
+    patched: Patched,
+    *,
+    steps: int,
+    lr: float,
+    optimizer: str | UpdateRule,
+    loss_fn: str | LossFn,
+    clip_norm: float | None,
+    task_chunk: int | None,
+    compile: bool | str,
+    compile_cache: str | Path | None,
+) -> InnerLoop:
+    """An inner loop without meta-gradient; every setting is checked, as for :func:`adapt`."""
+    if not isinstance(patched, Patched):
+        raise TypeError(
+            f"expected a patched model (fm.patch(model, spec)), got {type(patched).__name__}"
+        )
+    steps = check_steps(steps)
+    check_clip_norm(clip_norm)
+    check_memory("unroll", task_chunk)
+    if task_chunk == "auto":
+        raise ValueError("task_chunk must be None or an integer of at least 1, got 'auto'")
+    if isinstance(lr, LearnedRate):
+        raise TypeError("adapt takes a number as lr; learned rates belong to a learner")
+    capture = capture_of(patched, compile, compile_cache)
+    return InnerLoop(
+        patched=patched,
+        rule=resolve_rule(optimizer).bound(patched.layout),
+        rates=Rates(lr, patched.layout, steps, patched.slots.initial[0]),
+        steps=steps,
+        loss_fn=resolve_loss(loss_fn),
+        second_order=0,
+        clip_norm=clip_norm,
+        capture=capture,
+        widths=0 if capture is None else capture.widths,
+    )

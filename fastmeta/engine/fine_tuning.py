@@ -13,15 +13,14 @@ from torch import Tensor
 
 from fastmeta._names import near
 from fastmeta.batch import check_set, ways_of
-from fastmeta.engine.capture import capture_of
-from fastmeta.engine.checks import check_clip_norm, check_sets, compute_dtype_of, setting_of
+from fastmeta.engine.adaptation import plain_loop
+from fastmeta.engine.checks import check_sets, compute_dtype_of, setting_of
 from fastmeta.engine.chunks import split
 from fastmeta.engine.conditions import computing
 from fastmeta.engine.episode import support_of
-from fastmeta.engine.inner import InnerLoop, inner_step
-from fastmeta.engine.losses import WAYS, LossFn, resolve_loss
-from fastmeta.engine.memory import check_memory
-from fastmeta.engine.optimizers import UpdateRule, resolve_rule
+from fastmeta.engine.inner import inner_step
+from fastmeta.engine.losses import WAYS, LossFn
+from fastmeta.engine.optimizers import UpdateRule
 from fastmeta.engine.rates import Rates
 from fastmeta.patching import ParamLayout, Patched, TaskParams
 
@@ -90,34 +89,25 @@ class FineTuner:
         compile: bool | str = False,
         compile_cache: str | Path | None = None,
     ) -> None:
-        if not isinstance(patched, Patched):
-            raise TypeError(
-                f"expected a patched model (fm.patch(model, spec)), got {type(patched).__name__}"
-            )
-        check_clip_norm(clip_norm)
-        check_memory("unroll", task_chunk)
-        if task_chunk == "auto":
-            raise ValueError("task_chunk must be None or an integer of at least 1, got 'auto'")
+        self._loop = plain_loop(
+            patched,
+            steps=1,
+            lr=1.0,  # others in every step
+            optimizer=optimizer,
+            loss_fn=loss_fn,
+            clip_norm=clip_norm,
+            task_chunk=task_chunk,
+            compile=compile,
+            compile_cache=compile_cache,
+        )
         self.patched, self.task_chunk = patched, task_chunk
         self.compute_dtype = compute_dtype_of(compute_dtype, patched.dtype)
-        rule = resolve_rule(optimizer).bound(patched.layout)
+        rule = self._loop.rule
         if not rule.steps_apart:
             raise ValueError(
                 f"a FineTuner's tasks take steps of their own, which {type(rule).__name__} does "
                 "not know (fm.rules.UpdateRule.steps_apart); fm.adapt takes any rule"
             )
-        capture = capture_of(patched, compile, compile_cache)
-        self._loop = InnerLoop(
-            patched=patched,
-            rule=rule,
-            rates=Rates(1.0, patched.layout, 1, patched.slots.initial[0]),  # another in every step
-            steps=1,
-            loss_fn=resolve_loss(loss_fn),
-            second_order=0,
-            clip_norm=clip_norm,
-            capture=capture,
-            widths=0 if capture is None else capture.widths,
-        )
         self.names: tuple[Hashable, ...] = ()
         start = patched.init(1).packed.detach()
         self._packed = start.new_empty(0, start.shape[1])

@@ -15,23 +15,32 @@ DTYPES = (
     (torch.bfloat16, torch.bfloat16),
 )
 
-# shapes of the labels, and classes: one, odd, empty, none to count, whole vectors, several blocks
-SHAPES = (((1,), 1), ((3, 5), 7), ((0, 2), 3), ((2,), 4), ((2, 3), 64), ((), 5), ((70,), 4500))
-SMALL = (((3,), 4), ((2, 2), 3))
+# shapes of the labels, classes, and what is special: one, odd, empty, no row that counts, a class
+# that cannot be and whole vectors, no axis, several blocks
+SHAPES = (
+    ((1,), 1, ""),
+    ((3, 5), 7, ""),
+    ((0, 2), 3, ""),
+    ((2,), 4, "ignored"),
+    ((2, 3), 64, "impossible"),
+    ((), 5, ""),
+    ((70,), 4500, ""),
+)
+SMALL = (((3,), 4, ""), ((2, 2), 3, ""))
 
 
 def samples(shapes, dtypes, device: str | torch.device = "cpu") -> Iterator[Sample]:
     """Rows that do not count, strided logits, a class that cannot be, large logits."""
-    for i, (shape, classes) in enumerate(shapes):
+    for i, (shape, classes, special) in enumerate(shapes):
         generator = torch.Generator().manual_seed(i)
         x = 3 * torch.randn(*shape, classes, generator=generator, dtype=torch.float64)
         x = x.transpose(0, -1).contiguous().transpose(0, -1) if i % 2 else x + 40 * i
         labels = torch.randint(classes, shape, generator=generator)
         if labels.numel() > 1:
             labels.view(-1)[0] = -100
-        if shapes is SHAPES and i == 3:
+        if special == "ignored":
             labels[:] = -100
-        if shapes is SHAPES and classes == 64:
+        if special == "impossible":
             x[..., 2] = float("-inf")
             labels[labels == 2] = 3
         labels = labels.to(device)
