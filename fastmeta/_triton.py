@@ -43,6 +43,7 @@ KERNELS = {  # raw operators by file of kernels/; the launcher of each has its n
     ),
     "dropout": ("dropout",),
     "layer_norm": ("layer_norm", "layer_norm_backward", "layer_norm_double_backward"),
+    "linear_cross_entropy": ("linear_cross_entropy", "linear_cross_entropy_double_backward"),
     "lora_linear": (
         "lora_linear",
         "lora_linear_backward",

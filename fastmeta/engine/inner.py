@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from fastmeta.engine.losses import WAYS, LossFn, name_of
+from fastmeta.engine.losses import MANY_CLASSES, WAYS, LossFn, name_of, of_words, words_loss
 from fastmeta.engine.optimizers import State, UpdateRule
 from fastmeta.engine.prototype_head import PrototypeHead
 from fastmeta.engine.rates import Rates
@@ -72,6 +72,20 @@ class InnerLoop:
         once, since that takes a walk over all modules."""
         own = self.loss_fn.parameters() if isinstance(self.loss_fn, nn.Module) else ()
         return [*self.patched.shared_parameters(), *(p for p in own if p.requires_grad)]
+
+    def output_layer(self, inputs: Mapping[str, Tensor], only_tasks: bool) -> nn.Linear | None:
+        """The layer whose logits the loss can do without, or None.
+
+        Args:
+            only_tasks: Nothing but fast weights receives a gradient.
+        """
+        layer = self.patched.output_layer(inputs) if of_words(self.loss_fn) else None
+        if layer is None or layer.out_features < MANY_CLASSES:
+            return None
+        if only_tasks or not torch.is_grad_enabled():
+            return layer
+        own = set(layer.parameters())
+        return None if any(t in own for t in self.shared) else layer
 
     def added_parameters(self) -> list[Tensor]:
         """Meta-parameters that are not the model's: of rates, the update rule, a temperature."""
@@ -195,9 +209,25 @@ def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k: v for k, v in batch.items() if k != WAYS}
 
 
-def task_losses(loop: InnerLoop, params: TaskParams, batch: Mapping[str, Tensor], prefix=None):
-    """Losses ``[T]`` and outputs of the model."""
-    outputs = loop.patched.run(params, model_inputs(batch), prefix)
+def task_losses(
+    loop: InnerLoop,
+    params: TaskParams,
+    batch: Mapping[str, Tensor],
+    prefix: PrefixCache | None = None,
+    *,
+    only_tasks: bool = False,
+) -> tuple[Tensor, Any]:
+    """Losses ``[T]`` and outputs of the model; None where they were of no need.
+
+    Args:
+        only_tasks: Nothing but fast weights receives a gradient of these losses.
+    """
+    inputs = model_inputs(batch)
+    layer = loop.output_layer(inputs, only_tasks)
+    if layer is not None:
+        states = loop.patched.run(params, inputs, prefix, before_output=True).logits
+        return words_loss(loop.loss_fn, states, layer, batch), None
+    outputs = loop.patched.run(params, inputs, prefix)
     fewer = "memory='auto' measures with few tasks, and chunks hold fewer than a batch"
     try:
         losses = loop.loss_fn(outputs, batch)
@@ -227,7 +257,9 @@ def gradient(
         if not (create_graph and packed.requires_grad):  # prototypes of frozen features do not
             packed = packed.detach().requires_grad_()
         params = support.params(loop, packed)
-        losses, _ = task_losses(loop, params, support.inputs, support.prefix)
+        losses, _ = task_losses(
+            loop, params, support.inputs, support.prefix, only_tasks=not create_graph
+        )
         total = losses
         if loop.proximal:
             total = losses + 0.5 * loop.proximal * (packed - support.start).square().sum(1)

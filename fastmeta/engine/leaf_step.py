@@ -53,7 +53,9 @@ def _gradients(
 ) -> tuple[Tensor, Tensor | None, list[tuple[Leaf, Tensor]]] | None:
     """Support losses, and gradients times the negative rate: of the rest ``[T, P']`` or None, and
     of the leaves' outputs. None where a leaf does not run once."""
-    losses, _ = task_losses(loop, params, support.inputs, support.prefix)
+    losses, _ = task_losses(
+        loop, params, support.inputs, support.prefix, only_tasks=not create_graph
+    )
     called = [leaf for leaf in params.leaves.values() if leaf.calls]
     if any(len(leaf.calls) > 1 for leaf in called):
         return None

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastmeta.batch import IGNORE_INDEX, ways_of
 from fastmeta.ops.cross_entropy import rows_cross_entropy
+from fastmeta.ops.linear_cross_entropy import rows_losses
 
-_MANY_CLASSES = 256
+MANY_CLASSES = 256
 """From here on passes over memory are what a loss costs; below, calls."""
 
 LossFn = Callable[[Any, Mapping[str, Tensor]], Tensor]
@@ -42,9 +43,7 @@ def classification(outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
 def causal_lm(outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """Mean next-token cross-entropy of each task, ``[T]``; labels ``[T, N, L]``, -100 ignored."""
     logits = _logits(outputs, 4, "causal_lm", batch)
-    # the labels move, not the logits: a slice of those is copied, and so is its gradient
-    following = F.pad(batch["labels"][:, :, 1:], (0, 1), value=IGNORE_INDEX)
-    return _mean_cross_entropy(logits, following)
+    return _mean_cross_entropy(logits, _following(batch["labels"]))
 
 
 def token_classification(outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
@@ -62,6 +61,12 @@ def masked_lm(outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
 def seq2seq_lm(outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """As :func:`masked_lm`: the decoder's inputs are the labels, moved by one word already."""
     return _mean_cross_entropy(_logits(outputs, 4, "seq2seq_lm", batch), batch["labels"])
+
+
+def _following(labels: Tensor) -> Tensor:
+    """The label of the next word; none of the last. The labels move, not the logits: a slice of
+    those is copied, and so is its gradient."""
+    return F.pad(labels[:, :, 1:], (0, 1), value=IGNORE_INDEX)
 
 
 def regression(outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:
@@ -91,6 +96,35 @@ LOSSES: dict[str, LossFn] = {
     "regression": regression,
 }
 """The losses that have a name."""
+
+
+_OF_WORDS: dict[LossFn, Callable[[Tensor], Tensor]] = {
+    causal_lm: _following,
+    masked_lm: lambda labels: labels,
+    seq2seq_lm: lambda labels: labels,
+}
+"""Losses that can do without logits: what each makes of the labels."""
+
+
+def of_words(loss_fn: LossFn) -> bool:
+    """Whether :func:`words_loss` gives this loss."""
+    return any(loss_fn is known for known in _OF_WORDS)
+
+
+def words_loss(
+    loss_fn: LossFn, states: Tensor, layer: nn.Linear, batch: Mapping[str, Tensor]
+) -> Tensor:
+    """The loss ``[T]`` of the logits that a frozen layer would make of states ``[T, N, L, D]``."""
+    labels = batch["labels"]
+    if labels.shape != states.shape[:-1]:
+        raise ValueError(
+            f"the {name_of(loss_fn)} loss needs labels {list(states.shape[:-1])} for logits "
+            f"{[*states.shape[:-1], layer.out_features]}, got {list(labels.shape)}"
+        )
+    labels = _OF_WORDS[loss_fn](labels)
+    weight, bias = (None if t is None else t.detach() for t in (layer.weight, layer.bias))
+    losses = rows_losses(states.flatten(0, 2), weight, bias, labels.flatten(), IGNORE_INDEX)
+    return _mean(losses, labels)
 
 
 def name_of(loss_fn: LossFn) -> str | None:
@@ -153,10 +187,15 @@ def _logits(
 def _mean_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """``[T, ..., C]`` and ``[T, ...]`` -> ``[T]``."""
     rows, flat = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
-    if logits.shape[-1] < _MANY_CLASSES:
+    if logits.shape[-1] < MANY_CLASSES:
         losses = F.cross_entropy(rows, flat, ignore_index=IGNORE_INDEX, reduction="none")
     else:
         losses = rows_cross_entropy(rows, flat, IGNORE_INDEX)
+    return _mean(losses, labels)
+
+
+def _mean(losses: Tensor, labels: Tensor) -> Tensor:
+    """Of each task's labelled rows."""
     losses = losses.view(labels.shape[0], -1)
     count = (labels != IGNORE_INDEX).flatten(1).sum(1).clamp_min(1)
     return losses.sum(1) / count

@@ -25,6 +25,7 @@ from fastmeta.ops.inner_update import (
     sgd_update_,
 )
 from fastmeta.ops.layer_norm import layer_norm, rms_norm
+from fastmeta.ops.linear_cross_entropy import linear_cross_entropy
 from fastmeta.ops.lora_linear import lora_linear
 from fastmeta.ops.nearest import nearest
 from fastmeta.ops.pairwise import cdist, pairwise_distance
@@ -53,6 +54,7 @@ __all__ = [
     "gelu",
     "head_inner_loop",
     "layer_norm",
+    "linear_cross_entropy",
     "lora_linear",
     "momentum_update",
     "momentum_update_",

@@ -33,6 +33,7 @@ class Call:
         tap: Notes what the adapted modules with a rule are called on, where wanted.
         gates: What a search's candidates leave of the layers (see `fastmeta.search.gates`).
         unpadded: The tokens that layers work on in place of padded texts, where wanted.
+        before_output: The output layer gives what it reads, which comes in place of logits.
     """
 
     views: list[Tensor]
@@ -43,6 +44,7 @@ class Call:
     tap: Tap | None = None
     gates: Any = None
     unpadded: Unpadded | None = None
+    before_output: bool = False
 
 
 class _Local(threading.local):

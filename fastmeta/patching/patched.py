@@ -251,11 +251,19 @@ class Patched(MetaModule):
         params: TaskParams,
         inputs: Mapping[str, Any],
         prefix_cache: prefix.PrefixCache | None = None,
+        *,
+        before_output: bool = False,
     ) -> Any:
-        """:meth:`forward` for inputs that were checked."""
+        """:meth:`forward` for inputs that were checked.
+
+        Args:
+            before_output: What the :meth:`output_layer` reads comes in place of logits.
+        """
         flat, tasks, rows = self.flatten(params, inputs)
         plan = self.plan(inputs)
-        with running(self.call(params.bound(plan), inputs, prefix_cache=prefix_cache)):
+        call = self.call(params.bound(plan), inputs, prefix_cache=prefix_cache)
+        call.before_output = before_output
+        with running(call):
             out = plan.run(flat)
         return unflatten_output(out, tasks, rows)
 
@@ -286,6 +294,11 @@ class Patched(MetaModule):
             tokens = self._tokens.of(plan, inputs, widths)
             call.unpadded = None if tokens is None else Unpadded(tokens)
         return call
+
+    def output_layer(self, inputs: Mapping[str, Any]) -> nn.Linear | None:
+        """The linear layer, shared by all tasks, whose result is the logits for such inputs."""
+        plan = self.plan(inputs)
+        return plan.output_layer and plan.structure.get_submodule(plan.output_layer)
 
     def tokens(self, inputs: Mapping[str, Any], widths: int = 0) -> Tokens | None:
         """Which positions of inputs ``[T, N, ...]`` layers compute; None where those are all."""

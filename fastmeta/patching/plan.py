@@ -59,6 +59,8 @@ class Plan:
         padding_word: Id that this padding must hold, or None where any may.
         shows_padding: Whether the output is another at padding without them; then padding is left
             out where labels say that nobody reads it.
+        output_layer: The linear layer, shared by all tasks, whose result is the logits of texts, or
+            None.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class Plan:
         self.unpadded: list[str] = []
         self.padding_word: int | None = None
         self.shows_padding = False
+        self.output_layer: str | None = None
         whole = [n for n, mode in modes.items() if mode in WHOLE]
         for name, module in list(self.structure.named_modules()):
             rule = isolating_rule(module)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastmeta.patching import attention, first_token, prefix, probe, unpadded
+from fastmeta.patching import attention, first_token, output_layer, prefix, probe, unpadded
 from fastmeta.patching.bind import bind
 from fastmeta.patching.context import Call, running
 from fastmeta.patching.inputs import check_names
@@ -68,6 +68,10 @@ def make_plan(
     if not boundaries:
         plan = search.try_first_token(plan)
     plan.word_table = search.word_table
+    whole = [split_key(n)[0] for n, mode in plan.modes.items() if mode in WHOLE]
+    if output_layer.usable(search.output_layer, slots.owners, whole):
+        plan.output_layer = search.output_layer
+        output_layer.install_in(plan.structure, plan.output_layer)
     search.leave_out_padding(plan)
     for name, mode in plan.modes.items():
         if mode == "loop":
@@ -113,12 +117,13 @@ class _Search:
             with (
                 torch.no_grad(),
                 running(one),
+                output_layer.watching(self.reference) as results,
                 probe.record(self.reference, traces[-1]),
                 probe.word_tables(self.reference, flat.get(unpadded.IDS)) as tables,
                 watch,
             ):
                 try:
-                    self.reference(**flat)
+                    out = self.reference(**flat)
                 except Exception as e:
                     raise ValueError(
                         f"{type(self.model).__name__} does not run on the inputs "
@@ -126,6 +131,7 @@ class _Search:
                     ) from e
             self.fused_attention = watch.seen
             self.word_table = tables[0] if len(tables) == 1 else None
+            self.output_layer = results.source_of(out)
         return traces
 
     def _per_task(self, inputs: Mapping, record: list[Trace] | None = None) -> list[Any]:

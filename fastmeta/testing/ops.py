@@ -21,6 +21,7 @@ from fastmeta.testing import (
     coordinate_lstm,
     cross_entropy,
     layer_norm,
+    linear_cross_entropy,
     lora_linear,
     pairwise,
     rows,
@@ -240,5 +241,6 @@ TABLE = (
     *coordinate_lstm.TABLE,
     *cross_entropy.TABLE,
     *layer_norm.TABLE,
+    *linear_cross_entropy.TABLE,
     *rows.TABLE,
 )
