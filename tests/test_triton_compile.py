@@ -175,6 +175,10 @@ def call_cross_entropy(launchers, dtype) -> None:
         g, stats = launchers["cross_entropy"](x, labels, -100)
         launchers["cross_entropy_backward"](g, x, labels, stats)
         launchers["cross_entropy_double_backward"](v, g, x, labels, stats)
+    states, words = (torch.empty(n, 512, dtype=dtype, device="meta") for n in (2048, 32_000))
+    given = states, words, None, labels
+    losses, stats, slopes = launchers["linear_cross_entropy"](*given, -100, True, False)
+    launchers["linear_cross_entropy_double_backward"](slopes, losses, *given, stats, slopes, False)
 
 
 def source_of(launch: Launch):
