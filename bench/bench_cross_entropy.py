@@ -69,7 +69,7 @@ def step_of_layer(way: str, case: str, order: str, device: str = "cpu") -> Calla
 
 
 def derivatives(loss: Callable, x: Tensor, v: Tensor, order: str) -> Callable[[], object]:
-    """Losses of x; their gradient; the derivative of that times v, in x and the losses' cotangent."""
+    """Losses of x; their gradient; the derivative of that times v, in x and the cotangent."""
     g = torch.rand(len(x), generator=torch.Generator().manual_seed(1)).to(x.device)
     x.requires_grad_(order != "forward")
     g.requires_grad_(order == "second order")

@@ -3,8 +3,8 @@ peak memory.
 
     python -m bench.compare_cross_entropy [--device cuda] [--rounds 15] [--out results.json]
 
-Interleaved; the limit of every row is the time of a copy of the bytes that must move, with the layer
-that of its products at this machine's best rate. Peak memory includes the results.
+Interleaved; the limit of every row is the time of a copy of the bytes that must move, with the
+layer that of its products at this machine's best rate. Peak memory includes the results.
 """
 
 from __future__ import annotations

@@ -56,6 +56,7 @@ class GradientLearner(MetaModule):
             ``"masked_lm"``, ``"seq2seq_lm"``, ``"regression"`` or a callable
             ``(outputs, batch) -> [T]`` that treats tasks separately; `batch` is the support or
             query mapping. One that learns is an `nn.Module`; its parameters are meta-parameters.
+            Losses of words form no logits where the layer that makes them is frozen.
         clip_norm: Bound on each task's inner gradient norm, positive, or None.
         truncate: Differentiate through the last this many inner gradients only, 0 to K; None for
             all.

@@ -70,7 +70,8 @@ def adapt(
             "rmsprop" | "adagrad"`` or a rule object, such as a `fm.LearnedOptimizer`.
         loss_fn: ``"classification"``, ``"token_classification"``, ``"causal_lm"``,
             ``"masked_lm"``, ``"seq2seq_lm"``, ``"regression"`` or a callable
-            ``(outputs, batch) -> [T]``.
+            ``(outputs, batch) -> [T]``. Losses of words form no logits where tasks share the layer
+            that makes them.
         clip_norm: Bound on each task's gradient norm, positive, or None.
         task_chunk: Tasks adapted at once, at least 1, or None for all.
         params: Fast weights of T tasks to start from; default the model's own initial values.

@@ -29,7 +29,7 @@ class TaskResults(NamedTuple):
     params: TaskParams
     """Adapted fast weights."""
     logits: Tensor
-    """Query logits ``[T, Q, ...]``; ``[T, 0]`` where the model has none."""
+    """Query logits ``[T, Q, ...]``; ``[T, 0]`` where there are none."""
     active: Tensor
     """bool ``[T]``: the support losses and gradients of every step were finite."""
     support_losses: Tensor

@@ -41,7 +41,8 @@ class MetaOutput:
         loss: Mean over tasks of the mean query loss; scalar, differentiable. Diverged tasks are
             left out; where all diverged it is 0, with a gradient of zeros.
         task_losses: Query losses ``[T]``, differentiable; NaN for diverged tasks.
-        logits: Query logits ``[T, Q, ...]``, or None where the model has none.
+        logits: Query logits ``[T, Q, ...]``, or None where the model has none, or where a loss of
+            words did without (``patched(out.params, **batch.query)`` has them).
         params: Adapted fast weights; of a metric learner what support sets became (prototypes).
         diverged: bool ``[T]``; tasks whose loss or gradient became NaN or Inf. They keep the fast
             weights from before that step; `loss` and its gradient are what they would be without

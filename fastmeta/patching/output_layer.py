@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastmeta.patching.bind import install
@@ -20,20 +21,22 @@ class Watch:
     """What plain linear layers give while a model runs.
 
     Attributes:
-        calls: Name of a layer, its result, and how often that had been written by then.
+        calls: Names of layers, in the order of their calls.
+        last: The last one's result, and what that held.
     """
 
     def __init__(self) -> None:
-        self.calls: list[tuple[str, Tensor, int]] = []
+        self.calls: list[str] = []
+        self.last: tuple[Tensor, Tensor] | None = None
 
     def source_of(self, out: Any) -> str | None:
-        """The layer that was called once and whose result, of texts ``[B, L, C]``, is the logits of
-        a model's output."""
-        logits, names = getattr(out, "logits", None), [name for name, _, _ in self.calls]
-        for name, y, version in self.calls:
-            if y is logits and y._version == version and y.dim() == 3 and names.count(name) == 1:
-                return name
-        return None
+        """The last layer, if it was called once and its result, of texts ``[B, L, C]``, is the
+        logits of a model's output."""
+        logits = getattr(out, "logits", None)
+        if self.last is None or self.last[0] is not logits or logits.dim() != 3:
+            return None
+        once = self.calls.count(self.calls[-1]) == 1
+        return self.calls[-1] if once and torch.equal(*self.last) else None
 
 
 @contextmanager
@@ -43,7 +46,8 @@ def watching(structure: nn.Module) -> Iterator[Watch]:
 
     def note(name: str) -> Any:
         def hook(module: nn.Module, args: tuple, y: Tensor) -> None:
-            watch.calls.append((name, y, y._version))
+            watch.calls.append(name)
+            watch.last = y, y.clone()
 
         return hook
 

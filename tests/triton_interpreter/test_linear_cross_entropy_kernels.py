@@ -1,5 +1,4 @@
-"""Chunks of the cross-entropy of a linear layer's logits, their kernels interpreted, against the
-reference."""
+"""Chunks of the cross-entropy of a linear layer's logits, interpreted, against the reference."""
 
 from __future__ import annotations
 
