@@ -16,7 +16,7 @@ from fastmeta.cli.build import Parts
 from fastmeta.cli.config import METRIC
 from fastmeta.cli.errors import UserError
 from fastmeta.data import DataError, LabelledTexts
-from fastmeta.data.readers import read_lines
+from fastmeta.data.readers import read_objects
 from fastmeta.training.evaluation import evaluating
 from fastmeta.training.export import check_new, export_state, export_task
 from fastmeta.training.files import check_writable, whole_file
@@ -147,16 +147,7 @@ def _read_texts(
 ) -> list[dict]:
     """``text`` and, where given, ``label`` of every line."""
     rows = []
-    for number, line in read_lines(Path(file)) if file else ():
-        where = f"{file}, line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{where}: malformed JSON ({error.msg}, column {error.colno})"
-            ) from None
-        if not isinstance(row, dict):
-            raise DataError(f"{where}: expected a JSON object with a text, got {line[:60]!r}")
+    for where, row in read_objects(Path(file)) if file else ():
         key = text_key or next((k for k in ("sentence", "text") if k in row), "text")
         text = row.get(key)
         if not isinstance(text, str) or not text.strip():

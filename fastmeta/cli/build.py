@@ -38,19 +38,23 @@ class Parts:
         return self.learner.device
 
 
-def build_parts(config: Config) -> Parts:
-    """Load the model, patch it and make the learner."""
+def build_parts(config: Config, *, words: bool = False) -> Parts:
+    """Load the model, patch it and make the learner; of a language model the patched model itself.
+
+    Args:
+        words: A language model, not a classifier.
+    """
     if config.threads:
         torch.set_num_threads(config.threads)
     device = _device(config.device)
     spec = None if config.spec is None else parse_spec(config.spec)
-    model, tokenizer = load_model(config)
+    model, tokenizer = load_model(config, words)
     model.to(device=device, dtype=_DTYPES[config.dtype])
     model.requires_grad_(config.train == "all")
     model.train(config.dropout)
     with as_user_errors():
         patched = None if spec is None else fm.patch(model, spec, seed=config.seed)
-        learner = _learner(config, model if patched is None else patched)
+        learner = patched if words else _learner(config, model if patched is None else patched)
     return Parts(config, model, tokenizer, patched, learner)
 
 
@@ -67,13 +71,15 @@ def _device(name: str) -> torch.device:
 # -- model ---------------------------------------------------------------------------------------
 
 
-def load_model(config: Config) -> tuple[nn.Module, Any]:
-    """Return the classifier with one output per way, and its tokenizer."""
+def load_model(config: Config, words: bool = False) -> tuple[nn.Module, Any]:
+    """Return the classifier with one output per way, or a language model; and its tokenizer."""
     with _seeded(config.seed):  # a new head's weights
         if config.model == "builtin" or config.model.startswith("builtin:"):
+            if words:
+                raise UserError("model: none that is built in is a language model; give --model")
             return _builtin_model(config)
         with quiet_transformers():
-            return _pretrained(config)
+            return _pretrained(config, words)
 
 
 def _builtin_model(config: Config) -> tuple[nn.Module, Any]:
@@ -90,8 +96,12 @@ def _builtin_model(config: Config) -> tuple[nn.Module, Any]:
     return model, tokenizer
 
 
-def _pretrained(config: Config) -> tuple[nn.Module, Any]:
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+def _pretrained(config: Config, words: bool) -> tuple[nn.Module, Any]:
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+    )
 
     name, dtype = config.model, _DTYPES[config.dtype]
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
@@ -101,10 +111,13 @@ def _pretrained(config: Config) -> tuple[nn.Module, Any]:
     source = str(path) if path.is_dir() else name
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        if config.spec is None or config.method in METRIC:  # features, no head
+        model: nn.Module
+        if words:
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        elif config.spec is None or config.method in METRIC:  # features, no head
             from fastmeta.models import load_encoder
 
-            model: nn.Module = load_encoder(source, dtype=dtype)
+            model = load_encoder(source, dtype=dtype)
         elif config.pooling == "mean":
             from fastmeta.models import SentenceClassifier
 

@@ -14,31 +14,31 @@ import torch
 from tqdm import tqdm
 
 import fastmeta as fm
-from fastmeta.cli import INTERRUPTED, checkpointed
+from fastmeta.cli import INTERRUPTED
 from fastmeta.cli import config as configs
-from fastmeta.cli.adapt import predict
-from fastmeta.cli.build import Parts, build_parts
-from fastmeta.cli.config import METRIC, Config
+from fastmeta.cli.build import Parts
 from fastmeta.cli.errors import UserError, as_user_errors
 from fastmeta.cli.signals import stopping
-from fastmeta.data import LabelledTexts, Minibatches
+from fastmeta.cli.tune_kinds import KINDS, Classes, Texts, Words
+from fastmeta.data import Minibatches
 from fastmeta.training.errors import CheckpointError
 from fastmeta.training.export import ABOUT, check_new, export_task, quiet_transformers
 from fastmeta.training.files import check_writable, whole_file
 
 SUMMARY = (
-    "Fine-tune a model for many customers at once: a JSONL file of texts and labels of each, a "
-    "folder of adapted weights of each (PEFT's format where the spec has LoRA)."
+    "Fine-tune a model for many customers at once: a JSONL file of texts and labels of each, or of "
+    "prompts and completions for a language model; a folder of adapted weights of each (PEFT's "
+    "format where the spec has LoRA)."
 )
 KEYS = tuple(
     "model pooling pooling_scale spec dropout max_length text_key label_key task_chunk compile "
     "seed device dtype threads".split()
 )
-DEFAULT_SPEC = "lora:r=8 + head"
 _STATE = "tuning.pt"
 _FREE = ("device", "threads", "task_chunk", "compile")
 """Of the configuration, what may change when a run goes on."""
 _OWN = (
+    "loss",
     "epochs",
     "batch_size",
     "lr",
@@ -58,6 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         metavar="RUN",
         help="start from what fastmeta train has learned [from --model, with a new head]",
+    )
+    parser.add_argument(
+        "--loss",
+        choices=sorted(KINDS, reverse=True),
+        default="classification",
+        help='lines {"text", "label"} [classification], or {"prompt", "completion"} or {"text"}',
     )
     parser.add_argument("--epochs", type=int, default=3, metavar="N", help="of each's texts [3]")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="of each [8]")
@@ -80,7 +86,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--resume", action="store_true", help="go on with what --out has begun")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    configs.add_flags(parser, KEYS, f"model, texts and machine (--spec: [{DEFAULT_SPEC}])")
+    configs.add_flags(
+        parser, KEYS, "model, texts and machine (--spec: [lora:r=8 + head], no head of words)"
+    )
 
 
 @dataclass
@@ -89,16 +97,18 @@ class Run:
 
     Attributes:
         parts: Model and tokenizer.
+        kind: What is fine-tuned.
         texts: Customer -> texts that train.
-        held: Customer -> ``(text, class name)`` that judge.
+        held: Customer -> texts that judge.
         batches, tuner: Of the customers in the order of `batches`.
         settings: What all of it depends on beside the texts.
         stopped: Whether somebody asked to stop.
     """
 
     parts: Parts
-    texts: dict[str, LabelledTexts]
-    held: dict[str, list[tuple[str, str]]]
+    kind: Classes | Words
+    texts: dict[str, Texts]
+    held: dict[str, list]
     batches: Minibatches
     tuner: fm.FineTuner
     settings: dict[str, Any]
@@ -133,6 +143,7 @@ def _prepare(arguments: argparse.Namespace) -> Run:
     if arguments.save_every < 1:
         raise UserError(f"--save-every: expected at least 1, got {arguments.save_every}")
     given = configs.flag_values(arguments)
+    kind = KINDS[arguments.loss]
     keys = configs.make_config(given)  # of the files; the run's own come with its checkpoint
     texts, held = {}, {}
     names = [Path(f).stem for f in arguments.files]
@@ -143,10 +154,9 @@ def _prepare(arguments: argparse.Namespace) -> Run:
         if name.startswith(".") or name.casefold() in ("base", _STATE):
             raise UserError(f"{file}: no customer can be called {name!r}; rename the file")
     for name, file in zip(names, arguments.files, strict=True):
-        found = fm.data.from_jsonl(file, text=keys.text_key, label=keys.label_key)
         with as_user_errors("--hold-out: "):
-            texts[name], held[name] = found.hold_out(arguments.hold_out, seed=keys.seed)
-    parts = _parts(arguments, given, max(len(t.classes) for t in texts.values()))
+            texts[name], held[name] = kind.read(file, keys, arguments.hold_out)
+    parts = kind.parts(arguments, given, texts)
     config = parts.config
     parts.patched.train(config.dropout)
     torch.manual_seed(config.seed)  # of dropout
@@ -164,6 +174,7 @@ def _prepare(arguments: argparse.Namespace) -> Run:
             batches.names,
             lr=arguments.lr,
             optimizer=arguments.optimizer,
+            loss_fn=kind.loss,
             clip_norm=arguments.clip_norm,
             ways=batches.ways,
             task_chunk=config.task_chunk,
@@ -172,26 +183,7 @@ def _prepare(arguments: argparse.Namespace) -> Run:
         )
     settings = {k: v for k, v in config.to_dict().items() if k not in _FREE}
     settings |= {k: getattr(arguments, k) for k in _OWN}
-    return Run(parts, texts, held, batches, tuner, settings)
-
-
-def _parts(arguments: argparse.Namespace, given: dict[str, Any], classes: int) -> Parts:
-    """The patched model: as it comes, or as meta-trained."""
-    if arguments.checkpoint is None:
-        spec = given.get("spec") or DEFAULT_SPEC
-        return build_parts(configs.make_config(given, {"spec": spec, "ways": max(classes, 2)}))
-    fixed = [key for key in ("pooling", "pooling_scale", "spec") if key in given]
-    if fixed:
-        raise UserError(f"{fixed[0]} comes with the checkpoint and cannot be given with it")
-    parts = checkpointed.load(arguments)
-    config = parts.config
-    if parts.patched is None or config.method in (*METRIC, "protomaml", "hypernet"):
-        raise UserError(f"a checkpoint of {config.method} has no initial weights to tune from")
-    if classes > config.ways:
-        raise UserError(
-            f"the checkpoint was trained with ways={config.ways}, but a file has {classes} classes"
-        )
-    return parts
+    return Run(parts, kind, texts, held, batches, tuner, settings)
 
 
 def _train(current: Run, out: Path, arguments: argparse.Namespace) -> bool:
@@ -262,41 +254,32 @@ def _random_state(device: torch.device) -> list[torch.Tensor]:
 
 def _finish(current: Run, out: Path) -> None:
     """A folder of each customer, and a table."""
-    parts, tuner = current.parts, current.tuner
-    shared = {k: getattr(parts.config, k) for k in ("ways", "pooling", "pooling_scale")}
-    base = _base(parts, out)
+    parts, tuner, kind = current.parts, current.tuner, current.kind
+    base = _base(parts, kind, out)
     width = max(len("customer"), *map(len, tuner.names))
-    print(f"{'customer':{width}}  classes  texts  steps  accuracy of held-out texts")
+    columns, judged_by = kind.header
+    print(f"{'customer':{width}}  {columns}  steps  {judged_by}")
     for place, name in enumerate(tuner.names):
-        labels = list(current.texts[name].classes)
+        texts, held, params = current.texts[name], current.held[name], tuner.task(name)
         details = {"steps": int(tuner.steps[place]), "diverged": bool(tuner.diverged[place])}
-        details |= shared
+        details |= kind.about(parts)
         judged = "none held out"
-        if current.held[name]:
-            rows = [{"text": text, "label": label} for text, label in current.held[name]]
-            found = predict(parts, tuner.task(name), rows, labels)
-            right = sum(row["predicted"] == row["label"] for row in found) / len(found)
-            details["held_out_accuracy"] = round(right, 6)
-            judged = f"{100 * right:.1f} % of {len(found)}"
+        if held:
+            noted, judged = kind.judge(parts, params, texts, held)
+            details |= noted
         if details["diverged"]:
             judged += "; diverged: its weights from before are kept"
-        row = f"{len(labels):7}  {len(current.texts[name]):5}  {details['steps']:5}  {judged}"
-        print(f"{name:{width}}  {row}")
+        print(f"{name:{width}}  {kind.columns(texts)}  {details['steps']:5}  {judged}")
         if (out / name / ABOUT).is_file():  # of a run that ended while it wrote these
             shutil.rmtree(out / name)
-        export_task(
-            parts.patched, tuner.task(name), out / name, labels=labels, base=base, details=details
-        )
+        labels = kind.labels(texts)
+        export_task(parts.patched, params, out / name, labels=labels, base=base, details=details)
 
 
-def _base(parts: Parts, out: Path) -> str:
-    """What all adapters are of: the model as it was named, or a copy where that lacks something:
-    what it has learned, or a new head that does not adapt."""
-    config: Config = parts.config
-    named = not config.model.startswith("builtin") and not parts.patched.shared_parameters()
-    head = {request.name for request in fm.Head().resolve(parts.model)}
-    if named and head <= set(parts.patched.layout.names):
-        return config.model
+def _base(parts: Parts, kind: Classes | Words, out: Path) -> str:
+    """What all adapters are of: the model as it was named, or a copy where that lacks something."""
+    if kind.named(parts):
+        return parts.config.model
     with quiet_transformers():
         parts.model.save_pretrained(out / "base")
         parts.tokenizer.save_pretrained(out / "base")

@@ -3,7 +3,7 @@
 Read text with ``from_lists``, ``from_jsonl``, ``from_clinc_json``, ``from_huggingface``, ``clinc``,
 ``hwu`` or ``builtin``; draw task batches from it with ``Episodes`` (classes sampled from one data
 set) or ``TaskDataset`` (each task with its own label set), and minibatches of many tasks with
-``Minibatches``.
+``Minibatches``, those of language models from ``prompts_from_jsonl`` too.
 """
 
 from fastmeta.data._errors import DataError
@@ -11,6 +11,7 @@ from fastmeta.data.benchmarks import clinc, clinc_tasks, hwu, hwu_tasks, read_sp
 from fastmeta.data.builtin import builtin, builtin_tasks
 from fastmeta.data.episodes import Episodes
 from fastmeta.data.minibatches import Minibatch, Minibatches
+from fastmeta.data.prompts import prompts_from_jsonl
 from fastmeta.data.readers import from_clinc_json, from_huggingface, from_jsonl
 from fastmeta.data.task_dataset import TaskDataset
 from fastmeta.data.texts import LabelledTexts, from_lists, merge
@@ -36,6 +37,7 @@ __all__ = [
     "hwu",
     "hwu_tasks",
     "merge",
+    "prompts_from_jsonl",
     "read_split",
     "tiny_bert",
     "tiny_tokenizer",

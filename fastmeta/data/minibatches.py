@@ -15,8 +15,9 @@ from fastmeta._sampler import sample_episodes
 from fastmeta.batch import IGNORE_INDEX, stack_sets
 from fastmeta.data._errors import DataError
 from fastmeta.data.loader import Loader, check_least
+from fastmeta.data.prompts import Prompted, tokenize_prompted
 from fastmeta.data.texts import LabelledTexts
-from fastmeta.data.tokens import tokenize
+from fastmeta.data.tokens import PackedTokens, tokenize
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ class Minibatches(Loader[Minibatch]):
 
     Args:
         data: Task name -> its texts: labelled ones for classification, or a list of texts for a
-            language model, whose labels are the words themselves. All tasks of one kind.
+            language model, whose labels are the words themselves: strings, or ``(prompt,
+            completion)``, in which those of the prompt do not count. All tasks of one kind.
         tokenizer: A Hugging Face tokenizer; every text is tokenised once, here.
         batch_size: Rows of a task in a batch, at least 1.
         epochs: How often each task reads all its texts, at least 1; None: all tasks go on until
@@ -75,7 +77,7 @@ class Minibatches(Loader[Minibatch]):
 
     Raises:
         DataError: No task, a task without texts or with fewer than two classes, a text without
-            labels of one token.
+            labels of one token, a prompt that leaves no room for what follows it.
         IndexError: From `batch`, beyond the last.
         TypeError: Tasks with and without labels, a name that is no text.
         ValueError: A number out of its range.
@@ -83,7 +85,7 @@ class Minibatches(Loader[Minibatch]):
 
     def __init__(
         self,
-        data: Mapping[str, LabelledTexts | Sequence[str]],
+        data: Mapping[str, LabelledTexts | Sequence[str | Prompted]],
         tokenizer: Any,
         batch_size: int = 8,
         *,
@@ -118,21 +120,34 @@ class Minibatches(Loader[Minibatch]):
         sample_episodes([0, 1], 0, 1, 1, 0, seed)  # checks the seed
         self.data = {name: data[name] for name in self.names}
         self.ways = [len(t.classes) for t in self.data.values()] if self.labelled else None
-        self._tokens = [tokenize(t, tokenizer, max_length=max_length) for t in self.data.values()]
-        if not self.labelled:
-            for name, tokens in zip(self.names, self._tokens, strict=True):
-                if int(tokens.lengths.min()) < 2:
-                    text = self.data[name][int(tokens.lengths.argmin())]
-                    raise DataError(f"task {name!r}: {text!r} is one token, which has no next word")
+        self._tokens: list[PackedTokens] = []
+        self._given: list[np.ndarray] = []  # of each text, how many tokens are its prompt's
+        for name, texts in self.data.items():
+            if self.labelled:
+                self._tokens.append(tokenize(texts, tokenizer, max_length=max_length))
+                continue
+            try:
+                tokens, given = tokenize_prompted(texts, tokenizer, max_length=max_length)
+            except DataError as error:
+                raise DataError(f"task {name!r}: {error}") from None
+            if int(tokens.lengths.min()) < 2:
+                text = texts[int(tokens.lengths.argmin())]
+                raise DataError(f"task {name!r}: {text!r} is one token, which has no next word")
+            self._tokens.append(tokens)
+            self._given.append(given)
         self._orders: dict[int, tuple[int, np.ndarray]] = {}  # of each task's epoch
 
     def settings(self) -> dict[str, Any]:
         """Return what a batch depends on besides its number, as JSON values."""
         names = ("batch_size", "epochs", "seed", "max_length")
         digests = {}
-        for (name, texts), tokens in zip(self.data.items(), self._tokens, strict=True):
+        for task, (name, texts) in enumerate(self.data.items()):
+            tokens = self._tokens[task]
             digest = crc32(tokens.offsets.tobytes(), crc32(tokens.ids.tobytes()))
-            digests[name] = [digest, texts.digest] if self.labelled else [digest]
+            if self.labelled:
+                digests[name] = [digest, texts.digest]
+            else:
+                digests[name] = [crc32(self._given[task].tobytes(), digest)]
         return {name: getattr(self, name) for name in names} | {"data": digests}
 
     def _order(self, task: int, epoch: int) -> np.ndarray:
@@ -165,11 +180,13 @@ class Minibatches(Loader[Minibatch]):
         if self.labelled:
             labels = self.data[self.names[task]].labels[chosen]
         else:
-            labels = np.where(found["attention_mask"] == 1, found["input_ids"], IGNORE_INDEX)
+            counted = found["attention_mask"] == 1
+            counted &= np.arange(counted.shape[1]) >= self._given[task][chosen, None]
+            labels = np.where(counted, found["input_ids"], IGNORE_INDEX)
         return {k: torch.from_numpy(v) for k, v in (found | {"labels": labels}).items()}
 
 
-def _kind(data: Mapping[str, LabelledTexts | Sequence[str]]) -> bool:
+def _kind(data: Mapping[str, LabelledTexts | Sequence[str | Prompted]]) -> bool:
     """Whether tasks have labels; raises unless all are of one kind and have texts."""
     if not data:
         raise DataError("expected at least one task, got none")
@@ -182,8 +199,18 @@ def _kind(data: Mapping[str, LabelledTexts | Sequence[str]]) -> bool:
         if isinstance(texts, LabelledTexts):
             if len(texts.classes) < 2:
                 raise DataError(f"task {name!r}: expected 2 classes or more, got 1")
-        elif isinstance(texts, str) or not all(isinstance(t, str) for t in texts):
-            raise TypeError(f"task {name!r}: expected labelled texts or a list of strings")
+        elif isinstance(texts, str) or not all(map(_is_text, texts)):
+            raise TypeError(
+                f"task {name!r}: expected labelled texts, or a list of strings or of "
+                "(prompt, completion)"
+            )
         elif not len(texts):
             raise DataError(f"task {name!r}: expected at least one text, got none")
     return kinds.pop()
+
+
+def _is_text(text: object) -> bool:
+    """Whether it is a text, or a prompt and what is to follow it."""
+    if isinstance(text, tuple | list):
+        return len(text) == 2 and all(isinstance(t, str) for t in text)
+    return isinstance(text, str)

@@ -34,20 +34,11 @@ def from_jsonl(
     """
     path = Path(path)
     texts, labels = [], []
-    for number, line in read_lines(path):
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{where}: malformed JSON ({error.msg}, column {error.colno})"
-            ) from None
-        if not isinstance(row, dict):
-            raise DataError(f"{where}: expected a JSON object, got {describe(row)}")
+    for where, row in read_objects(path):
         if text is None:
             text = next((k for k in ("sentence", "text") if k in row), "text")
-        texts.append(_field(row, text, (str,), where))
-        labels.append(_field(row, label, (str, int), where))
+        texts.append(field(row, text, (str,), where))
+        labels.append(field(row, label, (str, int), where))
     if not texts:
         raise DataError(f"{path}: expected lines of JSON, got an empty file")
     data = LabelledTexts(texts, labels, name=str(path))
@@ -162,6 +153,21 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
+def read_objects(path: Path) -> Iterator[tuple[str, dict]]:
+    """Yield where it is and the JSON object of every line."""
+    for number, line in read_lines(path):
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{where}: malformed JSON ({error.msg}, column {error.colno})"
+            ) from None
+        if not isinstance(row, dict):
+            raise DataError(f"{where}: expected a JSON object, got {describe(row)}")
+        yield where, row
+
+
 def read_json(path: Path) -> Any:
     """Read a file that is one JSON document."""
     lines = dict(read_lines(path))
@@ -174,7 +180,8 @@ def read_json(path: Path) -> Any:
         raise DataError(f"{path}, line {error.lineno}: malformed JSON ({error.msg})") from None
 
 
-def _field(row: dict, key: str, types: tuple[type, ...], where: str) -> Any:
+def field(row: dict, key: str, types: tuple[type, ...], where: str) -> Any:
+    """What a line has under `key`: a string that is not blank, or an integer where allowed."""
     if key not in row:
         raise DataError(
             f"{where}: no key {key!r}; the line has {', '.join(map(repr, row)) or 'none'}"

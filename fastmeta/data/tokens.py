@@ -83,14 +83,7 @@ def tokenize(
         DataError: a text without a single token.
         ValueError: no padding token, or max_length < 1.
     """
-    if max_length < 1:
-        raise ValueError(f"expected max_length >= 1, got {max_length}")
-    if tokenizer.pad_token_id is None:
-        raise ValueError(
-            "expected a tokenizer with a padding token, got none: set tokenizer.pad_token "
-            "(for example to tokenizer.eos_token) and the model's config.pad_token_id"
-        )
-    max_length = min(max_length, tokenizer.model_max_length)
+    max_length = checked_length(tokenizer, max_length)
     if not isinstance(texts, LabelledTexts):
         return _pack(list(texts), tokenizer, max_length)
     cache = texts._tokens.setdefault(tokenizer, {})
@@ -100,24 +93,56 @@ def tokenize(
     return cache[key]
 
 
+def checked_length(tokenizer: Any, max_length: int) -> int:
+    """The tokens at which longer texts are cut.
+
+    Raises:
+        ValueError: no padding token, or max_length < 1.
+    """
+    if max_length < 1:
+        raise ValueError(f"expected max_length >= 1, got {max_length}")
+    if tokenizer.pad_token_id is None:
+        raise ValueError(
+            "expected a tokenizer with a padding token, got none: set tokenizer.pad_token "
+            "(for example to tokenizer.eos_token) and the model's config.pad_token_id"
+        )
+    return min(max_length, tokenizer.model_max_length)
+
+
 def _pack(texts: Sequence[str], tokenizer: Any, max_length: int) -> PackedTokens:
-    ids, types, lengths = [np.zeros(0, np.int32)], [], []
+    ids, types = encode(texts, tokenizer, max_length)
+    for text, row in zip(texts, ids, strict=True):
+        if not row:
+            raise DataError(f"expected every text to have a token, got none for {text!r}")
+    return packed(ids, types, tokenizer)
+
+
+def encode(
+    texts: Sequence[str], tokenizer: Any, max_length: int | None = None, **settings: Any
+) -> tuple[list[list[int]], list[list[int]] | None]:
+    """Token ids of every text, cut to `max_length`, and, where the tokenizer gives them, token
+    types."""
+    ids: list[list[int]] = []
+    types: list[list[int]] = []
+    settings |= {"return_attention_mask": False, "verbose": False}
+    settings |= {} if max_length is None else {"truncation": True, "max_length": max_length}
     for begin in range(0, len(texts), _CHUNK):
-        chunk = list(texts[begin : begin + _CHUNK])
-        out = tokenizer(chunk, truncation=True, max_length=max_length, return_attention_mask=False)
-        lengths += [len(row) for row in out["input_ids"]]
-        ids.append(_join(out["input_ids"], np.int32))
-        if "token_type_ids" in out:
-            types.append(_join(out["token_type_ids"], np.uint8))
-    for i, length in enumerate(lengths):
-        if length == 0:
-            raise DataError(f"expected every text to have a token, got none for {texts[i]!r}")
-    packed_types = np.concatenate(types) if types else None
+        out = tokenizer(list(texts[begin : begin + _CHUNK]), **settings)
+        ids += out["input_ids"]
+        types += out.get("token_type_ids", ())
+    return ids, types if types or not ids else None
+
+
+def packed(
+    ids: Sequence[Sequence[int]], types: Sequence[Sequence[int]] | None, tokenizer: Any
+) -> PackedTokens:
+    """Rows of token ids end to end."""
+    offsets = np.concatenate([[0], np.cumsum([len(row) for row in ids])]).astype(np.int64)
+    packed_types = None if types is None else _join(types, np.uint8)
     if packed_types is not None and not packed_types.any():
         packed_types = packed_types[:0]  # one sentence per text: nothing to store
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    return PackedTokens(np.concatenate(ids), offsets, packed_types, int(tokenizer.pad_token_id))
+    return PackedTokens(_join(ids, np.int32), offsets, packed_types, int(tokenizer.pad_token_id))
 
 
-def _join(rows: list[list[int]], dtype: type) -> np.ndarray:
+def _join(rows: Sequence[Sequence[int]], dtype: type) -> np.ndarray:
     return np.fromiter((t for row in rows for t in row), dtype, sum(map(len, rows)))

@@ -1,0 +1,100 @@
+"""Texts for a language model: a prompt, which is given, and what is to follow it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastmeta.data._errors import DataError
+from fastmeta.data.readers import field, read_objects
+from fastmeta.data.tokens import PackedTokens, checked_length, encode, packed, tokenize
+
+Prompted = tuple[str, str]
+"""A prompt and what is to follow it."""
+
+
+def prompts_from_jsonl(
+    path: str | PathLike,
+    *,
+    prompt: str = "prompt",
+    completion: str = "completion",
+    text: str = "text",
+) -> list[str | Prompted]:
+    """Read a file of JSON lines, in each an object with a prompt and what follows, or with a text.
+
+    Args:
+        path: the file, UTF-8; blank lines are skipped.
+        prompt: key of the prompt, which is given and not learned; may be empty.
+        completion: key of what is to follow it.
+        text: key of a text all of whose words are learned, in lines without a completion.
+
+    Returns:
+        ``(prompt, completion)`` or the text of every line, as `Minibatches` takes them.
+
+    Raises:
+        DataError: an unreadable or empty file, or a line that is no such object; names file and
+            line.
+    """
+    path = Path(path)
+    found: list[str | Prompted] = []
+    for where, row in read_objects(path):
+        if completion not in row and text in row:
+            found.append(field(row, text, (str,), where))
+            continue
+        given = field(row, prompt, (str,), where) if row.get(prompt) != "" else ""
+        found.append((given, field(row, completion, (str,), where)))
+    if not found:
+        raise DataError(f"{path}: expected lines of JSON, got an empty file")
+    return found
+
+
+def tokenize_prompted(
+    texts: Sequence[str | Prompted], tokenizer: Any, *, max_length: int = 128
+) -> tuple[PackedTokens, np.ndarray]:
+    """Tokenise texts whose prompts are given.
+
+    A prompt's tokens are those that a tokenizer makes of it alone, as when a model is asked to go
+    on, but for an end token; those of what follows, and an end token, come after them.
+
+    Args:
+        texts: ``(prompt, completion)``, or texts alone, which have no prompt and get no end token
+            but the tokenizer's own.
+        tokenizer: as for `tokenize`.
+        max_length: longer texts are cut to this many tokens.
+
+    Returns:
+        One entry per text, and how many of its tokens are its prompt's, int64 ``[texts]``.
+
+    Raises:
+        DataError: a text without a token, a prompt that leaves no room for what follows it.
+    """
+    pairs = [i for i, text in enumerate(texts) if not isinstance(text, str)]
+    given = np.zeros(len(texts), np.int64)
+    if not pairs:
+        return tokenize(texts, tokenizer, max_length=max_length), given
+    max_length = checked_length(tokenizer, max_length)
+    alone = [i for i, text in enumerate(texts) if isinstance(text, str)]
+    whole, _ = encode([texts[i] for i in alone], tokenizer, max_length)
+    prompts, types = encode([texts[i][0] for i in pairs], tokenizer)
+    after, _ = encode([texts[i][1] for i in pairs], tokenizer, add_special_tokens=False)
+    rows = dict(zip(alone, whole, strict=True))
+    end = tokenizer.eos_token_id
+    end = tokenizer.sep_token_id if end is None else end
+    last = [] if end is None else [end]
+    for i, prompt, following in zip(pairs, prompts, after, strict=True):
+        prompt = prompt[:-1] if last and prompt[-1:] == last else prompt
+        if not following:
+            raise DataError(f"expected what follows a prompt to have a token: {texts[i]!r}")
+        if len(prompt) >= max_length:
+            raise DataError(
+                f"a prompt of {len(prompt)} tokens leaves no room for what follows it "
+                f"(max_length={max_length}): {texts[i]!r}"
+            )
+        rows[i] = (prompt + following + last)[:max_length]
+        given[i] = len(prompt)
+    ordered = [rows[i] for i in range(len(texts))]
+    return packed(ordered, None if types is None else [], tokenizer), given
