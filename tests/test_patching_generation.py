@@ -105,6 +105,17 @@ def test_words_are_those_of_whole_texts(case: str) -> None:
     assert torch.equal(again, found)
 
 
+def test_settings_by_name_need_no_word_of_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(message: str, *_: object) -> None:
+        raise AssertionError(message)
+
+    monkeypatch.setattr(tf.generation.utils.logger, "warning_once", refuse)
+    patched = fm.patch(prepared(llama), fm.LoRA(r=2))
+    params, inputs = tasks_of(patched, 3), families.inputs("llama", 3, 2, padding="left")
+    found = patched.generate(params, **inputs, max_new_tokens=2, do_sample=False)
+    assert found.shape == (3, 2, 8)
+
+
 def test_what_generate_returns_besides_words() -> None:
     patched = fm.patch(prepared(llama), fm.LoRA(r=2))
     params, inputs = tasks_of(patched, 3), families.inputs("llama", 3, 2, padding="left")

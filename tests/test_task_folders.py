@@ -289,3 +289,13 @@ def test_the_serving_example_runs(capsys):
     example = Path(__file__).resolve().parent.parent / "examples" / "serving.py"
     runpy.run_path(str(example))
     assert capsys.readouterr().out.count(" -> ") == 9
+
+
+def test_the_language_model_example_runs(capsys):
+    example = Path(__file__).resolve().parent.parent / "examples" / "language_model.py"
+    runpy.run_path(str(example))
+    lines = [line for line in capsys.readouterr().out.splitlines() if ", wanted " in line]
+    assert len(lines) == 9
+    for line in lines:
+        said, wanted = line.split(" -> ")[1].split(", wanted ")
+        assert said == wanted

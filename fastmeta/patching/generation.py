@@ -62,8 +62,10 @@ def generate(patched: Patched, params: TaskParams, given: Mapping[str, Any]) -> 
         with torch.autocast(patched.device.type, enabled=False):
             _check(patched, plan, inputs)
         plan.generates = True
+    config = copy.deepcopy(config)
+    others = config.update(**settings)
     with running(Call(params.bound(plan), tasks, rows)), plan.attention():
-        out = plan.structure.generate(**flat, generation_config=copy.deepcopy(config), **settings)
+        out = plan.structure.generate(**flat, generation_config=config, **others)
     return unflatten_output(out, tasks, rows)
 
 
