@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
+
+import pytest
+
+import fastmeta as fm
 
 TINY = {
     "model": "builtin:hidden=16,layers=1",
@@ -28,3 +33,17 @@ def write_jsonl(path: Path, pairs) -> Path:
     """A file of texts and labels."""
     path.write_text("".join(json.dumps({"text": t, "label": y}) + "\n" for t, y in pairs))
     return path
+
+
+def interrupted_at(monkeypatch: pytest.MonkeyPatch, number: int) -> list[int]:
+    """Make a FineTuner's step of that number receive an interrupt; one entry for each step."""
+    step, calls = fm.FineTuner.step, []
+
+    def counted(self, *arguments):
+        calls.append(1)
+        if len(calls) == number:
+            signal.raise_signal(signal.SIGINT)
+        return step(self, *arguments)
+
+    monkeypatch.setattr(fm.FineTuner, "step", counted)
+    return calls

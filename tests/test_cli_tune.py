@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import signal
 from pathlib import Path
 
 import pytest
 import torch
-from command_line import flags, write_jsonl
+from command_line import flags, interrupted_at, write_jsonl
 from safetensors.torch import load_file
 
 import fastmeta as fm
@@ -64,15 +63,7 @@ def test_a_customer_alone_gets_the_same(call, files, tmp_path) -> None:
 def test_stopped_and_gone_on_with(call, files, tmp_path, monkeypatch) -> None:
     more = [*MODEL, *SPEC, "--epochs", 3, "--batch-size", 5]
     assert call("tune", *files, "--out", tmp_path / "whole", *more)[0] == 0
-    step, calls = fm.FineTuner.step, []
-
-    def interrupted(self, *arguments):
-        calls.append(1)
-        if len(calls) == 4:
-            signal.raise_signal(signal.SIGINT)
-        return step(self, *arguments)
-
-    monkeypatch.setattr(fm.FineTuner, "step", interrupted)
+    calls = interrupted_at(monkeypatch, 4)
     out = tmp_path / "halves"
     status, _, err = call("tune", *files, "--out", out, *more)
     assert status == 130 and "stopped after 4 of 15 steps" in err and "--resume" in err

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 from pathlib import Path
 
 import pytest
 import torch
 import transformers as tf
+from command_line import interrupted_at
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 
@@ -116,15 +116,7 @@ def test_a_customer_alone_gets_the_same(call, files, model, tmp_path) -> None:
 def test_stopped_and_gone_on_with(call, files, model, tmp_path, monkeypatch) -> None:
     more = ["--model", model, *MORE, "--epochs", 3, "--batch-size", 5]
     assert call("tune", *files, "--out", tmp_path / "whole", *more)[0] == 0
-    step, calls = fm.FineTuner.step, []
-
-    def interrupted(self, *arguments):
-        calls.append(1)
-        if len(calls) == 4:
-            signal.raise_signal(signal.SIGINT)
-        return step(self, *arguments)
-
-    monkeypatch.setattr(fm.FineTuner, "step", interrupted)
+    interrupted_at(monkeypatch, 4)
     out = tmp_path / "halves"
     assert call("tune", *files, "--out", out, *more)[0] == 130
     assert call("tune", *files, "--out", out, *more, "--resume")[0] == 0
