@@ -158,3 +158,8 @@ def test_a_new_head_that_does_not_adapt_is_kept(call, files, tmp_path) -> None:
         about = json.loads((out / "acme" / "fastmeta.json").read_text())
         assert about["ways"] == 3 and about["pooling"] is None and len(about["labels"]) == 2
         assert Path(about["base_model"]) == (out / "base" if bases else tmp_path / "encoder")
+
+
+def test_a_file_that_is_not_there(fails, tmp_path) -> None:
+    said = fails("tune", tmp_path / "acme.jsonl", "--out", tmp_path / "out", *MODEL)
+    assert said.startswith(f"fastmeta: error: {tmp_path / 'acme.jsonl'}: cannot be read")

@@ -86,10 +86,8 @@ def test_held_out_losses_are_those_of_peft(call, files, model, tmp_path) -> None
     assert call(*arguments, "--hold-out", 0.25, "--epochs", 3, "--lr", 0.03)[0] == 0
     tokenizer = tf.AutoTokenizer.from_pretrained(model)
     read = fm.data.prompts_from_jsonl(files[1])
-    from fastmeta.cli.tune_kinds import Words  # what was held out
-
-    _, held = Words().read(str(files[1]), fm.cli.config.make_config({}), 0.25)
-    assert len(held) == 2 and set(held) <= set(read)
+    _, held = fm.data.hold_out(read, 0.25, seed=0)
+    assert len(held) == 2
     tuned = AutoPeftModelForCausalLM.from_pretrained(out / "bolt").eval()
     total, count = 0.0, 0
     for prompt, completion in held:
@@ -123,6 +121,28 @@ def test_stopped_and_gone_on_with(call, files, model, tmp_path, monkeypatch) -> 
     for name in ("acme", "bolt"):
         whole, halves = (weights(tmp_path / folder, name) for folder in ("whole", "halves"))
         assert all(torch.equal(whole[n], halves[n]) for n in whole)
+
+
+def test_what_is_held_out_is_read_before_anything_is_trained(fails, model, tmp_path) -> None:
+    rows = [{"prompt": "hello", "completion": "day"}] * 20
+    rows[3] = {"prompt": "hello " * 40, "completion": "day"}
+    file = tmp_path / "acme.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for seed in range(4):  # in some it is held out
+        said = fails(
+            *("tune", file, "--out", tmp_path / "out", "--model", model, *MORE),
+            *("--max-length", 20, "--hold-out", 0.5, "--seed", seed),
+        )
+        assert "task 'acme': a prompt of 41 tokens leaves no room" in said
+
+
+def test_an_encoder_continues_nothing(fails, files, tmp_path) -> None:
+    bert, tokenizer = fm.data.tiny_bert(hidden_size=16)
+    tf.BertLMHeadModel(bert.config).save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    said = fails("tune", *files, "--model", tmp_path / "bert", "--out", tmp_path / "out",
+                 "--loss", "causal_lm", "--quiet")  # fmt: skip
+    assert "sees words that come later" in said and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,9 @@ class OfWords:
 
 def test_a_text_without_a_next_word() -> None:
     data = {"a": ["two words", "three words here"], "b": ["two words", "one"]}
-    with pytest.raises(DataError, match="task 'b': 'one' is one token, which has no next word"):
+    with pytest.raises(
+        DataError, match="task 'b': a text of one token has no next word: str 'one'"
+    ):
         Minibatches(data, OfWords())
     batch = Minibatches({"a": data["a"]}, OfWords(), bucket=1).batch(0)
     assert sorted(batch.inputs) == ["attention_mask", "input_ids", "labels"]

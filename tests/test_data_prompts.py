@@ -37,7 +37,10 @@ def test_a_file(tmp_path: Path) -> None:
     [
         ('{"prompt": "Q"}', "line 1: no key 'completion'; the line has 'prompt'"),
         ('{"completion": "A"}', "line 1: no key 'prompt'; the line has 'completion'"),
-        ('{"prompt": "Q", "completion": " "}', "'completion' to be a string, got an empty one"),
+        (
+            '{"prompt": "Q", "text": "A"}',
+            "line 1: no key 'completion'; the line has 'prompt', 'text'",
+        ),
         ('{"prompt": 3, "completion": "A"}', "'prompt' to be a string, got int 3"),
         ("[]", "line 1: expected a JSON object, got list"),
         ("", "expected lines of JSON, got an empty file"),
@@ -64,14 +67,21 @@ def test_tokens_are_those_that_a_prompt_alone_has() -> None:
 def test_long_ones() -> None:
     prompt = ids("hello there", special=True)[:-1]
     room = len(prompt) + 1
-    tokens, given = tokenize_prompted([("hello there", "good day")], TOKENIZER, max_length=room)
-    assert tokens.ids.tolist() == [*prompt, ids("good day")[0]] and given[0] == len(prompt)
+    with pytest.warns(UserWarning, match=f"1 of 2 texts are longer than max_length={room}"):
+        tokens, given = tokenize_prompted(
+            [("hello there", "good day"), "hello there good day"], TOKENIZER, max_length=room
+        )
+    assert tokens.ids[:room].tolist() == [*prompt, ids("good day")[0]] and given[0] == len(prompt)
     with pytest.raises(DataError, match=f"leaves no room .*max_length={len(prompt)}"):
         tokenize_prompted([("hello there", "good day")], TOKENIZER, max_length=len(prompt))
     with pytest.raises(DataError, match="task 'acme': a prompt of"):
         Minibatches({"acme": [("hello there", "good")]}, TOKENIZER, max_length=len(prompt))
-    with pytest.raises(DataError, match="task 'acme': expected what follows a prompt to have"):
-        Minibatches({"acme": [("hello there", "")]}, TOKENIZER)
+    for following in ("", " "):
+        with pytest.raises(DataError, match="task 'acme': expected what follows a prompt to have"):
+            Minibatches({"acme": [("hello there", following)]}, TOKENIZER)
+    with pytest.raises(DataError) as caught:
+        tokenize_prompted([("hello " * 900, "good day")], TOKENIZER)
+    assert len(str(caught.value)) < 250
 
 
 def test_labels_leave_out_the_prompt() -> None:
@@ -91,18 +101,35 @@ def test_labels_leave_out_the_prompt() -> None:
         Minibatches(other, TOKENIZER, batch_size=2, bucket=1).load_state_dict(state)
 
 
+class Plain(SimpleNamespace):
+    """A tokenizer that adds nothing to the words, which are numbers of letters."""
+
+    pad_token_id, eos_token_id, sep_token_id, model_max_length = 0, None, None, 100
+
+    def __call__(self, texts, **settings):
+        return {"input_ids": [[len(w) for w in t.split()] for t in texts]}
+
+    def __len__(self) -> int:
+        return 10
+
+
 def test_no_end_token() -> None:
-    """A tokenizer that has none, and adds nothing to the words."""
-
-    class Plain(SimpleNamespace):
-        pad_token_id, eos_token_id, sep_token_id, model_max_length = 0, None, None, 100
-
-        def __call__(self, texts, **settings):
-            return {"input_ids": [[len(w) for w in t.split()] for t in texts]}
-
-        def __len__(self) -> int:
-            return 10
-
     tokens, given = tokenize_prompted([("a bcd", "efg hi")], Plain())
     assert tokens.ids.tolist() == [1, 3, 3, 2] and given.tolist() == [2]
     assert tokens.types is None
+
+
+def test_an_end_token_that_is_the_prompts_own() -> None:
+    """It ends a turn of a conversation, and is there as well when a model is asked to go on."""
+    tokens, given = tokenize_prompted([("a bc", "efg"), ("bc", "a")], Plain(eos_token_id=2))
+    assert tokens.ids.tolist() == [1, 2, 3, 2, 2, 1, 2] and given.tolist() == [2, 1]
+
+
+def test_holding_out() -> None:
+    texts = [(str(i), str(i)) for i in range(10)]
+    left, taken = fm.data.hold_out(texts, 0.35, seed=1)
+    assert len(taken) == 3 and sorted(left + taken) == texts
+    assert fm.data.hold_out(texts, 0.35, seed=1) == (left, taken)
+    assert fm.data.hold_out(texts, 0.35, seed=2)[1] != taken
+    with pytest.raises(ValueError, match="at least 0 and below 1, got 1"):
+        fm.data.hold_out(texts, 1)

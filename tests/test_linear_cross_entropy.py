@@ -91,6 +91,33 @@ def test_words_that_cannot_be(cpu_impl: tuple[str, str]) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("gap", [90.0, 800.0, 1e9])
+def test_words_far_above_those_before(gap: float, cpu_impl: tuple[str, str]) -> None:
+    """So far that the exponentials of the first are 0 beside them."""
+    x, weight, bias, _ = problem(5, 64, 9000)
+    bias -= gap * (torch.arange(9000) // 700 % 2)
+    labels = torch.tensor([10, 1410, 2810, 4210, 8999])
+    expected = derivatives(
+        lambda x: F.cross_entropy(F.linear(x, weight, bias), labels, reduction="none"), x
+    )
+    found = derivatives(lambda x: linear_cross_entropy(x, weight, labels, bias), x)
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
+
+
+def test_no_width_and_no_rows(cpu_impl: tuple[str, str]) -> None:
+    found = linear_cross_entropy(torch.zeros(3, 0), torch.zeros(7, 0), torch.zeros(3).long())
+    torch.testing.assert_close(found, torch.full((3,), 7.0).log())
+    none = linear_cross_entropy(torch.zeros(0, 2), W, torch.zeros(0).long())
+    assert none.shape == (0,)
+
+
+def test_a_bias_that_is_expanded() -> None:
+    x, weight, _, labels = problem(5, 6, 300)
+    one = torch.ones(1, dtype=torch.float64)
+    found = linear_cross_entropy(x, weight, labels, one.expand(300))
+    torch.testing.assert_close(found, linear_cross_entropy(x, weight, labels))
+
+
 def test_large_logits_keep_their_digits(cpu_impl: tuple[str, str]) -> None:
     """Each block of words has larger ones than the last."""
     x, weight, bias, labels = problem(5, 32, 3000, torch.float32)
@@ -130,6 +157,37 @@ def test_learned_words() -> None:
         x, weight, bias,
     )  # fmt: skip
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-13)
+
+
+def test_learned_words_under_transforms() -> None:
+    """Each place of a vmapped axis has words, of which a gradient is asked for around it."""
+    x, weight, _, labels = problem(6, 5, 300)
+    stacked = torch.stack([weight, 2 * weight])
+
+    def total(loss, stacked: Tensor) -> Tensor:
+        return torch.func.vmap(lambda w: loss(x, w).sum())(stacked).sum()
+
+    found = torch.func.grad(lambda s: total(lambda x, w: linear_cross_entropy(x, w, labels), s))
+    expected = torch.func.grad(
+        lambda s: total(lambda x, w: F.cross_entropy(F.linear(x, w), labels, reduction="none"), s)
+    )
+    torch.testing.assert_close(found(stacked), expected(stacked), rtol=1e-10, atol=1e-12)
+
+
+def test_learned_words_without_gradients_form_no_logits() -> None:
+    x, weight, _, labels = problem(300, 8, 1000, torch.float32)
+    with torch.no_grad(), Largest() as largest:
+        linear_cross_entropy(x, weight.requires_grad_(), labels)
+    assert largest.size <= weight.numel()
+
+
+def test_products_in_bfloat16_vanish_where_a_model_is_right() -> None:
+    _, weight, _, labels = problem(9, 64, 2000, torch.float32)
+    x = 60 * weight[labels] / weight[labels].norm(dim=1, keepdim=True)
+    x.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        (d,) = torch.autograd.grad(linear_cross_entropy(x, weight, labels).sum(), x)
+    assert d.abs().max() < 1e-5
 
 
 def test_products_in_bfloat16() -> None:

@@ -11,6 +11,7 @@ import torch
 import transformers as tf
 from test_linear_cross_entropy import Largest
 from torch import Tensor, nn
+from transformers.utils import ModelOutput
 
 import fastmeta as fm
 from fastmeta.engine import losses
@@ -192,10 +193,8 @@ def test_a_layer_that_learns() -> None:
         assert learner(batch).logits is not None
         (d,) = torch.autograd.grad(learner(batch).loss, model.lm_head.weight)
         assert d.abs().max() > 1e-6
-        with torch.no_grad():
-            out = learner(batch)
-        assert out.logits is None
-        close([out.task_losses], [plain(batch).task_losses.detach()])
+        with torch.no_grad():  # the same outputs as when it trains
+            assert learner(batch).logits is not None
 
 
 def test_a_layer_that_adapts() -> None:
@@ -203,6 +202,63 @@ def test_a_layer_that_adapts() -> None:
     assert patched.output_layer(batch_of().support) is None
     tied = fm.patch(build("llama"), fm.Params("model.embed_tokens.*"))
     assert tied.output_layer(batch_of().support) is None
+
+
+class Custom(nn.Module):
+    """A language model of one's own, with something around its head."""
+
+    def __init__(self, after: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.embed, self.mix = nn.Embedding(VOCAB, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.head, self.after = nn.Linear(WIDTH, VOCAB), after
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, input_ids: Tensor) -> ModelOutput:
+        states = self.mix(self.embed(input_ids)).tanh()
+        return ModelOutput(logits=self.after(self, self.head(input=states)))
+
+
+@pytest.mark.parametrize(
+    ("after", "found"),
+    [
+        (lambda model, z: z, True),
+        (lambda model, z: z.div_(2), False),
+        (lambda model, z: model.dropout(z), False),
+        (lambda model, z: z / 2 if model.training else z, False),
+    ],
+    ids=["nothing", "in place", "dropout", "in training"],
+)
+def test_what_comes_after_a_layer(after: Callable, found: bool) -> None:
+    """A head that is called by keyword, too."""
+    torch.manual_seed(0)
+    patched = fm.patch(Custom(after).double().eval().requires_grad_(False), fm.LoRA(targets="mix"))
+    inputs = {k: v for k, v in texts(2, 3, 0).items() if k != "attention_mask"}
+    assert (patched.output_layer(inputs) is not None) == found
+    assert patched(patched.init(2), **inputs).logits.shape == (2, 3, 6, VOCAB)
+    if found:
+        settings = {"lr": 0.1, "steps": 2}
+        losses_of = (
+            fm.adapt(patched, inputs, loss_fn=loss, **settings).params.packed
+            for loss in ("causal_lm", on_logits("causal_lm"))
+        )
+        torch.testing.assert_close(*losses_of, rtol=1e-9, atol=1e-12)
+
+
+def test_a_layer_with_a_forward_of_its_own() -> None:
+    model = build("llama")
+    plain = model.lm_head.forward
+    model.lm_head.forward = lambda x: plain(x) / 2
+    patched = fm.patch(model, fm.LoRA(r=2, targets="q_proj"))
+    assert patched.output_layer(batch_of().support) is None
+
+
+def test_a_layer_of_few_words() -> None:
+    """Whose logits are hardly larger than what they are made of."""
+    torch.manual_seed(0)
+    model = tf.GPT2LMHeadModel(tf.GPT2Config(**COMMON, n_embd=64, n_layer=1, n_head=2))
+    patched = fm.patch(model.requires_grad_(False), fm.LoRA(r=2, targets="c_attn"))
+    assert patched.output_layer(batch_of().support) is not None
+    assert fm.MAML(patched, lr=0.1, steps=1, loss_fn="causal_lm")(batch_of()).logits is not None
 
 
 def test_a_layer_with_a_hook() -> None:
@@ -237,9 +293,12 @@ def test_fine_tuning() -> None:
     for loss in ("causal_lm", on_logits("causal_lm")):
         tuner = fm.FineTuner(patched, 2, lr=0.05, optimizer="adam", loss_fn=loss)
         for seed in range(3):
-            tuner.step(texts(2, 3, seed))
-        found.append(tuner.params.packed)
-    close(found[:1], found[1:])
+            before = tuner.losses(texts(2, 3, seed))
+            close([before], [tuner.step(texts(2, 3, seed))])
+        found.append([tuner.params.packed, tuner.losses(texts(2, 3, 0))])
+        one = {k: v[1:] for k, v in texts(2, 3, 0).items()}
+        close([tuner.losses(one, [1])], [found[-1][1][1:]])
+    close(*found)
 
 
 def test_labels_of_another_length() -> None:

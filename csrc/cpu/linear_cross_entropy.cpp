@@ -14,11 +14,17 @@ namespace {
 
 using Optional = std::optional<Tensor>;
 
-constexpr int64_t kRows = 192;  // at most, of x, that meet a block of words
+constexpr int64_t kRows = 192;          // at most, of x, that meet a block of words
+constexpr int64_t kRowBytes = 3 << 20;  // at most of those, but for kFewRows
+constexpr int64_t kFewRows = 48;
 // Parts of the words that are summed by themselves: also few rows keep several threads busy. Fixed,
 // so that results depend neither on threads nor on how many rows there are.
 constexpr int64_t kParts = 8;
-constexpr int64_t kBlock = 128 << 10;  // bytes of a block of words
+constexpr int64_t kBlockBytes = 1 << 20;  // of a block of words, of 32 to 512
+constexpr int64_t kSumBytes = 64 << 20;   // at most of sums at a time, but for one block of rows
+
+template <typename A>
+constexpr A kNone = -std::numeric_limits<A>::infinity();
 
 // The rows that count and the words, D numbers each.
 template <typename A>
@@ -27,7 +33,8 @@ struct Problem {
   int64_t width, words;
   const A *x, *weight, *bias;
   const int64_t* labels;
-  bool bf16;  // factors of products are rounded to it
+  bool bf16;           // factors of products are rounded to it
+  int64_t height = 0;  // rows at a time, at most
   int64_t block = 0, blocks = 0, parts = 0;
   std::vector<int64_t> rows{};
 
@@ -40,13 +47,16 @@ struct Problem {
         bias(pointer_or_null<A>(bias)),
         labels(data_of<const int64_t>(labels)),
         bf16(bf16) {
-    const int64_t fit = kBlock / (most(width, 1) * int64_t(sizeof(A)));
-    block = least(most(fit / 32, 1), 16) * 32;
+    const int64_t bytes = most(width, 1) * int64_t(sizeof(A));
+    height = least(most(kRowBytes / bytes, kFewRows), kRows);
+    block = least(most(kBlockBytes / bytes / 32, 1), 16) * 32;
     blocks = ceil_div(words, block);
     parts = least(kParts, blocks);
   }
 
   int64_t first_of_part(int64_t part) const { return blocks * part / parts * block; }
+  // A number of the label's row, as products read it.
+  A own(A x) const { return bf16 ? A(float(BFloat16(float(x)))) : x; }
   // Twice as many operations as multiplications count as one element of sixteen.
   int64_t work(int64_t height) const { return height * width * words / parts / 16; }
 };
@@ -70,7 +80,7 @@ struct Sums {
     this->rows = rows;
     this->width = width;
     for (auto* t : {&top, &total, &right}) t->assign(size_t(parts * rows), A(0));
-    vectors.assign(size_t(parts * rows * width), A(0));
+    vectors.assign(size_t(parts * rows * width), A(0));  // none where no vectors are wanted
   }
   int64_t at(int64_t part, int64_t row) const { return part * rows + row; }
   A* vector(int64_t part, int64_t row) { return vectors.data() + at(part, row) * width; }
@@ -88,11 +98,11 @@ void multiply(const Problem<A>& p, const batched::Product<A>& product, batched::
 
 // Rows [first, first + height) of those that count meet the words of a part, block by block.
 // f(first word, words, row, their products with the row of each tensor) makes what is summed, in
-// place of the first products; whole vectors, of which those after the last word are `after` and 0.
+// place of the first products; whole vectors, in which -inf and 0 come after the last word.
 // vectors [height, D], unless null, += those by the words.
 template <typename A, int kTensors, typename F>
 void meet(const Problem<A>& p, Scratch<A>& w, const A* const (&tensors)[kTensors], int64_t first,
-          int64_t height, int64_t part, A after, A* vectors, const F& f) {
+          int64_t height, int64_t part, A* vectors, const F& f) {
   for (int t = 0; t < kTensors; ++t) {
     w.rows[t].resize(size_t(height * p.width));
     w.products[t].resize(size_t(height * p.block));
@@ -122,7 +132,7 @@ void meet(const Problem<A>& p, Scratch<A>& w, const A* const (&tensors)[kTensors
         A* found[kTensors];
         for (int t = 0; t < kTensors; ++t) {
           found[t] = w.products[t].data() + i * p.block;
-          std::fill(found[t] + count, found[t] + whole, t == 0 ? after : A(0));
+          std::fill(found[t] + count, found[t] + whole, t == 0 ? kNone<A> : A(0));
         }
         f(static_cast<Lanes<A, bytes()>*>(nullptr), j, whole, i, found);
       }
@@ -136,18 +146,21 @@ void meet(const Problem<A>& p, Scratch<A>& w, const A* const (&tensors)[kTensors
 }
 
 // Runs part(scratch, first row, height, part, sums) for all blocks of rows and parts of words, and
-// then row(row, its place in sums, sums) for each row, group by group: sums are never of all rows.
+// then row(row, its place in sums, sums) for each row, group by group: sums, of vectors of `width`,
+// are never of all rows.
 template <typename A, typename P, typename R>
-void run(const Problem<A>& p, const P& part, const R& row) {
-  const int64_t rows = int64_t(p.rows.size()), blocks = ceil_div(rows, kRows);
-  const int64_t group = ceil_div(4 * torch::stable::get_num_threads(), p.parts);
+void run(const Problem<A>& p, int64_t width, const P& part, const R& row) {
+  const int64_t rows = int64_t(p.rows.size()), blocks = ceil_div(rows, p.height);
+  const int64_t bytes = p.parts * p.height * most(width, 1) * int64_t(sizeof(A));
+  const int64_t busy = ceil_div(4 * torch::stable::get_num_threads(), p.parts);
+  const int64_t group = most(least(busy, kSumBytes / bytes), 1);
   Sums<A> sums;
   for (int64_t block = 0; block < blocks; block += group) {
     const int64_t end = least(blocks, block + group), first = rows * block / blocks;
     const int64_t together = rows * end / blocks - first;
-    sums.start(p.parts, together, p.width);
+    sums.start(p.parts, together, width);
     const int64_t units = (end - block) * p.parts;
-    parallel_ranges(units, p.work(kRows), [&](int64_t begin, int64_t stop) {
+    parallel_ranges(units, p.work(p.height), [&](int64_t begin, int64_t stop) {
       Scratch<A> w;
       for (int64_t unit = begin; unit < stop; ++unit) {
         const int64_t own = block + unit / p.parts, from = rows * own / blocks;
@@ -158,9 +171,6 @@ void run(const Problem<A>& p, const P& part, const R& row) {
                    [&](int64_t i) { row(p.rows[first + i], i, sums); });
   }
 }
-
-template <typename A>
-constexpr A kNone = -std::numeric_limits<A>::infinity();
 
 void check(const Tensor& x, const Tensor& weight, const Optional& bias, const Tensor& labels) {
   const auto dense = [](const Tensor& t, int64_t axes) {
@@ -208,7 +218,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, Tensor weight, Optional bia
       A *const right = &sums.right[sums.at(part, at)], *const vectors = sums.vector(part, at);
       std::fill_n(top, height, kNone<A>);
       const A* const tensors[] = {p.x};
-      meet(p, w, tensors, first, height, part, kNone<A>, wanted ? vectors : nullptr,
+      meet(p, w, tensors, first, height, part, wanted ? vectors : nullptr,
            [&](auto* lane, int64_t j, int64_t count, int64_t i, A*(&z)[1]) FM_INLINE_LAMBDA {
              using L = std::remove_pointer_t<decltype(lane)>;
              const int64_t own = p.labels[p.rows[first + i]] - j;
@@ -222,7 +232,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, Tensor weight, Optional bia
                const A scale = std::exp(top[i] - most);
                total[i] *= scale;
                A* const vector = vectors + i * p.width;
-               if (wanted && scale != 0) {
+               if (wanted && scale == 0) {
+                 std::fill_n(vector, p.width, A(0));
+               } else if (wanted) {
                  each_vector<L>(p.width, [&](auto full, int64_t q, int64_t some) FM_INLINE_LAMBDA {
                    const L scaled = scale * L::template load<full()>(vector + q, some);
                    scaled.template store<full()>(vector + q, some);
@@ -256,10 +268,11 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, Tensor weight, Optional bia
       A* const to = slope + r * width;
       for (int64_t i = 0; i < p.parts; ++i) {
         const A *const from = sums.vector(i, at), times = scale[i] * share;
-        for (int64_t q = 0; q < width; ++q) to[q] = (i == 0 ? -own[q] : to[q]) + times * from[q];
+        for (int64_t q = 0; q < width; ++q)
+          to[q] = (i == 0 ? -p.own(own[q]) : to[q]) + times * from[q];
       }
     };
-    run(p, part, row);
+    run(p, wanted ? width : 0, part, row);
   });
   return {losses, stats, slopes};
 }
@@ -291,7 +304,7 @@ std::tuple<Tensor, Tensor> double_backward(Tensor v, Tensor g, Tensor x, Tensor 
                           Sums<A>& sums) {
       A* const mean = &sums.total[sums.at(part, at)];
       const A* const tensors[] = {p.x, cotangent};
-      meet(p, w, tensors, first, height, part, kNone<A>, sums.vector(part, at),
+      meet(p, w, tensors, first, height, part, sums.vector(part, at),
            [&](auto* lane, int64_t, int64_t count, int64_t i, A*(&z)[2]) FM_INLINE_LAMBDA {
              using L = std::remove_pointer_t<decltype(lane)>;
              const int64_t r = p.rows[first + i];
@@ -314,14 +327,14 @@ std::tuple<Tensor, Tensor> double_backward(Tensor v, Tensor g, Tensor x, Tensor 
       A* const to = to_x + r * width;
       A dot = 0;
       for (int64_t q = 0; q < width; ++q) {
-        A sum = -mean * (mine[q] + own[q]);
+        A sum = -mean * (mine[q] + p.own(own[q]));
         for (int64_t i = 0; i < p.parts; ++i) sum += sums.vector(i, at)[q];
         to[q] = given[r] * sum;
         dot += v[q] * mine[q];
       }
       to_g[r] = dot;
     };
-    run(p, part, row);
+    run(p, width, part, row);
   });
   return {dg, dx};
 }

@@ -99,7 +99,7 @@ class Run:
         parts: Model and tokenizer.
         kind: What is fine-tuned.
         texts: Customer -> texts that train.
-        held: Customer -> texts that judge.
+        held: Customer -> texts that judge, as `kind` takes them.
         batches, tuner: Of the customers in the order of `batches`.
         settings: What all of it depends on beside the texts.
         stopped: Whether somebody asked to stop.
@@ -154,8 +154,9 @@ def _prepare(arguments: argparse.Namespace) -> Run:
         if name.startswith(".") or name.casefold() in ("base", _STATE):
             raise UserError(f"{file}: no customer can be called {name!r}; rename the file")
     for name, file in zip(names, arguments.files, strict=True):
+        found = kind.read(file, keys)
         with as_user_errors("--hold-out: "):
-            texts[name], held[name] = kind.read(file, keys, arguments.hold_out)
+            texts[name], held[name] = kind.hold_out(found, arguments.hold_out, keys.seed)
     parts = kind.parts(arguments, given, texts)
     config = parts.config
     parts.patched.train(config.dropout)
@@ -169,6 +170,7 @@ def _prepare(arguments: argparse.Namespace) -> Run:
             seed=config.seed,
             max_length=config.max_length,
         )
+        held = {n: kind.checked(n, t, parts, arguments.batch_size) for n, t in held.items()}
         tuner = fm.FineTuner(
             parts.patched,
             batches.names,
@@ -227,7 +229,7 @@ def _load(current: Run, out: Path) -> None:
     file, device = out / _STATE, current.parts.device
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-        saved = state["settings"]
+        saved = {"loss": "classification"} | state["settings"]  # older ones do not say
     except Exception as error:  # whatever a damaged file has to say
         raise CheckpointError(f"{file} cannot be read: {error}") from None
     for key, value in current.settings.items():
@@ -265,7 +267,7 @@ def _finish(current: Run, out: Path) -> None:
         details |= kind.about(parts)
         judged = "none held out"
         if held:
-            noted, judged = kind.judge(parts, params, texts, held)
+            noted, judged = kind.judge(parts, tuner, name, texts, held)
             details |= noted
         if details["diverged"]:
             judged += "; diverged: its weights from before are kept"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Mapping, Sequence
-from random import Random
 from typing import Any
+
+import torch
 
 import fastmeta as fm
 from fastmeta.batch import IGNORE_INDEX
@@ -16,13 +17,13 @@ from fastmeta.cli.adapt import predict
 from fastmeta.cli.build import Parts, build_parts
 from fastmeta.cli.config import METRIC, Config
 from fastmeta.cli.errors import UserError
-from fastmeta.data import LabelledTexts, Minibatches, prompts_from_jsonl
+from fastmeta.data import LabelledTexts, Minibatch, Minibatches, hold_out, prompts_from_jsonl
 from fastmeta.data.prompts import Prompted
 from fastmeta.training.evaluation import evaluating
 
 Texts = LabelledTexts | Sequence[str | Prompted]
-_ROWS = 16
-"""Held-out texts that a language model reads at once."""
+_LENGTH = 512
+"""Tokens of a language model's texts, at most, unless told."""
 
 
 class Classes:
@@ -37,10 +38,16 @@ class Classes:
     loss = "classification"
     header = "classes  texts", "accuracy of held-out texts"
 
-    def read(self, file: str, keys: Config, share: float) -> tuple[LabelledTexts, list]:
+    def read(self, file: str, keys: Config) -> LabelledTexts:
+        return fm.data.from_jsonl(file, text=keys.text_key, label=keys.label_key)
+
+    def hold_out(self, texts: LabelledTexts, share: float, seed: int) -> tuple[LabelledTexts, list]:
         """The texts to train on, and those held out."""
-        found = fm.data.from_jsonl(file, text=keys.text_key, label=keys.label_key)
-        return found.hold_out(share, seed=keys.seed)
+        return texts.hold_out(share, seed=seed)
+
+    def checked(self, name: str, held: list, parts: Parts, batch_size: int) -> list:
+        """Texts held out, as :meth:`judge` takes them."""
+        return held
 
     def parts(
         self, arguments: argparse.Namespace, given: dict[str, Any], texts: Mapping[str, Any]
@@ -75,11 +82,11 @@ class Classes:
         return f"{len(texts.classes):7}  {len(texts):5}"
 
     def judge(
-        self, parts: Parts, params: fm.TaskParams, texts: LabelledTexts, held: list
+        self, parts: Parts, tuner: fm.FineTuner, name: str, texts: LabelledTexts, held: list
     ) -> tuple[dict[str, Any], str]:
-        """What is noted, and said, of texts that were held out."""
+        """What is noted, and said, of a customer's texts that were held out."""
         rows = [{"text": text, "label": label} for text, label in held]
-        found = predict(parts, params, rows, list(texts.classes))
+        found = predict(parts, tuner.task(name), rows, list(texts.classes))
         right = sum(row["predicted"] == row["label"] for row in found) / len(found)
         return {"held_out_accuracy": round(right, 6)}, f"{100 * right:.1f} % of {len(found)}"
 
@@ -101,17 +108,17 @@ class Words:
     loss = "causal_lm"
     header = "texts", "perplexity of held-out texts, before and after"
 
-    def read(self, file: str, keys: Config, share: float) -> tuple[list, list]:
-        texts = prompts_from_jsonl(file, text=keys.text_key or "text")
-        if not 0 <= share < 1:
-            raise ValueError(f"expected a share of at least 0 and below 1, got {share}")
-        held = set(
-            Random(f"hold out {keys.seed}").sample(range(len(texts)), int(share * len(texts)))
-        )
-        return (
-            [text for i, text in enumerate(texts) if i not in held],
-            [texts[i] for i in sorted(held)],
-        )
+    def read(self, file: str, keys: Config) -> list:
+        return prompts_from_jsonl(file, text=keys.text_key or "text")
+
+    def hold_out(self, texts: list, share: float, seed: int) -> tuple[list, list]:
+        return hold_out(texts, share, seed=seed)
+
+    def checked(self, name: str, held: list, parts: Parts, batch_size: int) -> list[Minibatch]:
+        if not held:
+            return []
+        length = parts.config.max_length
+        return list(Minibatches({name: held}, parts.tokenizer, batch_size, max_length=length))
 
     def parts(
         self, arguments: argparse.Namespace, given: dict[str, Any], texts: Mapping[str, Any]
@@ -121,8 +128,15 @@ class Words:
         fixed = [key for key in ("pooling", "pooling_scale", "label_key") if key in given]
         if fixed:
             raise UserError(f"{fixed[0]} is of classifiers and cannot be given with causal_lm")
-        spec = given.get("spec") or "lora:r=8"
-        return build_parts(configs.make_config(given, {"spec": spec}), words=True)
+        own = {"spec": given.get("spec") or "lora:r=8"}
+        own["max_length"] = given.get("max_length", _LENGTH)
+        parts = build_parts(configs.make_config(given, own), words=True)
+        if not _is_causal(parts):
+            raise UserError(
+                f"model {parts.config.model!r} sees words that come later: it is no language model "
+                "that continues texts"
+            )
+        return parts
 
     def about(self, parts: Parts) -> dict[str, Any]:
         return {}
@@ -134,31 +148,37 @@ class Words:
         return f"{len(texts):5}"
 
     def judge(
-        self, parts: Parts, params: fm.TaskParams, texts: list, held: list
+        self, parts: Parts, tuner: fm.FineTuner, name: str, texts: list, held: list[Minibatch]
     ) -> tuple[dict[str, Any], str]:
-        before, after = (_loss(parts, p, held) for p in (parts.patched.init(1), params))
+        untuned = fm.FineTuner(parts.patched, [name], lr=1.0, loss_fn=self.loss)
+        with evaluating(parts.patched):
+            before, after = (_loss(t, held, parts.device) for t in (untuned, tuner))
         noted = {"held_out_loss_before": round(before, 6), "held_out_loss": round(after, 6)}
         said = " -> ".join(f"{math.exp(min(loss, 700)):.4g}" for loss in (before, after))
-        return noted, f"{said}, {len(held)} texts"
+        count = sum(batch.inputs["labels"].shape[1] for batch in held)
+        return noted, f"{said}, {count} texts"
 
     def named(self, parts: Parts) -> bool:
         return True
 
 
-def _loss(parts: Parts, params: fm.TaskParams, texts: list) -> float:
+def _loss(tuner: fm.FineTuner, batches: list[Minibatch], device: torch.device) -> float:
     """Mean loss of the words that count."""
-    batches = Minibatches(
-        {"held out": texts}, parts.tokenizer, _ROWS, max_length=parts.config.max_length, prefetch=0
-    )
     total, count = 0.0, 0
-    with evaluating(parts.patched):
-        for batch in batches:
-            inputs = batch.to(parts.device).inputs
-            logits = parts.patched(params, **inputs).logits[:, :, :-1]
-            labels = inputs["labels"][:, :, 1:]
-            total += float(fm.ops.cross_entropy(logits.contiguous(), labels.contiguous()).sum())
-            count += int((labels != IGNORE_INDEX).sum())
+    for batch in batches:
+        words = int((batch.inputs["labels"][:, :, 1:] != IGNORE_INDEX).sum())
+        total += words * float(tuner.losses(batch.to(device).inputs, batch.tasks))
+        count += words
     return total / count
+
+
+def _is_causal(parts: Parts) -> bool:
+    """Whether what a model says of a word does not depend on the one after it."""
+    words = torch.zeros(2, 2, dtype=torch.int64, device=parts.device)
+    words[1, 1] = 1
+    with evaluating(parts.model):
+        first = parts.model(input_ids=words).logits[:, 0]
+    return torch.allclose(first[0], first[1], rtol=1e-3, atol=1e-5)
 
 
 KINDS: dict[str, Classes | Words] = {kind.loss: kind for kind in (Classes(), Words())}

@@ -11,7 +11,7 @@ from fastmeta.data.benchmarks import clinc, clinc_tasks, hwu, hwu_tasks, read_sp
 from fastmeta.data.builtin import builtin, builtin_tasks
 from fastmeta.data.episodes import Episodes
 from fastmeta.data.minibatches import Minibatch, Minibatches
-from fastmeta.data.prompts import prompts_from_jsonl
+from fastmeta.data.prompts import hold_out, prompts_from_jsonl
 from fastmeta.data.readers import from_clinc_json, from_huggingface, from_jsonl
 from fastmeta.data.task_dataset import TaskDataset
 from fastmeta.data.texts import LabelledTexts, from_lists, merge
@@ -34,6 +34,7 @@ __all__ = [
     "from_huggingface",
     "from_jsonl",
     "from_lists",
+    "hold_out",
     "hwu",
     "hwu_tasks",
     "merge",

@@ -16,7 +16,7 @@ from fastmeta.batch import IGNORE_INDEX, stack_sets
 from fastmeta.data._errors import DataError
 from fastmeta.data.loader import Loader, check_least
 from fastmeta.data.prompts import Prompted, tokenize_prompted
-from fastmeta.data.texts import LabelledTexts
+from fastmeta.data.texts import LabelledTexts, describe
 from fastmeta.data.tokens import PackedTokens, tokenize
 
 
@@ -132,7 +132,9 @@ class Minibatches(Loader[Minibatch]):
                 raise DataError(f"task {name!r}: {error}") from None
             if int(tokens.lengths.min()) < 2:
                 text = texts[int(tokens.lengths.argmin())]
-                raise DataError(f"task {name!r}: {text!r} is one token, which has no next word")
+                raise DataError(
+                    f"task {name!r}: a text of one token has no next word: {describe(text)}"
+                )
             self._tokens.append(tokens)
             self._given.append(given)
         self._orders: dict[int, tuple[int, np.ndarray]] = {}  # of each task's epoch
@@ -147,7 +149,8 @@ class Minibatches(Loader[Minibatch]):
             if self.labelled:
                 digests[name] = [digest, texts.digest]
             else:
-                digests[name] = [crc32(self._given[task].tobytes(), digest)]
+                given = self._given[task]
+                digests[name] = [crc32(given.tobytes(), digest) if given.any() else digest]
         return {name: getattr(self, name) for name in names} | {"data": digests}
 
     def _order(self, task: int, epoch: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 
 from fastmeta.data._errors import DataError
 from fastmeta.data.readers import field, read_objects
+from fastmeta.data.texts import describe, held_out
 from fastmeta.data.tokens import PackedTokens, checked_length, encode, packed, tokenize
 
 Prompted = tuple[str, str]
@@ -30,7 +32,7 @@ def prompts_from_jsonl(
         path: the file, UTF-8; blank lines are skipped.
         prompt: key of the prompt, which is given and not learned; may be empty.
         completion: key of what is to follow it.
-        text: key of a text all of whose words are learned, in lines without a completion.
+        text: key of a text all of whose words are learned, in lines with neither.
 
     Returns:
         ``(prompt, completion)`` or the text of every line, as `Minibatches` takes them.
@@ -42,14 +44,29 @@ def prompts_from_jsonl(
     path = Path(path)
     found: list[str | Prompted] = []
     for where, row in read_objects(path):
-        if completion not in row and text in row:
+        if text in row and prompt not in row and completion not in row:
             found.append(field(row, text, (str,), where))
             continue
-        given = field(row, prompt, (str,), where) if row.get(prompt) != "" else ""
-        found.append((given, field(row, completion, (str,), where)))
+        given, following = (field(row, k, (str,), where, blank=True) for k in (prompt, completion))
+        found.append((given, following))
     if not found:
         raise DataError(f"{path}: expected lines of JSON, got an empty file")
     return found
+
+
+def hold_out(
+    texts: Sequence[str | Prompted], share: float, *, seed: int = 0
+) -> tuple[list[str | Prompted], list[str | Prompted]]:
+    """Take texts away at random, to judge by; see `LabelledTexts.hold_out`.
+
+    Returns:
+        The other texts, and those taken.
+    """
+    taken = held_out([range(len(texts))], share, seed)
+    parts = ([], [])
+    for i, text in enumerate(texts):
+        parts[i in taken].append(text)
+    return parts
 
 
 def tokenize_prompted(
@@ -58,13 +75,15 @@ def tokenize_prompted(
     """Tokenise texts whose prompts are given.
 
     A prompt's tokens are those that a tokenizer makes of it alone, as when a model is asked to go
-    on, but for an end token; those of what follows, and an end token, come after them.
+    on, without what the tokenizer adds at the end; those of what follows, and an end token, come
+    after them.
 
     Args:
         texts: ``(prompt, completion)``, or texts alone, which have no prompt and get no end token
             but the tokenizer's own.
         tokenizer: as for `tokenize`.
-        max_length: longer texts are cut to this many tokens.
+        max_length: longer texts are cut to this many tokens; a warning says how many lose an end
+            that a model is to learn.
 
     Returns:
         One entry per text, and how many of its tokens are its prompt's, int64 ``[texts]``.
@@ -85,16 +104,35 @@ def tokenize_prompted(
     end = tokenizer.eos_token_id
     end = tokenizer.sep_token_id if end is None else end
     last = [] if end is None else [end]
+    added, cut = _added_after(tokenizer), 0
     for i, prompt, following in zip(pairs, prompts, after, strict=True):
-        prompt = prompt[:-1] if last and prompt[-1:] == last else prompt
+        prompt = prompt[: len(prompt) - added]
         if not following:
-            raise DataError(f"expected what follows a prompt to have a token: {texts[i]!r}")
+            raise DataError(f"expected what follows a prompt to have a token: {describe(texts[i])}")
         if len(prompt) >= max_length:
             raise DataError(
                 f"a prompt of {len(prompt)} tokens leaves no room for what follows it "
-                f"(max_length={max_length}): {texts[i]!r}"
+                f"(max_length={max_length}): {describe(texts[i])}"
             )
-        rows[i] = (prompt + following + last)[:max_length]
+        whole_row = prompt + following + last
+        cut += len(whole_row) > max_length
+        rows[i] = whole_row[:max_length]
         given[i] = len(prompt)
+    if cut:
+        warnings.warn(
+            f"{cut} of {len(texts)} texts are longer than max_length={max_length} and lose their "
+            "ends, of which nothing is learned",
+            stacklevel=3,
+        )
     ordered = [rows[i] for i in range(len(texts))]
     return packed(ordered, None if types is None else [], tokenizer), given
+
+
+def _added_after(tokenizer: Any) -> int:
+    """How many tokens a tokenizer adds at the end of a text."""
+    (whole,), _ = encode(["a"], tokenizer)
+    (bare,), _ = encode(["a"], tokenizer, add_special_tokens=False)
+    for first in range(len(whole) - len(bare) + 1):
+        if whole[first : first + len(bare)] == bare:
+            return len(whole) - first - len(bare)
+    return 0

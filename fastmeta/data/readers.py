@@ -180,8 +180,9 @@ def read_json(path: Path) -> Any:
         raise DataError(f"{path}, line {error.lineno}: malformed JSON ({error.msg})") from None
 
 
-def field(row: dict, key: str, types: tuple[type, ...], where: str) -> Any:
-    """What a line has under `key`: a string that is not blank, or an integer where allowed."""
+def field(row: dict, key: str, types: tuple[type, ...], where: str, *, blank: bool = False) -> Any:
+    """What a line has under `key`: a string, not a blank one unless allowed, or an integer where
+    allowed."""
     if key not in row:
         raise DataError(
             f"{where}: no key {key!r}; the line has {', '.join(map(repr, row)) or 'none'}"
@@ -190,6 +191,6 @@ def field(row: dict, key: str, types: tuple[type, ...], where: str) -> Any:
     wanted = "a string or an integer" if int in types else "a string"
     if not isinstance(value, types) or isinstance(value, bool):
         raise DataError(f"{where}: expected {key!r} to be {wanted}, got {describe(value)}")
-    if isinstance(value, str) and not value.strip():
+    if isinstance(value, str) and not value.strip() and not blank:
         raise DataError(f"{where}: expected {key!r} to be {wanted}, got an empty one")
     return value

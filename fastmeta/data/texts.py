@@ -172,11 +172,7 @@ class LabelledTexts:
         Raises:
             ValueError: a share out of its range.
         """
-        if not 0 <= share < 1:
-            raise ValueError(f"expected a share of at least 0 and below 1, got {share}")
-        random, taken = Random(f"hold out {seed}"), set()
-        for first, end in zip(self.starts, self.starts[1:], strict=False):
-            taken.update(random.sample(range(first, end), int(share * (end - first))))
+        taken = held_out(map(range, self.starts, self.starts[1:]), share, seed)
         left = [i for i in range(len(self)) if i not in taken]
         kept = LabelledTexts(
             [self.texts[i] for i in left],
@@ -195,6 +191,20 @@ class LabelledTexts:
             if n in names[:i]:
                 raise DataError(f"{self.name}: class {n!r} is named twice")
         return [position[n] for n in names]
+
+
+def held_out(groups: Iterable[Sequence[int]], share: float, seed: int) -> set[int]:
+    """A share of every group at random, rounded down.
+
+    Raises:
+        ValueError: a share that is not at least 0 and below 1.
+    """
+    if not 0 <= share < 1:
+        raise ValueError(f"expected a share of at least 0 and below 1, got {share}")
+    random, taken = Random(f"hold out {seed}"), set()
+    for group in groups:
+        taken.update(random.sample(group, int(share * len(group))))
+    return taken
 
 
 def from_lists(

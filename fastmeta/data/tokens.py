@@ -10,7 +10,7 @@ import numpy as np
 from fastmeta.data._errors import DataError
 from fastmeta.data.texts import LabelledTexts
 
-_CHUNK = 8192  # texts per tokenizer call: bounds the Python lists alive at once
+_CHUNK = 8192  # texts per tokenizer call: its encodings are larger than the ids
 
 
 class PackedTokens(NamedTuple):

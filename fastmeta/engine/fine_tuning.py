@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from fastmeta.engine.checks import check_sets, compute_dtype_of, setting_of
 from fastmeta.engine.chunks import split
 from fastmeta.engine.conditions import computing
 from fastmeta.engine.episode import support_of
-from fastmeta.engine.inner import inner_step
+from fastmeta.engine.inner import inner_step, task_losses
 from fastmeta.engine.losses import WAYS, LossFn
 from fastmeta.engine.optimizers import UpdateRule
 from fastmeta.engine.rates import Rates
@@ -244,6 +244,24 @@ class FineTuner:
             ValueError: A name that is not there, another number of tasks in the batch, labels out
                 of range or none that counts, tensors on another device.
         """
+        return self._run(self._step, batch, tasks)
+
+    def losses(
+        self, batch: Mapping[str, Tensor], tasks: Sequence[Hashable] | None = None
+    ) -> Tensor:
+        """Losses of a batch by the present weights, ``[A]``, without a step; as for :meth:`step`.
+
+        Dropout is active where the patched model is in training mode.
+        """
+        return self._run(self._losses, batch, tasks)
+
+    def _run(
+        self,
+        of: Callable[[Place, Mapping[str, Tensor]], Tensor],
+        batch: Mapping[str, Tensor],
+        tasks: Sequence[Hashable] | None,
+    ) -> Tensor:
+        """A checked batch, as many tasks at a time as have room."""
         if not isinstance(batch, Mapping):
             raise TypeError(
                 "expected model inputs and labels by name, such as the inputs of a "
@@ -262,8 +280,12 @@ class FineTuner:
         with torch.no_grad(), computing(self._packed.device, self.compute_dtype):
             for part in split(slice(0, count), self.task_chunk):
                 own = {k: v[part] for k, v in inputs.items()}
-                losses.append(self._step(_part(place, part), own))
+                losses.append(of(_part(place, part), own))
         return torch.cat(losses)
+
+    def _losses(self, place: Place, inputs: Mapping[str, Tensor]) -> Tensor:
+        params = TaskParams(self.patched.layout, self._packed[place])
+        return task_losses(self._loop, params, inputs, only_tasks=True)[0]
 
     def _step(self, place: Place, inputs: Mapping[str, Tensor]) -> Tensor:
         """One pass and one update; see :meth:`step`."""

@@ -80,9 +80,10 @@ class InnerLoop:
             only_tasks: Nothing but fast weights receives a gradient.
         """
         layer = self.patched.output_layer(inputs) if of_words(self.loss_fn) else None
-        if layer is None or layer.out_features < MANY_CLASSES:
+        # else logits are hardly larger than what they are made of
+        if layer is None or layer.out_features < max(MANY_CLASSES, 8 * layer.in_features):
             return None
-        if only_tasks or not torch.is_grad_enabled():
+        if only_tasks:
             return layer
         own = set(layer.parameters())
         return None if any(t in own for t in self.shared) else layer

@@ -116,11 +116,7 @@ def words_loss(
 ) -> Tensor:
     """The loss ``[T]`` of the logits that a frozen layer would make of states ``[T, N, L, D]``."""
     labels = batch["labels"]
-    if labels.shape != states.shape[:-1]:
-        raise ValueError(
-            f"the {name_of(loss_fn)} loss needs labels {list(states.shape[:-1])} for logits "
-            f"{[*states.shape[:-1], layer.out_features]}, got {list(labels.shape)}"
-        )
+    _check_labels(name_of(loss_fn), labels, [*states.shape[:-1], layer.out_features])
     labels = _OF_WORDS[loss_fn](labels)
     weight, bias = (None if t is None else t.detach() for t in (layer.weight, layer.bias))
     losses = rows_losses(states.flatten(0, 2), weight, bias, labels.flatten(), IGNORE_INDEX)
@@ -176,12 +172,17 @@ def _logits(
         raise ValueError(
             f"the {name} loss needs logits [{', '.join(axes)}], got {list(logits.shape)}"
         )
-    if classified is not None and classified["labels"].shape != logits.shape[:-1]:
-        raise ValueError(
-            f"the {name} loss needs labels {list(logits.shape[:-1])} for logits "
-            f"{list(logits.shape)}, got {list(classified['labels'].shape)}"
-        )
+    if classified is not None:
+        _check_labels(name, classified["labels"], list(logits.shape))
     return logits
+
+
+def _check_labels(name: str | None, labels: Tensor, logits: list[int]) -> None:
+    if list(labels.shape) != logits[:-1]:
+        raise ValueError(
+            f"the {name} loss needs labels {logits[:-1]} for logits {logits}, "
+            f"got {list(labels.shape)}"
+        )
 
 
 def _mean_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

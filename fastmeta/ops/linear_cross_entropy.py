@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor, is_gradtrackingtensor
 
 from fastmeta import _backend
 from fastmeta._autograd import Function, each, fold, needs_autograd, pull_back, unfold
@@ -67,7 +68,8 @@ def linear_cross_entropy(
     (there, differentiable once); no logits at all: Wijmans et al. 2024, "Cut Your Losses".
     """
     check(x, weight, labels, bias)
-    losses = rows_losses(x.reshape(-1, x.shape[-1]), weight, bias, labels.reshape(-1), ignore_index)
+    rows = x.reshape(labels.numel(), x.shape[-1])
+    losses = rows_losses(rows, weight, bias, labels.reshape(-1), ignore_index)
     return losses.view(labels.shape)
 
 
@@ -108,15 +110,24 @@ def rows_losses(
         dtype = torch.float32 if bf16 else dtype  # then products round their factors
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    learned = weight.requires_grad or (bias is not None and bias.requires_grad)
     if not _backend.takes(_FORWARD, x):
         return reference.losses(x, weight, bias, labels, ignored)
-    if learned:
+    if _learned(weight) or _learned(bias):
         return rows_cross_entropy(F.linear(x, weight, bias), labels, ignored)
+    bias = None if bias is None else bias.contiguous()
     given = x.contiguous(), weight.contiguous(), bias, labels.contiguous()
     if needs_autograd(x):
         return _Loss.call(*given, ignored, bf16)[0]
     return _backend.kernel(_FORWARD, x.device.type)(*given, ignored, False, bf16)[0]
+
+
+def _learned(t: Tensor | None) -> bool:
+    """Whether a gradient of it may be asked for, at any level of functorch's transforms."""
+    if t is None:
+        return False
+    if not is_functorch_wrapped_tensor(t):
+        return t.requires_grad and torch.is_grad_enabled()
+    return is_gradtrackingtensor(t) or _learned(get_unwrapped(t))
 
 
 class _Loss(Function):

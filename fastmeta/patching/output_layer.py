@@ -1,12 +1,14 @@
 """The linear layer whose result is a model's logits, which a loss of many classes can do without.
 
 It is found on real inputs: its result is the output's ``logits`` itself, which nothing scales,
-bounds or moves afterwards. A call that wants what this layer reads gets it in place of the logits.
+bounds or moves afterwards, neither in evaluation nor in training. A call that wants what this layer
+reads gets it in place of the logits. (What a model does to the logits of some texts only, and to
+none of the first ones, is not seen.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -55,6 +57,7 @@ def watching(structure: nn.Module) -> Iterator[Watch]:
         name: module
         for name, module in structure.named_modules()
         if type(module).forward is nn.Linear.forward
+        and "forward" not in vars(module)
         and not (module._forward_hooks or module._forward_pre_hooks)
     }
     handles = [module.register_forward_hook(note(name)) for name, module in plain.items()]
@@ -65,15 +68,29 @@ def watching(structure: nn.Module) -> Iterator[Watch]:
             handle.remove()
 
 
-def install_in(structure: nn.Module, name: str) -> None:
+def in_training(structure: nn.Module, inputs: Mapping[str, Any]) -> str | None:
+    """The layer that gives the logits of an evaluated structure while it trains."""
+    devices = {t.device for t in inputs.values() if isinstance(t, Tensor) and t.is_cuda}
+    structure.train()
+    try:
+        with torch.random.fork_rng(devices=devices), torch.no_grad(), watching(structure) as watch:
+            return watch.source_of(structure(**inputs))
+    except Exception:
+        return None  # as where inputs are too few for training
+    finally:
+        structure.eval()
+
+
+def install_in(structure: nn.Module, name: str) -> nn.Linear:
     """Make the layer of a copied structure give its input, in calls that want it."""
     module = structure.get_submodule(name)
     original = module.forward
 
-    def forward(x: Tensor) -> Tensor:
-        return x if current_call().before_output else original(x)
+    def forward(input: Tensor) -> Tensor:  # named as nn.Linear does
+        return input if current_call().before_output else original(input)
 
     install(module, "forward", forward)
+    return module
 
 
 def usable(name: str | None, adapted: Collection[str], around: Collection[str]) -> bool:

@@ -297,8 +297,7 @@ class Patched(MetaModule):
 
     def output_layer(self, inputs: Mapping[str, Any]) -> nn.Linear | None:
         """The linear layer, shared by all tasks, whose result is the logits for such inputs."""
-        plan = self.plan(inputs)
-        return plan.output_layer and plan.structure.get_submodule(plan.output_layer)
+        return self.plan(inputs).output_layer
 
     def tokens(self, inputs: Mapping[str, Any], widths: int = 0) -> Tokens | None:
         """Which positions of inputs ``[T, N, ...]`` layers compute; None where those are all."""

@@ -86,7 +86,7 @@ class Plan:
         self.unpadded: list[str] = []
         self.padding_word: int | None = None
         self.shows_padding = False
-        self.output_layer: str | None = None
+        self.output_layer: nn.Linear | None = None
         whole = [n for n, mode in modes.items() if mode in WHOLE]
         for name, module in list(self.structure.named_modules()):
             rule = isolating_rule(module)

@@ -69,9 +69,9 @@ def make_plan(
         plan = search.try_first_token(plan)
     plan.word_table = search.word_table
     whole = [split_key(n)[0] for n, mode in plan.modes.items() if mode in WHOLE]
-    if output_layer.usable(search.output_layer, slots.owners, whole):
-        plan.output_layer = search.output_layer
-        output_layer.install_in(plan.structure, plan.output_layer)
+    name = search.find_output_layer()
+    if output_layer.usable(name, slots.owners, whole):
+        plan.output_layer = output_layer.install_in(plan.structure, name)
     search.leave_out_padding(plan)
     for name, mode in plan.modes.items():
         if mode == "loop":
@@ -109,6 +109,7 @@ class _Search:
     def _trace(self, small: Mapping, large: Mapping) -> list[Trace]:
         """How the model calls its modules, as one task of all rows."""
         traces: list[Trace] = []
+        self.output_layers: list[str | None] = []
         probe.watch_methods(self.reference, traces)
         for flat in (small, large):
             traces.append(Trace())
@@ -131,7 +132,7 @@ class _Search:
                     ) from e
             self.fused_attention = watch.seen
             self.word_table = tables[0] if len(tables) == 1 else None
-            self.output_layer = results.source_of(out)
+            self.output_layers.append(results.source_of(out))
         return traces
 
     def _per_task(self, inputs: Mapping, record: list[Trace] | None = None) -> list[Any]:
@@ -289,6 +290,15 @@ class _Search:
             if not probe.agrees(actual, expected, self.tolerance):
                 return plan
         return shorter
+
+    def find_output_layer(self) -> str | None:
+        """The layer whose result is the logits on all inputs, in training too."""
+        name, other = self.output_layers
+        if name is None or other != name:
+            return None
+        one = Call([v[:1] for v in self.views], 1, 1)
+        with running(one):
+            return name if output_layer.in_training(self.reference, self.small) == name else None
 
     def leave_out_padding(self, plan: Plan) -> None:
         """Find a run of the plan's layers that can leave out padding without a change of the
