@@ -162,4 +162,4 @@ def test_a_new_head_that_does_not_adapt_is_kept(call, files, tmp_path) -> None:
 
 def test_a_file_that_is_not_there(fails, tmp_path) -> None:
     said = fails("tune", tmp_path / "acme.jsonl", "--out", tmp_path / "out", *MODEL)
-    assert said.startswith(f"fastmeta: error: {tmp_path / 'acme.jsonl'}: cannot be read")
+    assert said.startswith(f"{tmp_path / 'acme.jsonl'}: cannot be read")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor, is_gradtrackingtensor
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 
 from fastmeta import _backend
 from fastmeta._autograd import Function, each, fold, needs_autograd, pull_back, unfold
@@ -125,9 +125,9 @@ def _learned(t: Tensor | None) -> bool:
     """Whether a gradient of it may be asked for, at any level of functorch's transforms."""
     if t is None:
         return False
-    if not is_functorch_wrapped_tensor(t):
-        return t.requires_grad and torch.is_grad_enabled()
-    return is_gradtrackingtensor(t) or _learned(get_unwrapped(t))
+    if t.requires_grad and torch.is_grad_enabled():
+        return True
+    return is_functorch_wrapped_tensor(t) and _learned(get_unwrapped(t))
 
 
 class _Loss(Function):

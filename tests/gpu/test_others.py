@@ -9,6 +9,7 @@ import episode_oracle as oracle
 import metric_oracle as metric
 import pytest
 import search_oracle
+import test_output_layer as words
 import test_patching_generation as generation
 import torch
 from standin import gpu, on_cpu, on_gpu
@@ -52,6 +53,19 @@ def test_adapt(spec: fm.Spec) -> None:
         return {"params": adapted.params.packed, "losses": adapted.support_losses, "logits": logits}
 
     on_both(run)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_losses_of_words_without_logits(order: int) -> None:
+    def run(model: nn.Module, batch: fm.TaskBatch) -> dict[str, Tensor]:
+        patched = fm.patch(model, fm.LoRA(r=2, targets="c_attn"))
+        learner = fm.MAML(
+            patched, lr=0.3, steps=2, order=order, memory="unroll", loss_fn="causal_lm"
+        )
+        assert learner(batch).logits is None
+        return gradients_of(learner, batch)
+
+    on_both(run, words.build("gpt2"), words.batch_of())
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", fm.rules.Momentum(dampening=0.3)], ids=str)

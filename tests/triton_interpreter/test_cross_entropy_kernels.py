@@ -1,11 +1,14 @@
-"""Interpreted Triton kernels of the cross-entropy, against the reference."""
+"""Interpreted Triton kernels of the cross-entropy, of logits and of the layer that makes them,
+against the references."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from fastmeta.kernels import linear_cross_entropy as chunks
 from fastmeta.ops import cross_entropy, use_impl
+from fastmeta.testing import linear_cross_entropy as layers
 from fastmeta.testing.cross_entropy import SHAPES, samples
 
 F64 = (torch.float64, torch.float64)
@@ -37,3 +40,16 @@ def test_a_label_out_of_range_is_nan():
     with use_impl("triton"):
         losses = cross_entropy(x, torch.tensor([1, 3]))
     assert losses.isfinite().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("size", [chunks._BYTES, 1], ids=["one chunk", "many"])
+@pytest.mark.parametrize("index", range(len(layers.SHAPES)))
+def test_layers(index: int, size: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(chunks, "_BYTES", size)
+    sample = list(layers.samples(layers.SHAPES, F64))[index]
+    with use_impl("reference"):
+        expected = derivatives(sample.call, *sample.tensors)
+    with use_impl("triton"):
+        got = derivatives(sample.call, *sample.tensors)
+    for g, e in zip(got, expected, strict=True):
+        torch.testing.assert_close(g, e, rtol=1e-11, atol=1e-11)
