@@ -57,7 +57,7 @@ struct Problem {
   int64_t first_of_part(int64_t part) const { return blocks * part / parts * block; }
   // A number of the label's row, as products read it.
   A own(A x) const { return bf16 ? A(float(BFloat16(float(x)))) : x; }
-  // Twice as many operations as multiplications count as one element of sixteen.
+  // Sixteen multiplications count as one element.
   int64_t work(int64_t height) const { return height * width * words / parts / 16; }
 };
 
@@ -231,14 +231,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, Tensor weight, Optional bia
              if (most > top[i]) {  // what was summed is of exponentials below another one
                const A scale = std::exp(top[i] - most);
                total[i] *= scale;
-               A* const vector = vectors + i * p.width;
-               if (wanted && scale == 0) {
-                 std::fill_n(vector, p.width, A(0));
-               } else if (wanted) {
-                 each_vector<L>(p.width, [&](auto full, int64_t q, int64_t some) FM_INLINE_LAMBDA {
-                   const L scaled = scale * L::template load<full()>(vector + q, some);
-                   scaled.template store<full()>(vector + q, some);
-                 });
+               for (int64_t q = 0; wanted && q < p.width; ++q) {
+                 A& sum = vectors[i * p.width + q];
+                 sum = scale == 0 ? A(0) : scale * sum;
                }
                top[i] = most;
              }

@@ -150,7 +150,8 @@ class Words:
     def judge(
         self, parts: Parts, tuner: fm.FineTuner, name: str, texts: list, held: list[Minibatch]
     ) -> tuple[dict[str, Any], str]:
-        untuned = fm.FineTuner(parts.patched, [name], lr=1.0, loss_fn=self.loss)
+        same = {"loss_fn": self.loss, "compute_dtype": tuner.compute_dtype}
+        untuned = fm.FineTuner(parts.patched, [name], lr=1.0, **same)
         with evaluating(parts.patched):
             before, after = (_loss(t, held, parts.device) for t in (untuned, tuner))
         noted = {"held_out_loss_before": round(before, 6), "held_out_loss": round(after, 6)}
