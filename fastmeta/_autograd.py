@@ -83,6 +83,17 @@ def pull_back(
     return found
 
 
+def second_derivative(function: Callable, v: Tensor, g: Tensor, x: Tensor) -> tuple:
+    """Cotangents of g and x for v, that of ``g^T d function(x) / dx``."""
+
+    def gradient(g: Tensor, x: Tensor) -> Tensor:
+        _, pull = torch.func.vjp(function, x)
+        return pull(g)[0]
+
+    _, pull = torch.func.vjp(gradient, g, x)
+    return pull(v)
+
+
 def batch_rows(tensor: Tensor | None, dim: int | None, batch: int, rows: int) -> Tensor | None:
     """Fold a vmapped axis into the rows: ``[R, C]`` (R = rows or 1) with an axis of ``batch`` at
     ``dim`` becomes ``[batch * rows, C]``; a tensor ``[R]`` becomes ``[batch * rows]``."""

@@ -6,13 +6,21 @@ of that size. A language model's logits are its largest tensor by far.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastmeta import _backend
-from fastmeta._autograd import Function, fold, needs_autograd, pull_back, unfold
+from fastmeta._autograd import (
+    Function,
+    fold,
+    needs_autograd,
+    pull_back,
+    second_derivative,
+    unfold,
+)
 from fastmeta._checks import describe
 from fastmeta._library import define
 from fastmeta.reference import cross_entropy as reference
@@ -154,14 +162,7 @@ class _Second(Function):
     def backward(ctx: Any, *cotangents: Tensor) -> tuple:
         v, g, x, labels = ctx.saved_tensors
 
-        def second(v, g, x):
-            def gradient(g, x):
-                _, pull = torch.func.vjp(lambda x: reference.losses(x, labels, ctx.ignored), x)
-                return pull(g)[0]
-
-            _, pull = torch.func.vjp(gradient, g, x)
-            return pull(v)
-
+        second = partial(second_derivative, lambda x: reference.losses(x, labels, ctx.ignored))
         found = pull_back(second, (v, g, x), cotangents, ctx.needs_input_grad)
         return *found, None, None, None
 

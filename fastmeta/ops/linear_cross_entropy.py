@@ -8,6 +8,7 @@ first backward pass computes nothing, and its derivative meets the words once mo
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,15 @@ from torch import Tensor
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 
 from fastmeta import _backend
-from fastmeta._autograd import Function, each, fold, needs_autograd, pull_back, unfold
+from fastmeta._autograd import (
+    Function,
+    each,
+    fold,
+    needs_autograd,
+    pull_back,
+    second_derivative,
+    unfold,
+)
 from fastmeta._checks import describe
 from fastmeta._library import define
 from fastmeta.ops.cross_entropy import rows_cross_entropy
@@ -208,17 +217,10 @@ class _Second(Function):
     def backward(ctx: Any, *cotangents: Tensor) -> tuple:
         v, g, x, weight, bias, labels = ctx.saved_tensors
 
-        def second(v, g, x):
-            def gradient(g, x):
-                def losses(x):
-                    return reference.losses(x, weight, bias, labels, ctx.ignored)
+        def losses(x):
+            return reference.losses(x, weight, bias, labels, ctx.ignored)
 
-                _, pull = torch.func.vjp(losses, x)
-                return pull(g)[0]
-
-            _, pull = torch.func.vjp(gradient, g, x)
-            return pull(v)
-
+        second = partial(second_derivative, losses)
         found = pull_back(second, (v, g, x), cotangents, ctx.needs_input_grad)
         return *found, *(None,) * 7
 
