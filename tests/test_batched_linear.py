@@ -151,6 +151,22 @@ def test_threads_do_not_show() -> None:
     assert all(map(torch.equal, *found))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("tasks", [1, 3])
+@pytest.mark.parametrize("inner", [512, 1024, 1601, 2048])
+def test_long_rows(inner: int, tasks: int, dtype: torch.dtype, cpu_impl) -> None:
+    """Sums in several parts, of rows that lie where they evict each other and others."""
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(tasks, 14, inner, generator=generator, dtype=dtype)
+    outer = torch.randn(inner, 1024, generator=generator, dtype=dtype)
+    for b in (outer, outer.mT.contiguous().mT, outer[:, :70], outer[:, :17].contiguous()):
+        base = torch.randn(1, 14, b.shape[1], generator=generator, dtype=dtype)
+        left, right = a.double(), b.double()
+        bound = (left.abs() @ right.abs() + base.abs()) * inner * torch.finfo(dtype).eps
+        found = batched_mm(a, b.expand(tasks, *b.shape), base)
+        assert ((found - (left @ right + base)).abs() <= bound).all()
+
+
 ODD = (
     (1, 1, 1, 1),
     (3, 5, 7, 9),

@@ -44,6 +44,21 @@ def test_is_the_merged_weight_of_each_task(cpu_impl):
         torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("rows", [5, 70])
+@pytest.mark.parametrize(("width", "outputs"), [(1024, 70), (70, 1024), (1601, 33)])
+def test_wide_layers(width, outputs, rows, cpu_impl):
+    """Weights of many columns are repacked, and summed in parts; few rows of a task and many."""
+    tensors = layer(4, rows, width, outputs, 3)
+    for t in tensors[1:]:
+        t.data /= t.shape[-1] ** 0.5
+    scale = torch.tensor([0.5, 1.0, 2.0, 1.0], dtype=torch.float64)
+    given = [*tensors[:1], tensors[1].detach(), *tensors[2:]]  # the weight is frozen
+    wanted = [given[0], *given[2:]]
+    got = derivatives(lora_linear(*given, scale), wanted)
+    for a, e in zip(got, derivatives(merged(*given, scale), wanted), strict=True):
+        assert (a - e).abs().max() <= 1e-12 * e.abs().max()
+
+
 def test_ragged_rows(cpu_impl):
     x, *rest = layer(tasks=4, rows=9)
     counts = [7, 0, 25, 4]
@@ -153,8 +168,9 @@ def test_no_copy_of_a_quantised_weight():
     assert max(sizes) < 512 * 1024 / 16
 
 
-def test_a_task_does_not_depend_on_its_neighbours():
-    x, weight, bias, a, b = (t.detach() for t in layer(9, 80, 128, 128, 8, torch.float32))
+@pytest.mark.parametrize(("rows", "width"), [(80, 128), (7, 1024), (40, 1024)])
+def test_a_task_does_not_depend_on_its_neighbours(rows, width):
+    x, weight, bias, a, b = (t.detach() for t in layer(9, rows, width, 128, 8, torch.float32))
     weight, bias = weight / 11, bias
     together = lora_linear(x, weight, bias, a, b)
     for t in (0, 4, 8):

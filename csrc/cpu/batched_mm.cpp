@@ -106,7 +106,7 @@ struct Batch {
     }
     const int64_t from = part * width, to = least(n, from + width);
     if (bf16) return batched::run_bf16(own, from, to, memory, ahead);
-    batched::run(&own, 1, from, to, memory.panel, ahead);
+    batched::run(&own, 1, from, to, memory, ahead);
   }
 
   // Notes which operands another product of the task has in a cache already.
@@ -148,10 +148,10 @@ void multiply(const Batch<A>& batch) {
   }
   if (tasks > 1 && batch.b_task == 0 && !batch.bf16) {
     const auto tasks_range = [&](int64_t begin, int64_t end) {
-      std::vector<A> panel;
+      batched::Memory<A> memory;
       std::vector<batched::Product<A>> products;
       for (int64_t t = begin; t < end; ++t) products.push_back(batch.of_task(t));
-      batched::run(products.data(), end - begin, 0, batch.n, panel, batched::Ahead{});
+      batched::run(products.data(), end - begin, 0, batch.n, memory, batched::Ahead{});
     };
     return parallel_ranges(tasks, batch.work(), tasks_range);
   }

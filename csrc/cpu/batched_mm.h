@@ -1,195 +1,13 @@
 // Matrix products of a batch of small and middling matrices on the CPU: to = A B + base.
 // A library's product packs both operands for a size where packing is cheap; here A is read where
-// it lies, B only repacked where its columns are not adjacent. Sums use fused multiply-adds, in the
-// order of k whatever the blocking; with the number of threads they do not change.
+// it lies, unless its rows evict each other, and B only repacked where its columns are not
+// adjacent. With the number of threads results do not change.
 #pragma once
 
-#if defined(__clang__)
-#pragma clang fp contract(fast)
-#elif defined(__GNUC__)
-#pragma GCC optimize("fp-contract=fast")  // setup.py turns it off for everything else
-#endif
-
-#include <vector>
-
-#include "cpu/lanes.h"
+#include "cpu/batched_mm_tile.h"
 
 namespace fastmeta {
 namespace batched {
-
-// A: [m, k], any strides. B: [k, n] with one of its strides 1. base and to: [m, n] with adjacent
-// columns; base may be null (then 0), `to` itself, or one row (row stride 0). F: what the factors
-// are made of.
-template <typename A, typename F = A>
-struct Product {
-  int64_t m, n, k;
-  const F* a;
-  int64_t a_row, a_column;
-  const F* b;
-  int64_t b_row, b_column;
-  const A* base;
-  int64_t base_row;
-  A* to;
-  int64_t to_row;
-};
-
-// What the next product reads, fetched line by line while this one computes: its operands are as
-// large as a cache, and would be waited for.
-struct Ahead {
-  const char* at = nullptr;
-  int64_t lines = 0;
-  const char* then = nullptr;  // what comes after that
-  int64_t then_lines = 0;
-
-  // The next lines, at most `most`: where they begin, and how many.
-  FM_HD int64_t take(int64_t most_lines, const char** from) {
-    if (lines == 0) {
-      at = then;
-      lines = then_lines;
-      then_lines = 0;
-    }
-    const int64_t count = least(lines, most_lines);
-    *from = at;
-    at += count * 64;
-    lines -= count;
-    return count;
-  }
-};
-
-// `count` lines to fetch, one in each step of a tile, `step` bytes apart.
-struct Fetch {
-  const char* at;
-  int64_t step, count;
-};
-
-// A part of a product that registers hold: where it reads and writes, all of k.
-template <typename A, typename F>
-struct Tile {
-  const F* a;
-  int64_t a_row, a_column;
-  const F* b;  // adjacent columns
-  int64_t b_row;
-  const A* base;
-  int64_t base_row;
-  A* to;
-  int64_t to_row;
-  int64_t columns;  // of the last lane
-
-  static constexpr int kMost = 6;
-  Fetch fetches[kMost];
-  int phases = 0;
-  int64_t steps;  // of k that no fetch has
-
-  void fetch(const void* at, int64_t step, int64_t count) {
-    count = least(count, steps);
-    fetches[phases++] = {static_cast<const char*>(at), step, count};
-    steps -= count;
-  }
-};
-
-template <typename V, typename A>
-FM_HD void add_product(V& sum, A x, const V& row) {
-  sum += x * row;
-}
-// Of pairs of bfloat16, two steps of k.
-template <typename V, typename W>
-FM_HD void add_product(V& sum, int32_t x, const W& row) {
-#if defined(__x86_64__) && defined(__GNUC__)
-  const W all = W{} + x;
-  asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(all), "v"(row));
-#endif
-}
-
-// R rows, V lanes of columns. One loop has every step, whatever it fetches: between two loops the
-// compiler moves all sums through memory, and steps would wait for them.
-template <typename L, int R, int V, bool kWhole, int kBytes, typename A, typename F>
-FM_HD void compute(const Tile<A, F>& tile) {
-  using Row = Lanes<F, kBytes>;
-  L sums[R][V];
-  FM_UNROLL for (int r = 0; r < R; ++r) {
-    for (int v = 0; v < V; ++v) sums[r][v] = L::all(0);
-  }
-  constexpr int kTriples = ceil_div(R, 3);  // an address in each: few registers for many rows
-  const F* a[kTriples];
-  const int64_t a_row = tile.a_row, a_column = tile.a_column, b_row = tile.b_row;
-  for (int i = 0; i < kTriples; ++i) a[i] = tile.a + 3 * i * a_row;
-  const F* b = tile.b;
-  const Fetch* const end = tile.fetches + tile.phases;
-  for (const Fetch* fetch = tile.fetches; fetch != end; ++fetch) {
-    const char* ahead = fetch->at;
-    const int64_t ahead_step = fetch->step;
-    for (int64_t left = fetch->count; left > 0; --left) {
-      __builtin_prefetch(ahead, 0, 2);
-      ahead += ahead_step;
-      Row row[V];
-      for (int v = 0; v < V; ++v) row[v] = Row::template load<true>(b + v * L::kCount, L::kCount);
-      FM_UNROLL for (int r = 0; r < R; ++r) {
-        const F x = a[r / 3][r % 3 * a_row];
-        for (int v = 0; v < V; ++v) {
-          for (int w = 0; w < L::kParts; ++w) add_product(sums[r][v].v[w], x, row[v].v[w]);
-        }
-      }
-      for (int i = 0; i < kTriples; ++i) a[i] += a_column;
-      b += b_row;
-    }
-  }
-  if (tile.base != nullptr) {
-    FM_UNROLL for (int r = 0; r < R; ++r) {
-      const A* from = tile.base + r * tile.base_row;
-      for (int v = 0; v < V; ++v) {
-        sums[r][v] = sums[r][v] + L::template load<kWhole>(from + v * L::kCount, tile.columns);
-      }
-    }
-  }
-  FM_UNROLL for (int r = 0; r < R; ++r) {
-    A* to = tile.to + r * tile.to_row;
-    for (int v = 0; v < V; ++v) {
-      sums[r][v].template store<kWhole>(to + v * L::kCount, tile.columns);
-    }
-  }
-}
-
-// The tile with R rows at most; its own function, for its registers.
-template <typename L, int R, int V, bool kWhole, int kBytes, typename A, typename F>
-FM_HD void compute(const Tile<A, F>& tile, int64_t rows) {
-  if constexpr (R > 1) {
-    if (rows < R) return compute<L, R - 1, V, kWhole, kBytes>(tile, rows);
-  }
-  apart<kBytes>([&](auto) FM_INLINE_LAMBDA { compute<L, R, V, kWhole, kBytes>(tile); });
-}
-
-// All rows of V lanes of columns, in blocks of nearly equal height. What the next block writes and
-// adds to is fetched meanwhile, not nearer than the second cache: rows lie a power of two apart,
-// and would evict B from the first.
-template <typename L, int R, int V, bool kWhole, int kBytes, typename A, typename F>
-FM_HD void columns(const Product<A, F>& p, int64_t j, const F* b, int64_t b_row, int64_t count,
-                   Ahead& ahead) {
-  const int64_t blocks = ceil_div(p.m, R);
-  for (int64_t block = 0, i = 0; block < blocks; ++block) {
-    const int64_t height = (p.m - i) / (blocks - block);
-    Tile<A, F> tile{p.a + i * p.a_row,       p.a_row,  p.a_column, b, b_row, nullptr, p.base_row,
-                    p.to + i * p.to_row + j, p.to_row, count};
-    tile.steps = p.k;
-    const bool below = block + 1 < blocks;
-    const int64_t next_i = below ? i + height : 0;
-    const int64_t next_j = below ? j : least(j + V * L::kCount, p.n - 1);
-    const A* next = p.to + next_i * p.to_row + next_j;
-    for (int v = 0; v < V; ++v) tile.fetch(next + v * L::kCount, p.to_row * sizeof(A), R);
-    if (p.base != nullptr) {
-      tile.base = p.base + i * p.base_row + j;
-      next = p.base + next_i * p.base_row + next_j;
-      for (int v = 0; v < V && p.base != p.to; ++v) {
-        tile.fetch(next + v * L::kCount, p.base_row * sizeof(A), R);
-      }
-    }
-    const char* line;
-    const int64_t lines = ahead.take(tile.steps, &line);
-    tile.fetch(line, 64, lines);
-    tile.fetch(tile.a, 0, tile.steps);  // is there already
-    compute<L, R, V, kWhole, kBytes>(tile, height);
-    i += height;
-  }
-}
 
 // Writes 16 rows of 16 numbers of 4 bytes transposed; r is lost.
 template <typename V, typename F>
@@ -279,11 +97,58 @@ FM_HD void pack(const Product<A>& p, int64_t j, int64_t width, int64_t lanes, A*
   }
 }
 
-// Columns [first, last) of products of the same sizes and the same B, which is repacked once.
-// `panel` holds k * 32 numbers of 4 bytes or k * 16 of 8.
+// Where a thread keeps repacked factors.
 template <typename A>
-void run(const Product<A>* products, int64_t count, int64_t first, int64_t last,
-         std::vector<A>& panel, Ahead ahead) {
+struct Memory {
+  std::vector<A> panel, rows, a, b;
+  std::vector<int32_t> a_pairs, b_pairs;
+  std::vector<Product<A>> products;
+};
+
+// Steps of k that are summed at a time: the rows of a panel and a few of B's columns stay in the
+// second cache.
+template <typename A>
+constexpr int64_t kDepth = 3072 / sizeof(A);
+// Columns of a panel of B.
+template <typename A>
+constexpr int64_t kPanel = 2 * Lanes<A, 64>::kCount;
+
+// Rows this far apart evict each other from the first cache.
+template <typename A>
+bool collides(int64_t stride) {
+  return stride * int64_t(sizeof(A)) % 4096 == 0;
+}
+
+// Whether B is read where it lies.
+template <typename A>
+bool in_place(const Product<A>& p) {
+  return p.panel > 0 || (p.b_column == 1 && !collides<A>(p.b_row));
+}
+
+// Copies A where its rows evict each other; it is read again for every panel of B.
+template <typename A>
+void spread(std::vector<Product<A>>& products, std::vector<A>& rows) {
+  const Product<A>& p = products[0];
+  if (p.a_column != 1 || !collides<A>(p.a_row) || p.n < 2 * kPanel<A>) return;
+  const int64_t row = p.k + Lanes<A, 64>::kCount;
+  int64_t all = 0;
+  for (const Product<A>& own : products) all += own.m;
+  rows.resize(size_t(all * row));
+  A* to = rows.data();
+  for (Product<A>& own : products) {
+    const A* from = own.a;
+    own.a = to;
+    for (int64_t i = 0; i < own.m; ++i, from += own.a_row, to += row) {
+      std::memcpy(to, from, size_t(own.k) * sizeof(A));
+    }
+    own.a_row = row;
+  }
+}
+
+// Columns [first, last) of products of the same sizes and the same B, all of k.
+template <typename A>
+void run_steps(const std::vector<Product<A>>& products, int64_t first, int64_t last,
+               std::vector<A>& panel, Ahead& ahead) {
   const Product<A>& p = products[0];
   with_registers([&](auto bytes) FM_INLINE_LAMBDA {
     constexpr int kBytes = bytes();
@@ -291,28 +156,84 @@ void run(const Product<A>* products, int64_t count, int64_t first, int64_t last,
     // as many sums as the registers hold: 32 of 64 bytes, 16 narrower ones
     constexpr int kRows = kBytes == 64 ? 12 : kBytes == 32 ? 6 : 2, kWide = kBytes == 64 ? 2 : 1;
     constexpr int64_t kLanes = kWide * L::kCount;
-    const bool in_place = p.b_column == 1;
-    if (!in_place || (last - first) % kLanes != 0) panel.resize(p.k * kLanes);
-    int64_t j = first;
+    const bool stays = in_place(p);
+    if (!stays || (last - first) % kLanes != 0) panel.resize(p.k * kLanes);
+    const auto at = [&](int64_t j, int64_t width, int64_t lanes, int64_t* row) FM_INLINE_LAMBDA {
+      *row = p.b_row;
+      if (p.panel > 0) return p.b + j / kPanel<A> * p.panel + j % kPanel<A>;
+      if (stays && width == lanes) return p.b + j;
+      pack<kBytes>(p, j, width, lanes, panel.data());
+      *row = lanes;
+      return const_cast<const A*>(panel.data());
+    };
+    int64_t row, j = first;
     for (; j + kLanes <= last; j += kLanes) {
-      const A* b = p.b + j;
-      if (!in_place) {
-        pack<kBytes>(p, j, kLanes, kLanes, panel.data());
-        b = panel.data();
-      }
-      for (int64_t t = 0; t < count; ++t) {
-        columns<L, kRows, kWide, true, kBytes>(products[t], j, b, in_place ? p.b_row : kLanes,
-                                               L::kCount, ahead);
+      const A* b = at(j, kLanes, kLanes, &row);
+      for (const Product<A>& own : products) {
+        columns<L, kRows, kWide, true, kBytes>(own, j, b, row, L::kCount, ahead);
       }
     }
     for (; j < last; j += L::kCount) {
       const int64_t width = least(L::kCount, last - j);
-      pack<kBytes>(p, j, width, L::kCount, panel.data());
-      for (int64_t t = 0; t < count; ++t) {
-        columns<L, kRows, 1, false, kBytes>(products[t], j, panel.data(), L::kCount, width, ahead);
+      const A* b = at(j, width, L::kCount, &row);
+      for (const Product<A>& own : products) {
+        columns<L, kRows, 1, false, kBytes>(own, j, b, row, width, ahead);
       }
     }
   });
+}
+
+// Columns [first, last) of products of the same sizes and the same B, which is repacked once where
+// its columns are not adjacent.
+template <typename A>
+void run(const Product<A>* products, int64_t count, int64_t first, int64_t last, Memory<A>& memory,
+         Ahead ahead) {
+  const int64_t k = products[0].k, chunks = most(1, ceil_div(k, kDepth<A>));
+  auto& own = memory.products;
+  for (int64_t c = 0; c < chunks; ++c) {
+    const int64_t begin = k * c / chunks, end = k * (c + 1) / chunks;
+    own.assign(products, products + count);
+    for (Product<A>& p : own) {
+      p.a += begin * p.a_column;
+      p.b += begin * p.b_row;
+      p.k = end - begin;
+      if (c > 0) {
+        p.base = p.to;
+        p.base_row = p.to_row;
+      }
+      if (c + 1 < chunks) p.rank = 0;
+    }
+    spread(own, memory.rows);
+    run_steps(own, first, last, memory.panel, ahead);
+  }
+}
+
+// The B of a product, repacked as a whole by all threads to [n / kPanel, k, kPanel]; `to` has room
+// for `panels_size(n, k)` numbers.
+template <typename A>
+int64_t panels_size(int64_t n, int64_t k) {
+  return ceil_div(n, kPanel<A>) * kPanel<A> * k;
+}
+template <typename A>
+void repack(Product<A>& p, A* to) {
+  parallel_ranges(ceil_div(p.n, kPanel<A>), p.k * kPanel<A>, [&](int64_t begin, int64_t end) {
+    with_registers([&](auto bytes) FM_INLINE_LAMBDA {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t j = i * kPanel<A>;
+        pack<bytes()>(p, j, least(kPanel<A>, p.n - j), kPanel<A>, to + j * p.k);
+      }
+    });
+  });
+  p.b = to;
+  p.panel = p.k * kPanel<A>;
+  p.b_row = kPanel<A>;
+  p.b_column = 1;
+}
+
+// A product alone.
+template <typename A>
+void run(const Product<A>& product, Memory<A>& memory) {
+  run(&product, 1, 0, product.n, memory, Ahead{});
 }
 
 }  // namespace batched

@@ -8,13 +8,6 @@
 namespace fastmeta {
 namespace batched {
 
-// Where a thread keeps repacked factors.
-template <typename A>
-struct Memory {
-  std::vector<A> panel, a, b;
-  std::vector<int32_t> a_pairs, b_pairs;
-};
-
 #if defined(__x86_64__) && defined(__GNUC__)
 
 using Floats = Lanes<float, 64>;
@@ -147,7 +140,7 @@ void run_rounded(const Product<A>& p, int64_t first, int64_t last, Memory<A>& me
   const A* base = p.base == nullptr ? nullptr : p.base + first;
   const Product<A> own{p.m,   width, p.k,  memory.a.data(), p.k,          1,       memory.b.data(),
                        width, 1,     base, p.base_row,      p.to + first, p.to_row};
-  run(&own, 1, 0, width, memory.panel, ahead);
+  run(&own, 1, 0, width, memory, ahead);
 }
 
 // Columns [first, last) of a product whose factors are rounded to bfloat16.

@@ -1,5 +1,5 @@
-// Large matrix products of rows of a tensor, by torch's own BLAS; of weights in few bits as well,
-// which are unpacked block by block.
+// Large matrix products of rows of a tensor, where the computation has their type by kernels of
+// ours, else by torch's BLAS; of weights in few bits as well, which are unpacked block by block.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "common/tensor.h"
+#include "cpu/batched_mm.h"
 
 namespace fastmeta {
 
@@ -41,11 +42,17 @@ struct Matrix {
 // to [m, n] += a [m, k] b [k, n]. Within a parallel loop this runs in the calling thread.
 template <typename S>
 void add_product(int64_t m, int64_t n, int64_t k, const Matrix<S>& a, const Matrix<S>& b,
-                 const Matrix<S>& to) {
+                 const Matrix<S>& to, batched::Memory<acc_t<S>>& memory) {
   if (m == 0 || n == 0 || k == 0) return;
-  const Tensor out = to.view(m, n);
-  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.view(m, k).get(),
-                                                  b.view(k, n).get(), 1.0, 1.0));
+  if constexpr (std::is_same_v<S, acc_t<S>>) {
+    S* const y = const_cast<S*>(to.data);
+    batched::run({m, n, k, a.data, a.row, a.column, b.data, b.row, b.column, y, to.row, y, to.row},
+                 memory);
+  } else {
+    const Tensor out = to.view(m, n);
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.view(m, k).get(),
+                                                    b.view(k, n).get(), 1.0, 1.0));
+  }
 }
 
 // A weight [N, K]: as it is, or values of 8 bits, or of 4 with two in a byte, whose scales [N, G]
@@ -99,26 +106,28 @@ struct Weight {
   }
 
   // y [rows, N] += x [rows, K] W^T.
-  void forward(int64_t rows, const Matrix<S>& x, const Matrix<S>& y) const {
-    if (!packed()) return add_product(rows, n, k, x, full.transposed(), y);
+  void forward(int64_t rows, const Matrix<S>& x, const Matrix<S>& y,
+               batched::Memory<A>& memory) const {
+    if (!packed()) return add_product(rows, n, k, x, full.transposed(), y, memory);
     std::vector<S> block(size_t(kBlock * k));
     for (int64_t i = 0; i < n; i += kBlock) {
       const int64_t some = least(kBlock, n - i);
       unpack(i, some, 0, k, block.data());
       const Matrix<S> columns{block.data(), 1, k}, to{y.data + i, y.row, 1};
-      add_product(rows, some, k, x, columns, to);
+      add_product(rows, some, k, x, columns, to, memory);
     }
   }
 
   // dx [rows, K] += dy [rows, N] W.
-  void backward(int64_t rows, const Matrix<S>& dy, const Matrix<S>& dx) const {
-    if (!packed()) return add_product(rows, k, n, dy, full, dx);
+  void backward(int64_t rows, const Matrix<S>& dy, const Matrix<S>& dx,
+                batched::Memory<A>& memory) const {
+    if (!packed()) return add_product(rows, k, n, dy, full, dx, memory);
     std::vector<S> block(size_t(n * kBlock));
     for (int64_t j = 0; j < k; j += kBlock) {
       const int64_t some = least(kBlock, k - j);
       unpack(0, n, j, some, block.data());
       const Matrix<S> columns{block.data(), some, 1}, to{dx.data + j, dx.row, 1};
-      add_product(rows, some, n, dy, columns, to);
+      add_product(rows, some, n, dy, columns, to, memory);
     }
   }
 

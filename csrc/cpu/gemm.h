@@ -36,8 +36,8 @@ FM_HD void gemm_tile(const Gemm<A>& g, int64_t i, int64_t j, int64_t count) {
     L row[V];
     for (int v = 0; v < V; ++v) row[v] = L::template load<kWhole>(b + v * L::kCount, count);
     for (int r = 0; r < R; ++r) {
-      const A x = a[r * a_row];
-      for (int v = 0; v < V; ++v) sums[r][v] = sums[r][v] + x * row[v];
+      const L x = L::all(a[r * a_row]);
+      for (int v = 0; v < V; ++v) sums[r][v] = fused(x, row[v], sums[r][v]);
     }
   }
   for (int r = 0; r < R; ++r) {

@@ -93,7 +93,7 @@ void multiply(const Problem<A>& p, const batched::Product<A>& product, batched::
       return batched::run_bf16(product, 0, product.n, memory, batched::Ahead{});
     }
   }
-  batched::run(&product, 1, 0, product.n, memory.panel, batched::Ahead{});
+  batched::run(&product, 1, 0, product.n, memory, batched::Ahead{});
 }
 
 // Rows [first, first + height) of those that count meet the words of a part, block by block.
@@ -124,7 +124,7 @@ void meet(const Problem<A>& p, Scratch<A>& w, const A* const (&tensors)[kTensors
     if (p.bf16) {
       for (const auto& product : products) multiply(p, product, w.memory);
     } else {
-      batched::run(products, kTensors, 0, count, w.memory.panel, batched::Ahead{});
+      batched::run(products, kTensors, 0, count, w.memory, batched::Ahead{});
     }
     const int64_t whole = ceil_div(count, Problem<A>::kLanes) * Problem<A>::kLanes;
     with_registers([&](auto bytes) FM_INLINE_LAMBDA {

@@ -26,6 +26,7 @@ std::tuple<Tensor, Tensor> forward(Tensor x, Tensor weight, Optional weight_scal
     using S = decltype(zero);
     LoraForward<S> pass{layer<S>(x, weight, weight_scale, a, b, scale), bias, matrix<S>(y),
                         static_cast<acc_t<S>*>(s.mutable_data_ptr())};
+    pass.prepare(true, plan);
     plan.run(pass);
   });
   return {y, s};
@@ -50,6 +51,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dy, Tensor x, Tensor 
                          static_cast<const acc_t<S>*>(s.const_data_ptr()),
                          {r, K, N, d_a, d_b, d_bias}};
     pass.sums.parts.resize(size_t(plan.slots * pass.sums.size()));
+    if (needs & kX) pass.prepare(false, plan);
     plan.run(pass);
     pass.sums.finish(plan);
   });
@@ -83,6 +85,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> double_backward(Optional gx, Optional
                        static_cast<const acc_t<S>*>(s.const_data_ptr()),
                        {r, K, N, d_a, d_b, none}};
     pass.sums.parts.resize(size_t(plan.slots * pass.sums.size()));
+    if (gx && (needs & kDy)) pass.prepare(true, plan);
     plan.run(pass);
     pass.sums.finish(plan);
   });

@@ -1,8 +1,11 @@
 // The passes over rows: a linear layer with low-rank terms, its gradient and the derivative of
-// that. While a panel of rows is in the cache, the few columns of its low-rank term are computed
-// and their product written, to which BLAS adds the product with the shared weight; sums over rows
-// are taken from the same panel. S: the type of rows and weights, A: that of computation.
+// that. While a panel of rows is in the cache, the few columns of its low-rank term are computed;
+// their product and the one with the shared weight are summed in registers. Where S, the type of
+// rows and weights, is not A, that of computation, or the weight has few bits, the first product is
+// written and the second added. Sums over rows are taken from the same panel.
 #pragma once
+
+#include <deque>
 
 #include "cpu/low_rank.h"
 
@@ -32,6 +35,26 @@ S* writable(const S* data) {
   return const_cast<S*>(data);
 }
 
+// What a thread works with.
+template <typename A>
+struct Work {
+  std::vector<A> x, dy, gx, out;    // rows in the type of computation
+  std::vector<A> a, b, sums;        // factors of a task, and sums over its rows
+  Coefficients<A> alone;            // of rows that are not multiplied by the weight
+  std::deque<Coefficients<A>> own;  // of those that are, task by task of a panel; `used` of them
+  size_t used = 0;
+  std::vector<batched::Product<A>> products;  // of a panel
+  batched::Memory<A> memory;
+
+  Work(int64_t K, int64_t N, int64_t r, int64_t of_sums)
+      : a(size_t(K * padded<A>(r))), b(size_t(N * padded<A>(r))), sums(size_t(of_sums)) {}
+
+  Coefficients<A>& next() {
+    if (used == own.size()) own.emplace_back();
+    return own[used];
+  }
+};
+
 // What all passes are given.
 template <typename S>
 struct Layer {
@@ -41,9 +64,89 @@ struct Layer {
   Weight<S> weight;
   Tensor a, b;
   A scale;
+  batched::Product<A> shared{};  // by the weight, of no rows yet
+  Tensor panels{};               // of the weight
+
+  // The weight as the second factor: transposed where it maps inputs to outputs. Several units read
+  // it repacked, unless it is larger than caches.
+  void prepare(bool transposed, const Plan& plan) {
+    if constexpr (std::is_same_v<S, A>) {
+      if (packed()) return;
+      const Matrix<S>& b = transposed ? weight.full.transposed() : weight.full;
+      shared.n = transposed ? N : K;
+      shared.k = transposed ? K : N;
+      shared.a_column = 1;
+      shared.b = b.data;
+      shared.b_row = b.row;
+      shared.b_column = b.column;
+      const int64_t size = batched::panels_size<A>(shared.n, shared.k);
+      if (batched::in_place(shared) || plan.units.size() < 2) return;
+      if (size * int64_t(sizeof(A)) > kMostPanels) return;
+      panels = empty_rows({size}, a.scalar_type(), a);
+      batched::repack(shared, static_cast<A*>(panels.mutable_data_ptr()));
+    }
+  }
+  static constexpr int64_t kMostPanels = 32 << 20;  // bytes
 
   int64_t width() const { return K + N; }
   bool packed() const { return weight.packed(); }
+
+  // A task's rows in a panel that are worth a product of their own, in which its terms are summed
+  // with the rest; fewer get their terms first, and are multiplied by the weight together.
+  static constexpr int64_t kFewRows = 12;
+
+  // to = the terms `c` of a task + from [rows, k] times the weight as [k, n]. Of the second nothing
+  // yet: `multiply` comes when all rows of a panel are here.
+  void add(Work<A>& w, const Coefficients<A>& c, int64_t rows, const Matrix<S>& from,
+           const Matrix<S>& to) const {
+    if constexpr (std::is_same_v<S, A>) {
+      if (!packed()) {
+        auto& all = w.products;
+        batched::Product<A> p = shared;
+        p.m = rows;
+        p.a = from.data;
+        p.a_row = from.row;
+        p.to = writable(to.data);
+        p.to_row = to.row;
+        if (rows >= kFewRows) {
+          p.rank = c.rank;
+          p.low = c.left.data();
+          p.low_row = c.width;
+          p.wide = c.right.data();
+          p.wide_row = c.columns;
+          ++w.used;
+          return all.push_back(p);
+        }
+        fastmeta::multiply(c, rows, p.to, w.out, w.memory);
+        p.base = p.to;
+        p.base_row = p.to_row;
+        const bool follows = !all.empty() && all.back().base != nullptr &&
+                             all.back().to + all.back().m * to.row == p.to;
+        if (!follows) return all.push_back(p);
+        all.back().m += rows;
+        return;
+      }
+    }
+    fastmeta::multiply(c, rows, writable(to.data), w.out, w.memory);
+  }
+  // The products with the weight of a panel's rows; transposed as in `prepare`.
+  void multiply(Work<A>& w, int64_t rows, const Matrix<S>& from, bool transposed,
+                const Matrix<S>& to) const {
+    if constexpr (std::is_same_v<S, A>) {
+      if (!packed()) {
+        if (w.products.empty()) return;
+        batched::Ahead ahead;  // the next panel's rows
+        ahead.at = reinterpret_cast<const char*>(from[rows]);
+        ahead.lines = rows * from.row * int64_t(sizeof(A)) / 64;
+        batched::run(w.products.data(), int64_t(w.products.size()), 0, shared.n, w.memory, ahead);
+        w.products.clear();
+        w.used = 0;
+        return;
+      }
+    }
+    if (transposed) return weight.forward(rows, from, to, w.memory);
+    weight.backward(rows, from, to, w.memory);
+  }
 };
 
 template <typename S>
@@ -53,34 +156,32 @@ struct LoraForward : Layer<S> {
   Matrix<S> y;
   A* s;
 
-  struct Work {
-    std::vector<A> x, y, a;
-    Coefficients<A> c;
-    explicit Work(const LoraForward& p) : a(size_t(p.K * padded<A>(p.r))) {}
-  };
-  void segment(Work& w, int64_t task, int64_t begin, int64_t end) const {
+  Work<A> work() const { return {this->K, this->N, this->r, 0}; }
+
+  void segment(Work<A>& w, int64_t task, int64_t begin, int64_t end) const {
     const int64_t rows = end - begin, K = this->K, N = this->N, r = this->r;
     const Matrix<A> x = widened(from_row(this->x, begin), rows, K, w.x);
-    pack(matrix<S>(this->a, task).transposed(), K, r, w.a.data(), padded<A>(r));
-    w.c.start(rows, r + 1, N);
-    shrink(rows, K, r, x, w.a.data(), this->scale, false, w.c.column(), w.c.width);
+    pack(matrix<S>(this->a, task).transposed(), K, r, w.a.data(), padded<A>(r), this->scale);
+    auto& c = w.next();
+    c.start(rows, r + 1, N);
+    shrink(rows, K, r, x, w.a.data(), false, c.column(), c.width, w.memory);
     for (int64_t i = 0; i < rows; ++i) {
-      std::copy_n(w.c.left.data() + i * w.c.width, r, s + (begin + i) * r);
+      std::copy_n(c.left.data() + i * c.width, r, s + (begin + i) * r);
     }
-    pack(matrix<S>(this->b, task).transposed(), r, N, w.c.row(), N);
-    w.c.rank = r;
+    pack(matrix<S>(this->b, task).transposed(), r, N, c.row(), N);
+    c.rank = r;
     if (bias) {
       const Matrix<S> own = from_row(matrix<S>(bias), bias->size(0) > 1 ? task : 0);
-      pack(own, 1, N, w.c.row(), N);
-      w.c.ones(rows);
+      pack(own, 1, N, c.row(), N);
+      c.ones(rows);
     }
-    w.c.product(rows, writable(y[begin]), w.y);
+    this->add(w, c, rows, from_row(this->x, begin), from_row(y, begin));
   }
-  void dense(int64_t first, int64_t last) const {
-    this->weight.forward(last - first, from_row(this->x, first), from_row(y, first));
+  void dense(Work<A>& w, int64_t first, int64_t last) const {
+    this->multiply(w, last - first, from_row(this->x, first), true, from_row(y, first));
   }
-  void keep(Work&, int64_t) const {}
-  void keep_part(Work&, int64_t) const {}
+  void keep(Work<A>&, int64_t) const {}
+  void keep_part(Work<A>&, int64_t) const {}
 };
 
 // Sums over the rows of every task: dA [r, K], dB^T and dbias [r + 1, N], where they are wanted.
@@ -139,44 +240,42 @@ struct LoraBackward : Layer<S> {
   const A* s;
   Sums<S> sums;
 
-  struct Work {
-    std::vector<A> x, dy, dx, b, sums;
-    Coefficients<A> p, q;
-    explicit Work(const LoraBackward& p)
-        : b(size_t(p.N * padded<A>(p.r))), sums(size_t(p.sums.size())) {}
-  };
-  void segment(Work& w, int64_t task, int64_t begin, int64_t end) const {
+  Work<A> work() const { return {this->K, this->N, this->r, sums.size()}; }
+
+  void segment(Work<A>& w, int64_t task, int64_t begin, int64_t end) const {
     const int64_t rows = end - begin, K = this->K, N = this->N, r = this->r;
     const Matrix<A> dy = widened(from_row(this->dy, begin), rows, N, w.dy);
     if (needs & (kX | kA)) {
-      pack(matrix<S>(this->b, task), N, r, w.b.data(), padded<A>(r));
-      w.p.start(rows, r, K);
-      shrink(rows, N, r, dy, w.b.data(), this->scale, false, w.p.column(), w.p.width);
-    }
-    if (needs & kX) {
-      pack(matrix<S>(this->a, task), r, K, w.p.row(), K);
-      w.p.rank = r;
-      w.p.product(rows, writable(dx[begin]), w.dx);
-    }
-    if (needs & kA) {
-      const Matrix<A> x = widened(from_row(this->x, begin), rows, K, w.x);
-      add_outer(rows, r, K, w.p.left.data(), w.p.width, x, w.sums.data());
+      auto& p = w.next();
+      pack(matrix<S>(this->b, task), N, r, w.b.data(), padded<A>(r), this->scale);
+      p.start(rows, r, K);
+      shrink(rows, N, r, dy, w.b.data(), false, p.column(), p.width, w.memory);
+      if (needs & kA) {
+        const Matrix<A> x = widened(from_row(this->x, begin), rows, K, w.x);
+        add_outer(rows, r, K, p.left.data(), p.width, x, w.sums.data(), w.memory);
+      }
+      if (needs & kX) {
+        pack(matrix<S>(this->a, task), r, K, p.row(), K);
+        p.rank = r;
+        this->add(w, p, rows, from_row(this->dy, begin), from_row(dx, begin));
+      }
     }
     if (needs & (kB | kBias)) {
-      w.q.start(rows, r + 1, 0);
-      pack(Matrix<A>{s + begin * r, r, 1}, rows, r, w.q.column(), w.q.width);
-      w.q.rank = r;
-      w.q.ones(rows);
-      add_outer(rows, r + 1, N, w.q.left.data(), w.q.width, dy, sums.of_b(w.sums));
+      auto& q = w.alone;
+      q.start(rows, r + 1, 0);
+      pack(Matrix<A>{s + begin * r, r, 1}, rows, r, q.column(), q.width);
+      q.rank = r;
+      q.ones(rows);
+      add_outer(rows, r + 1, N, q.left.data(), q.width, dy, sums.of_b(w.sums), w.memory);
     }
   }
-  void dense(int64_t first, int64_t last) const {
+  void dense(Work<A>& w, int64_t first, int64_t last) const {
     if (needs & kX) {
-      this->weight.backward(last - first, from_row(dy, first), from_row(dx, first));
+      this->multiply(w, last - first, from_row(dy, first), false, from_row(dx, first));
     }
   }
-  void keep(Work& w, int64_t task) const { sums.keep(w.sums, task); }
-  void keep_part(Work& w, int64_t slot) { sums.keep_part(w.sums, slot); }
+  void keep(Work<A>& w, int64_t task) const { sums.keep(w.sums, task); }
+  void keep_part(Work<A>& w, int64_t slot) { sums.keep_part(w.sums, slot); }
 };
 
 // Of gx dx + gbias dbias + ga da + gb db, whose terms without cotangents are missing.
@@ -189,72 +288,69 @@ struct LoraSecond : Layer<S> {
   const A* s;
   Sums<S> sums;
 
-  struct Work {
-    std::vector<A> x, dy, gx, out, a, b, sums;
-    Coefficients<A> u, p;
-    explicit Work(const LoraSecond& p)
-        : a(size_t(p.K * padded<A>(p.r))),
-          b(size_t(p.N * padded<A>(p.r))),
-          sums(size_t(p.sums.size())) {}
-  };
+  Work<A> work() const { return {this->K, this->N, this->r, sums.size()}; }
+
   // p = scale dy B^T and q = scale dy gB^T, of which d_x = p gA + q A, dA = p^T gx + q^T x.
-  void of_cotangent(Work& w, int64_t task, int64_t begin, int64_t rows, const Matrix<A>& dy,
+  void of_cotangent(Work<A>& w, int64_t task, int64_t begin, int64_t rows, const Matrix<A>& dy,
                     const Matrix<A>& x, const Matrix<A>& g) const {
     const int64_t K = this->K, N = this->N, r = this->r;
-    w.p.start(rows, 2 * r, K);
+    auto& p = w.alone;
+    p.start(rows, 2 * r, K);
     if (gx || ga) {
-      pack(matrix<S>(this->b, task), N, r, w.b.data(), padded<A>(r));
-      shrink(rows, N, r, dy, w.b.data(), this->scale, false, w.p.column(), w.p.width);
+      pack(matrix<S>(this->b, task), N, r, w.b.data(), padded<A>(r), this->scale);
+      shrink(rows, N, r, dy, w.b.data(), false, p.column(), p.width, w.memory);
       if ((needs & kA) && gx) {
-        add_outer(rows, r, K, w.p.column(), w.p.width, g, w.sums.data());
+        add_outer(rows, r, K, p.column(), p.width, g, w.sums.data(), w.memory);
       }
       if (ga) {
-        pack(matrix<S>(ga, task), r, K, w.p.row(), K);
-        w.p.rank += r;
+        pack(matrix<S>(ga, task), r, K, p.row(), K);
+        p.rank += r;
       }
     }
     if (gb) {
-      pack(matrix<S>(gb, task), N, r, w.b.data(), padded<A>(r));
-      shrink(rows, N, r, dy, w.b.data(), this->scale, false, w.p.column(), w.p.width);
-      if (needs & kA) add_outer(rows, r, K, w.p.column(), w.p.width, x, w.sums.data());
-      pack(matrix<S>(this->a, task), r, K, w.p.row(), K);
-      w.p.rank += r;
+      pack(matrix<S>(gb, task), N, r, w.b.data(), padded<A>(r), this->scale);
+      shrink(rows, N, r, dy, w.b.data(), false, p.column(), p.width, w.memory);
+      if (needs & kA) add_outer(rows, r, K, p.column(), p.width, x, w.sums.data(), w.memory);
+      pack(matrix<S>(this->a, task), r, K, p.row(), K);
+      p.rank += r;
     }
-    if (needs & kX) w.p.product(rows, writable(d_x[begin]), w.out);
+    if (needs & kX) fastmeta::multiply(p, rows, writable(d_x[begin]), w.out, w.memory);
   }
   // u = scale (gx A^T + x gA^T), of which d_dy = u B^T + s gB^T + gbias + gx W^T, dB = dy^T u.
-  void of_rows(Work& w, int64_t task, int64_t begin, int64_t rows, const Matrix<A>& dy,
+  void of_rows(Work<A>& w, int64_t task, int64_t begin, int64_t rows, const Matrix<A>& dy,
                const Matrix<A>& x, const Matrix<A>& g) const {
     const int64_t K = this->K, N = this->N, r = this->r;
-    w.u.start(rows, 2 * r + 1, N);
+    auto& u = w.next();
+    u.start(rows, 2 * r + 1, N);
     if (gx || ga) {
       if (gx) {
-        pack(matrix<S>(this->a, task).transposed(), K, r, w.a.data(), padded<A>(r));
-        shrink(rows, K, r, g, w.a.data(), this->scale, false, w.u.column(), w.u.width);
+        pack(matrix<S>(this->a, task).transposed(), K, r, w.a.data(), padded<A>(r), this->scale);
+        shrink(rows, K, r, g, w.a.data(), false, u.column(), u.width, w.memory);
       }
       if (ga) {
-        pack(matrix<S>(ga, task).transposed(), K, r, w.a.data(), padded<A>(r));
-        shrink(rows, K, r, x, w.a.data(), this->scale, bool(gx), w.u.column(), w.u.width);
+        pack(matrix<S>(ga, task).transposed(), K, r, w.a.data(), padded<A>(r), this->scale);
+        shrink(rows, K, r, x, w.a.data(), bool(gx), u.column(), u.width, w.memory);
       }
       if (needs & kB) {
-        add_outer(rows, r, N, w.u.column(), w.u.width, dy, sums.of_b(w.sums));
+        add_outer(rows, r, N, u.column(), u.width, dy, sums.of_b(w.sums), w.memory);
       }
-      pack(matrix<S>(this->b, task).transposed(), r, N, w.u.row(), N);
-      w.u.rank += r;
+      pack(matrix<S>(this->b, task).transposed(), r, N, u.row(), N);
+      u.rank += r;
     }
     if (!(needs & kDy)) return;
     if (gb) {
-      pack(Matrix<A>{s + begin * r, r, 1}, rows, r, w.u.column(), w.u.width);
-      pack(matrix<S>(gb, task).transposed(), r, N, w.u.row(), N);
-      w.u.rank += r;
+      pack(Matrix<A>{s + begin * r, r, 1}, rows, r, u.column(), u.width);
+      pack(matrix<S>(gb, task).transposed(), r, N, u.row(), N);
+      u.rank += r;
     }
     if (gbias) {
-      pack(from_row(matrix<S>(gbias), gbias->size(0) > 1 ? task : 0), 1, N, w.u.row(), N);
-      w.u.ones(rows);
+      pack(from_row(matrix<S>(gbias), gbias->size(0) > 1 ? task : 0), 1, N, u.row(), N);
+      u.ones(rows);
     }
-    w.u.product(rows, writable(d_dy[begin]), w.out);
+    if (!gx) return fastmeta::multiply(u, rows, writable(d_dy[begin]), w.out, w.memory);
+    this->add(w, u, rows, from_row(matrix<S>(gx), begin), from_row(d_dy, begin));
   }
-  void segment(Work& w, int64_t task, int64_t begin, int64_t end) const {
+  void segment(Work<A>& w, int64_t task, int64_t begin, int64_t end) const {
     const int64_t rows = end - begin;
     const Matrix<A> dy = widened(from_row(this->dy, begin), rows, this->N, w.dy);
     const Matrix<A> x = widened(from_row(this->x, begin), rows, this->K, w.x);
@@ -263,13 +359,13 @@ struct LoraSecond : Layer<S> {
     if (needs & (kX | kA)) of_cotangent(w, task, begin, rows, dy, x, g);
     if (needs & (kDy | kB)) of_rows(w, task, begin, rows, dy, x, g);
   }
-  void dense(int64_t first, int64_t last) const {
+  void dense(Work<A>& w, int64_t first, int64_t last) const {
     if (gx && (needs & kDy)) {
-      this->weight.forward(last - first, from_row(matrix<S>(gx), first), from_row(d_dy, first));
+      this->multiply(w, last - first, from_row(matrix<S>(gx), first), true, from_row(d_dy, first));
     }
   }
-  void keep(Work& w, int64_t task) const { sums.keep(w.sums, task); }
-  void keep_part(Work& w, int64_t slot) { sums.keep_part(w.sums, slot); }
+  void keep(Work<A>& w, int64_t task) const { sums.keep(w.sums, task); }
+  void keep_part(Work<A>& w, int64_t slot) { sums.keep_part(w.sums, slot); }
 };
 
 }  // namespace fastmeta

@@ -4,7 +4,6 @@
 #include <vector>
 
 #include "cpu/dense.h"
-#include "cpu/gemm.h"
 
 namespace fastmeta {
 
@@ -60,14 +59,14 @@ struct Plan {
   int64_t total() const { return start(tasks); }
 
   // Runs a pass: for every unit, panel by panel, pass.segment(work, task, begin, end) for the rows
-  // of each task in it and then pass.dense(first, last). An unpacked weight serves a whole unit.
-  // The last segment of a task that is not divided is followed by pass.keep(work, task), each part
-  // of one that is by pass.keep_part(work, slot).
+  // of each task in it and then pass.dense(work, first, last). An unpacked weight serves a whole
+  // unit. The last segment of a task that is not divided is followed by pass.keep(work, task), each
+  // part of one that is by pass.keep_part(work, slot).
   template <typename Pass>
   void run(Pass& pass) const {
     parallel_ranges(int64_t(units.size()), ceil_div(total(), most(wanted, 1)) * pass.width(),
                     [&](int64_t from, int64_t to) {
-                      typename Pass::Work work(pass);
+                      auto work = pass.work();
                       for (int64_t u = from; u < to; ++u) {
                         const Unit& unit = units[u];
                         const int64_t count = unit.last - unit.first;
@@ -81,9 +80,9 @@ struct Plan {
                             pass.segment(work, t, most(first, start(t)), end);
                             if (unit.slot < 0 && end == start(t + 1)) pass.keep(work, t);
                           }
-                          if (!pass.packed()) pass.dense(first, last);
+                          if (!pass.packed()) pass.dense(work, first, last);
                         }
-                        if (pass.packed()) pass.dense(unit.first, unit.last);
+                        if (pass.packed()) pass.dense(work, unit.first, unit.last);
                         if (unit.slot >= 0) pass.keep_part(work, unit.slot);
                       }
                     });
@@ -127,16 +126,17 @@ void narrow(const A* from, int64_t count, S* to) {
   for (int64_t i = 0; i < count; ++i) to[i] = S(from[i]);
 }
 
-// A matrix [rows, columns] to `to`, whose rows are `width` apart.
+// A matrix [rows, columns], times a number, to `to`, whose rows are `width` apart.
 template <typename S, typename A>
-void pack(const Matrix<S>& from, int64_t rows, int64_t columns, A* to, int64_t width) {
+void pack(const Matrix<S>& from, int64_t rows, int64_t columns, A* to, int64_t width,
+          A scale = A(1)) {
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t j = 0; j < columns; ++j)
-      to[i * width + j] = A(from.data[i * from.row + j * from.column]);
+      to[i * width + j] = scale * A(from.data[i * from.row + j * from.column]);
   }
 }
 
-// A few columns for each row of a panel, and the matrix that they are coefficients of.
+// A few columns for each row of a task, and the matrix that they are coefficients of.
 template <typename A>
 struct Coefficients {
   std::vector<A> left, right;  // [rows, width], [rank, columns]
@@ -147,7 +147,7 @@ struct Coefficients {
     rank = 0;
     columns = to_columns;
     left.resize(size_t(rows * width));
-    right.resize(size_t(most_rank * columns));
+    right.resize(size_t(most_rank * columns) + padded<A>(1));  // whole vectors are read
   }
   A* column() { return left.data() + rank; }
   A* row() { return right.data() + rank * columns; }
@@ -156,37 +156,39 @@ struct Coefficients {
     for (int64_t i = 0; i < rows; ++i) left[size_t(i * width + rank)] = A(1);
     ++rank;
   }
-
-  // to [rows, columns] = left right, by way of a buffer where `to` is narrow.
-  template <typename S>
-  void product(int64_t rows, S* to, std::vector<A>& buffer) const {
-    if constexpr (!std::is_same_v<S, A>) {
-      buffer.resize(size_t(rows * columns));
-      product(rows, buffer.data(), buffer);
-      narrow(buffer.data(), rows * columns, to);
-    } else if (rank == 0) {
-      std::fill_n(to, rows * columns, A(0));
-    } else {
-      gemm(Gemm<A>{rows, columns, rank, left.data(), width, 1, right.data(), columns, to, columns,
-                   A(1), nullptr, A(0)});
-    }
-  }
 };
 
-// to [rows, r] = scale x m (+ to), where m [columns, padded r] is packed.
+// to [rows, columns] = left right, by way of a buffer where `to` is narrow.
+template <typename S, typename A>
+void multiply(const Coefficients<A>& c, int64_t rows, S* to, std::vector<A>& buffer,
+              batched::Memory<A>& memory) {
+  if constexpr (!std::is_same_v<S, A>) {
+    buffer.resize(size_t(rows * c.columns));
+    multiply(c, rows, buffer.data(), buffer, memory);
+    narrow(buffer.data(), rows * c.columns, to);
+  } else {
+    batched::run({rows, c.columns, c.rank, c.left.data(), c.width, 1, c.right.data(), c.columns, 1,
+                  nullptr, 0, to, c.columns},
+                 memory);
+  }
+}
+
+// to [rows, r] = x m (+ to), where m [columns, padded r] is packed.
 template <typename A>
-void shrink(int64_t rows, int64_t columns, int64_t rank, const Matrix<A>& x, const A* m, A scale,
-            bool add, A* to, int64_t ldto) {
+void shrink(int64_t rows, int64_t columns, int64_t rank, const Matrix<A>& x, const A* m, bool add,
+            A* to, int64_t ldto, batched::Memory<A>& memory) {
   const int64_t width = padded<A>(rank);
-  gemm(Gemm<A>{rows, width, columns, x.data, x.row, 1, m, width, to, ldto, scale,
-               add ? to : nullptr, A(1)});
+  batched::run(
+      {rows, width, columns, x.data, x.row, 1, m, width, 1, add ? to : nullptr, ldto, to, ldto},
+      memory);
 }
 
 // to [rank, columns] += left^T x over rows.
 template <typename A>
 void add_outer(int64_t rows, int64_t rank, int64_t columns, const A* left, int64_t ldleft,
-               const Matrix<A>& x, A* to) {
-  gemm(Gemm<A>{rank, columns, rows, left, 1, ldleft, x.data, x.row, to, columns, A(1), to, A(1)});
+               const Matrix<A>& x, A* to, batched::Memory<A>& memory) {
+  batched::run({rank, columns, rows, left, 1, ldleft, x.data, x.row, 1, to, columns, to, columns},
+               memory);
 }
 
 }  // namespace fastmeta
