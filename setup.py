@@ -3,7 +3,7 @@
 FASTMETA_BUILD_EXT (read at build time only):
   auto (default)  build each extension whose build requirements are there (torch for the operators,
                   pybind11 for the host module, a C++ compiler for both)
-  1               a missing requirement is an error
+  1               a missing requirement is an error; CUDA's nvcc is one with a torch built for CUDA
   0               pure Python
 A compile that fails is always an error.
 """
@@ -36,6 +36,16 @@ def importable(module: str) -> bool:
     except ImportError:
         return False
     return True
+
+
+def nvcc_found() -> bool:
+    """Whether torch knows where CUDA lies, if it was built for it."""
+    if not importable("torch"):
+        return True
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    return not torch.version.cuda or bool(CUDA_HOME)
 
 
 def torch_extensions() -> list:
@@ -79,6 +89,7 @@ def extensions() -> tuple[list, dict]:
         "a C++ compiler": compiler_found(),
         "torch": importable("torch"),
         "pybind11": importable("pybind11"),
+        "nvcc": nvcc_found(),
     }
     missing = [name for name, there in have.items() if not there]
     if switch == "1" and missing:

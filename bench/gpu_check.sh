@@ -1,25 +1,35 @@
 #!/usr/bin/env bash
 # Verifies and measures everything on a GPU, from a bare checkout, in under 10 minutes:
 #
-#   bench/gpu_check.sh OUT_DIR
+#   bench/gpu_check.sh OUT_DIR [PART...]
 #
 # Builds the extensions with CUDA in place, runs the GPU tests, runs the benchmarks, and leaves
-# JSON, logs and a table in OUT_DIR. Needs no network, and of packages only a CUDA build of torch
-# with its requirements (triton among them), transformers, setuptools, ninja, pybind11 and pytest;
-# and nvcc. Every part runs whatever the others did, none longer than what is left of the time; the
+# JSON, logs and a table in OUT_DIR; of the named parts alone where some are named. Needs no
+# network, and of packages only a CUDA build of torch with its requirements (triton among them),
+# transformers, setuptools, ninja, pybind11 and pytest; and nvcc. Tests run side by side, and end
+# in time for the benchmarks, which run one by one. Every part runs whatever the others did; the
 # exit status is 0 only if all went well. PYTHON names the interpreter.
 set -uo pipefail
-out=$(mkdir -p "${1:?usage: bench/gpu_check.sh OUT_DIR}" && cd "$1" && pwd)
+out=$(mkdir -p "${1:?usage: bench/gpu_check.sh OUT_DIR [PART...]}" && cd "$1" && pwd)
+shift
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$($python -c \
   'import torch; print("{}.{}".format(*torch.cuda.get_device_capability()))')}
-deadline=570 # seconds from the start
-parts=(build triton_tests info tests learners metasteps updates attention pairwise lstm lora entropy)
+# torch takes the folder above nvcc for CUDA's, which may hold nothing but a wrapper of it
+[ -d /usr/local/cuda ] && export CUDA_HOME=${CUDA_HOME:-/usr/local/cuda}
+tests_end=330 deadline=570 # seconds from the start
+kernels=(attention distances lstm lora others)
+learners=(test_learners test_others test_replays)
+benchmarks=(metasteps attention lora updates pairwise entropy lstm)
+parts=(build info tests)
+parts+=("${kernels[@]/#/kernels_}" "${learners[@]/#/learners_}" "${benchmarks[@]/#/bench_}")
+[ $# -gt 0 ] && parts=("$@")
 
-part() { # name, seconds at most, command...
-  local name=$1 limit=$2 start=$SECONDS left=$((deadline - SECONDS)) status=124
-  shift 2
+part() { # name, seconds at most, second from the start that ends it, command...
+  local name=$1 limit=$2 left=$(($3 - SECONDS)) start=$SECONDS status=124
+  shift 3
+  [[ " ${parts[*]} " == *" $name "* ]] || return 0
   : >"$out/$name.log"
   if [ "$left" -gt 0 ]; then
     timeout "$((limit < left ? limit : left))" "$@" >"$out/$name.log" 2>&1
@@ -31,37 +41,55 @@ part() { # name, seconds at most, command...
 }
 
 # (the options of pyproject.toml name a plugin that need not be here)
-run_tests() { # name, seconds at most, pytest's arguments...
-  local name=$1 limit=$2
-  shift 2
-  part "$name" "$limit" "$python" -m pytest -o addopts= --import-mode=importlib -m "not slow" \
-    -p no:cacheprovider -q --durations=10 "$@"
+options=(-o addopts= --import-mode=importlib -m "not slow" -p no:cacheprovider -q --durations=10)
+run_tests() { # name, pytest's arguments...
+  local name=$1
+  shift
+  part "$name" "$tests_end" "$tests_end" "$python" -m pytest "${options[@]}" "$@"
+}
+benchmark() { # name, seconds at most, arguments...
+  local name=$1 limit=$2 module=$3
+  shift 3
+  part "bench_$name" "$limit" "$deadline" \
+    "$python" -m "bench.$module" --device cuda --out "$out/$name.json" "$@"
 }
 
 # Triton kernels need no extension: their tests run while it is compiled.
-run_tests triton_tests 240 tests/test_triton_device.py &
-part build 240 env FASTMETA_BUILD_EXT=1 MAX_JOBS="$(nproc)" "$python" setup.py build_ext --inplace
-wait
-part info 30 "$python" -m fastmeta.info
-run_tests tests 180 tests/test_ops.py tests/test_inner_update.py tests/test_inner_update_lists.py \
+others=
+for name in attention distances lstm lora; do
+  run_tests "kernels_$name" tests/test_triton_device.py -k "$name" &
+  others+="${others:+ and }not $name"
+done
+run_tests kernels_others tests/test_triton_device.py -k "$others" &
+part build 240 "$tests_end" env FASTMETA_BUILD_EXT=1 MAX_JOBS="$(nproc)" \
+  "$python" setup.py build_ext --inplace
+part info 60 "$tests_end" "$python" -c '
+import sys
+from fastmeta import _library, info
+print(info.report())
+sys.exit(any(part.state != "loaded" for part in _library.parts()))'
+run_tests tests tests/test_ops.py tests/test_inner_update.py tests/test_inner_update_lists.py \
   tests/test_head_inner_loop.py tests/test_cuda_device.py \
-  -k "(cuda and not emulated) or cuda_device"
-part learners 150 "$python" tests/gpu -o addopts= --import-mode=importlib -m "not slow" --durations=10
-part metasteps 200 "$python" -m bench.compare --device cuda --rounds 2 --out "$out/metasteps.json"
-part updates 100 "$python" -m bench.compare_updates --device cuda --out "$out/updates.json"
-part attention 120 $python -m bench.compare_attention --device cuda --out "$out/attention.json"
-part pairwise 100 "$python" -m bench.compare_pairwise --device cuda --out "$out/pairwise.json"
-part lstm 40 "$python" -m bench.compare_coordinate_lstm --device cuda --rounds 5 --out "$out/lstm.json"
-part lora 60 "$python" -m bench.compare_lora --device cuda --rounds 5 --out "$out/lora.json"
-part entropy 40 "$python" -m bench.compare_cross_entropy --device cuda --rounds 5 \
-  --out "$out/entropy.json"
+  -k "(cuda and not emulated) or cuda_device" &
+for name in "${learners[@]}"; do
+  part "learners_$name" "$tests_end" "$tests_end" "$python" tests/gpu "${options[@]}" -k "$name" &
+done
+wait
+benchmark metasteps 90 compare --rounds 2
+benchmark attention 40 compare_attention
+benchmark lora 25 compare_lora --rounds 5
+benchmark updates 30 compare_updates
+benchmark pairwise 30 compare_pairwise
+benchmark entropy 20 compare_cross_entropy --rounds 5
+benchmark lstm 15 compare_coordinate_lstm --rounds 5
 
 failed=()
 {
   "$python" -c 'import torch; print(torch.cuda.get_device_name(), "torch", torch.__version__)'
   for name in "${parts[@]}"; do
-    read -r status seconds <"$out/$name.status"
-    [ "$status" -eq 0 ] || failed+=("$name")
+    status=none seconds=0
+    [ -f "$out/$name.status" ] && read -r status seconds <"$out/$name.status"
+    [ "$status" = 0 ] || failed+=("$name")
     echo && echo "== $name: status $status, $seconds s" && tail -n 60 "$out/$name.log"
   done
   echo && echo "$SECONDS s; failed: ${failed[*]:-nothing}"

@@ -25,6 +25,9 @@ from fastmeta.kernels._common import (
     wide_dtype,
 )
 
+# What differs from batch to batch: kernels are not compiled again for it.
+VARYING = ["LQ", "LK", "m_b", "m_h", "m_l", "m_k", "lower", "upper", "dropped", "period", "BLOCKS"]
+
 
 @triton.jit
 def kept(seed_at, b, h, i, j, dropped, factor: tl.constexpr, period, ACC: tl.constexpr):
@@ -53,18 +56,19 @@ def put_tile(at, value, rows, columns, row_step, ROWS, WIDTH):
 
 
 @triton.jit
-def product(x, y, ACC: tl.constexpr):
-    """``x y`` without TF32: second derivatives need its digits."""
-    return tl.dot(x, y, input_precision="ieee", out_dtype=ACC)
+def product(x, y, PREC: tl.constexpr, ACC: tl.constexpr):
+    """``x y`` with the digits of float32, which second derivatives need: by fused multiply-adds, or
+    on tensor cores as three products of TF32."""
+    return tl.dot(x, y, input_precision=PREC, out_dtype=ACC)
 
 
 @triton.jit
 def scores_of(
     q, k, mask_at, mask_row, mask_column, i, j, LQ, LK, scale: tl.constexpr, lower, upper,
-    BOOLEAN: tl.constexpr, ACC: tl.constexpr,
+    BOOLEAN: tl.constexpr, PREC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """``scale q k^T`` and what a mask adds, -inf where a key is not attended."""
-    s = product(q, tl.trans(k), ACC) * scale
+    s = product(q, tl.trans(k), PREC, ACC) * scale
     ahead = j[None, :] - i[:, None]
     inside = (i < LQ)[:, None] & (j < LK)[None, :]
     attended = inside & (ahead >= lower) & (ahead <= upper)
@@ -84,14 +88,14 @@ def key_range(first, last, lower, upper, LK, BN: tl.constexpr):
     return start, tl.minimum(last + upper + 1, LK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def forward_kernel(
     q_at, k_at, v_at, mask_at, seed_at, out_at, lse_at,
     H, GROUP, LQ, LK, q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, o_b, o_h, o_l,
     m_b, m_h, m_l, m_k, lower, upper, dropped, period, BLOCKS,
     scale: tl.constexpr, factor: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
-    BOOLEAN: tl.constexpr, ACC: tl.constexpr,
+    BOOLEAN: tl.constexpr, PREC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     head = program // BLOCKS
@@ -112,7 +116,9 @@ def forward_kernel(
     for at in range(start, end, BN):
         j = at + tl.arange(0, BN)
         k = tile_of(k_at, j, d, k_l, LK, D, ACC)
-        s = scores_of(q, k, mask_at, m_l, m_k, i, j, LQ, LK, scale, lower, upper, BOOLEAN, ACC)
+        s = scores_of(
+            q, k, mask_at, m_l, m_k, i, j, LQ, LK, scale, lower, upper, BOOLEAN, PREC, ACC
+        )
         above = tl.maximum(top, tl.max(s, 1))
         shift = tl.where(above == float("-inf"), 0.0, above)
         p = exp(s - shift[:, None])
@@ -121,7 +127,7 @@ def forward_kernel(
         if seed_at is not None:
             p *= kept(seed_at, b, h, i, j, dropped, factor, period, ACC)
         v = tile_of(v_at, j, e, v_l, LK, E, ACC)
-        out = out * shrink[:, None] + product(p, v, ACC)
+        out = out * shrink[:, None] + product(p, v, PREC, ACC)
         top = above
     empty = total == 0
     out = out / tl.where(empty, 1.0, total)[:, None]
@@ -133,10 +139,11 @@ def forward_kernel(
 @triton.jit
 def weights_of(
     q, k, lse, mask_at, seed_at, m_l, m_k, b, h, i, j, LQ, LK, scale: tl.constexpr, lower, upper,
-    dropped, factor: tl.constexpr, period, BOOLEAN: tl.constexpr, ACC: tl.constexpr,
+    dropped, factor: tl.constexpr, period, BOOLEAN: tl.constexpr, PREC: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     """Weights of a tile and the factors of dropout."""
-    s = scores_of(q, k, mask_at, m_l, m_k, i, j, LQ, LK, scale, lower, upper, BOOLEAN, ACC)
+    s = scores_of(q, k, mask_at, m_l, m_k, i, j, LQ, LK, scale, lower, upper, BOOLEAN, PREC, ACC)
     p = exp(s - lse[:, None])
     if seed_at is not None:
         keep = kept(seed_at, b, h, i, j, dropped, factor, period, ACC)
@@ -145,7 +152,7 @@ def weights_of(
     return p, keep
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def rows_kernel(
     d_out_at, q_at, k_at, v_at, lse_at, mask_at, seed_at, delta_at, dq_at, dk_at, dv_at,
     H, GROUP, LQ, LK, d_b, d_h, d_l, q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l,
@@ -153,7 +160,7 @@ def rows_kernel(
     m_b, m_h, m_l, m_k, lower, upper, dropped, period, BLOCKS,
     scale: tl.constexpr, factor: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
-    BOOLEAN: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr,
+    BOOLEAN: tl.constexpr, WHOLE: tl.constexpr, PREC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """dq of a block of queries, and the mean gradient ``delta`` of their weights; dk and dv too
     where the block and one tile of keys are the WHOLE head."""
@@ -175,17 +182,17 @@ def rows_kernel(
         v = tile_of(v_at, j, e, v_l, LK, E, ACC)
         p, keep = weights_of(
             q, k, lse, mask_at, seed_at, m_l, m_k, b, h, i, j, LQ, LK, scale, lower, upper,
-            dropped, factor, period, BOOLEAN, ACC,
+            dropped, factor, period, BOOLEAN, PREC, ACC,
         )  # fmt: skip
-        dp = product(d_out, tl.trans(v), ACC) * keep
+        dp = product(d_out, tl.trans(v), PREC, ACC) * keep
         ds = p * (dp - tl.sum(p * dp, 1)[:, None]) * scale
         if dq_at is not None:
-            put_tile(dq_at + b * dq_b + h * dq_h, product(ds, k, ACC), i, d, dq_l, LQ, D)
+            put_tile(dq_at + b * dq_b + h * dq_h, product(ds, k, PREC, ACC), i, d, dq_l, LQ, D)
         if dk_at is not None:
-            dk = product(tl.trans(ds), q, ACC)
+            dk = product(tl.trans(ds), q, PREC, ACC)
             put_tile(dk_at + b * dk_b + h * dk_h, dk, j, d, dk_l, LK, D)
         if dv_at is not None:
-            dv = product(tl.trans(p * keep), d_out, ACC)
+            dv = product(tl.trans(p * keep), d_out, PREC, ACC)
             put_tile(dv_at + b * dv_b + h * dv_h, dv, j, e, dv_l, LK, E)
     else:
         first = program % BLOCKS * BM
@@ -197,9 +204,9 @@ def rows_kernel(
             v = tile_of(v_at, j, e, v_l, LK, E, ACC)
             p, keep = weights_of(
                 q, k, lse, mask_at, seed_at, m_l, m_k, b, h, i, j, LQ, LK, scale, lower, upper,
-                dropped, factor, period, BOOLEAN, ACC,
+                dropped, factor, period, BOOLEAN, PREC, ACC,
             )  # fmt: skip
-            delta += tl.sum(p * (product(d_out, tl.trans(v), ACC) * keep), 1)
+            delta += tl.sum(p * (product(d_out, tl.trans(v), PREC, ACC) * keep), 1)
         tl.store(delta_at + head.to(tl.int64) * LQ + i, delta, mask=i < LQ)
         if dq_at is not None:
             dq = tl.zeros((BM, BD), ACC)
@@ -209,14 +216,14 @@ def rows_kernel(
                 v = tile_of(v_at, j, e, v_l, LK, E, ACC)
                 p, keep = weights_of(
                     q, k, lse, mask_at, seed_at, m_l, m_k, b, h, i, j, LQ, LK, scale, lower,
-                    upper, dropped, factor, period, BOOLEAN, ACC,
+                    upper, dropped, factor, period, BOOLEAN, PREC, ACC,
                 )  # fmt: skip
-                dp = product(d_out, tl.trans(v), ACC) * keep
-                dq += product(p * (dp - delta[:, None]), k, ACC)
+                dp = product(d_out, tl.trans(v), PREC, ACC) * keep
+                dq += product(p * (dp - delta[:, None]), k, PREC, ACC)
             put_tile(dq_at + b * dq_b + h * dq_h, dq * scale, i, d, dq_l, LQ, D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def keys_kernel(
     d_out_at, q_at, k_at, v_at, lse_at, mask_at, seed_at, delta_at, dk_at, dv_at,
     H, GROUP, LQ, LK, d_b, d_h, d_l, q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l,
@@ -224,7 +231,7 @@ def keys_kernel(
     m_b, m_h, m_l, m_k, lower, upper, dropped, period, BLOCKS,
     scale: tl.constexpr, factor: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
-    BOOLEAN: tl.constexpr, ACC: tl.constexpr,
+    BOOLEAN: tl.constexpr, PREC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a block of keys, summed over the queries of the heads that share them."""
     program = tl.program_id(0)
@@ -253,13 +260,13 @@ def keys_kernel(
             delta = tl.load(delta_at + row + i, mask=i < LQ, other=0.0)
             p, keep = weights_of(
                 q, k, lse, m_at, seed_at, m_l, m_k, b, h, i, j, LQ, LK, scale, lower, upper,
-                dropped, factor, period, BOOLEAN, ACC,
+                dropped, factor, period, BOOLEAN, PREC, ACC,
             )  # fmt: skip
             if dk_at is not None:
-                dp = product(d_out, tl.trans(v), ACC) * keep
-                dk += product(tl.trans(p * (dp - delta[:, None])), q, ACC)
+                dp = product(d_out, tl.trans(v), PREC, ACC) * keep
+                dk += product(tl.trans(p * (dp - delta[:, None])), q, PREC, ACC)
             if dv_at is not None:
-                dv += product(tl.trans(p * keep), d_out, ACC)
+                dv += product(tl.trans(p * keep), d_out, PREC, ACC)
     if dk_at is not None:
         put_tile(dk_at + b * dk_b + group * dk_h, dk * scale, j, d, dk_l, LK, D)
     if dv_at is not None:
@@ -316,8 +323,8 @@ def readable(mask: Tensor | None, q: Tensor) -> Tensor | None:
     return mask.new_zeros(mask.shape, dtype=torch.float32).masked_fill_(~mask, float("-inf"))
 
 
-def blocks_of(q: Tensor, v: Tensor, keys: int, most: int) -> dict:
-    """Sizes of tiles; those of head sizes are whole heads."""
+def blocks_of(q: Tensor, v: Tensor, keys: int, most: int, area: int) -> dict:
+    """Sizes of tiles, of at most `area` numbers; those of head sizes are whole heads."""
     width, width_v = q.shape[3], v.shape[3]
     bd, be = (max(16, triton.next_power_of_2(n)) for n in (width, width_v))
     if max(bd, be) > 256:
@@ -326,7 +333,7 @@ def blocks_of(q: Tensor, v: Tensor, keys: int, most: int) -> dict:
             f"{width} and E = {width_v}"
         )
     # whole rows of the operands of a product lie in registers
-    most = min(most, max(16, 32 * most // max(bd, be)))
+    most = min(most, max(16, area // max(bd, be)))
     if q.dtype == torch.float64:
         most = min(most, 16)
     bm, bn = (max(16, power_of_2(n, most)) for n in (q.shape[2], keys))
@@ -334,11 +341,15 @@ def blocks_of(q: Tensor, v: Tensor, keys: int, most: int) -> dict:
 
 
 def constants_of(
-    q: Tensor, v: Tensor, mask: Tensor | None, keys: int, scale: float, dropout_p: float, most: int
-) -> dict:
+    q: Tensor, v: Tensor, mask: Tensor | None, keys: int, scale: float, dropout_p: float,
+    most: int, area: int = 2048,
+) -> dict:  # fmt: skip
     """What is compiled in; numbers among it, because as arguments they would be float32."""
-    found = blocks_of(q, v, keys, most) | {"scale": scale, "factor": 1 / (1 - dropout_p)}
-    found["num_warps"] = 4 if max(found["BD"], found["BE"]) <= 32 else 8
+    found = blocks_of(q, v, keys, most, area) | {"scale": scale, "factor": 1 / (1 - dropout_p)}
+    width, rows = max(found["BD"], found["BE"]), max(found["BM"], found["BN"])
+    found["num_warps"] = 4 if width <= 32 or (width <= 64 and rows <= 16) else 8
+    # three products of TF32 hold more in registers: of wider heads it would not fit
+    found["PREC"] = "ieee" if q.dtype == torch.float64 or width > 128 else "tf32x3"
     found["BOOLEAN"] = mask is not None and mask.dtype == torch.uint8
     return found | {"ACC": accumulator(q)}
 

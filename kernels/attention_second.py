@@ -13,6 +13,7 @@ import triton.language as tl
 
 from fastmeta.kernels._common import ceil_div, launch
 from fastmeta.kernels.attention import (
+    VARYING,
     check_padded,
     constants_of,
     fits,
@@ -33,17 +34,17 @@ from fastmeta.kernels.attention import (
 @triton.jit
 def parts_of(
     q, d_out, a, k, v, k_cotangent, v_cotangent, keep, scale: tl.constexpr,
-    A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, ACC: tl.constexpr,
+    A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, PREC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """dp, g and r of a tile; A, B and C say which cotangents are there."""
-    dp = product(d_out, tl.trans(v), ACC) * keep
+    dp = product(d_out, tl.trans(v), PREC, ACC) * keep
     g, r = tl.zeros(dp.shape, ACC), tl.zeros(dp.shape, ACC)
     if A:
-        g += product(a, tl.trans(k), ACC)
+        g += product(a, tl.trans(k), PREC, ACC)
     if B:
-        g += product(q, tl.trans(k_cotangent), ACC)
+        g += product(q, tl.trans(k_cotangent), PREC, ACC)
     if C:
-        r += product(d_out, tl.trans(v_cotangent), ACC) * keep
+        r += product(d_out, tl.trans(v_cotangent), PREC, ACC) * keep
     return dp, g * scale, r
 
 
@@ -66,7 +67,7 @@ def optional_tile(
         return like
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*VARYING, "ROWS"])
 def second_rows_kernel(
     a_at, b_at, c_at, d_out_at, q_at, k_at, v_at, lse_at, mask_at, seed_at, means_at,
     dd_at, dq_at, dk_at, dv_at,
@@ -76,7 +77,7 @@ def second_rows_kernel(
     m_b, m_h, m_l, m_k, lower, upper, dropped, period, BLOCKS, ROWS,
     scale: tl.constexpr, factor: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
-    BOOLEAN: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr,
+    BOOLEAN: tl.constexpr, WHOLE: tl.constexpr, PREC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """What a block of queries receives, and the means ``[3, B, H, Lq]`` of its rows; what keys
     receive too where the block and one tile of keys are the WHOLE head."""
@@ -113,30 +114,30 @@ def second_rows_kernel(
         vc = optional_tile(c_at, v, j, e, c_l, LK, E, C, ACC)
         p, keep = weights_of(
             q, k, lse, mask_at, seed_at, m_l, m_k, batch, h, i, j, LQ, LK, scale, lower, upper,
-            dropped, factor, period, BOOLEAN, ACC,
+            dropped, factor, period, BOOLEAN, PREC, ACC,
         )  # fmt: skip
-        dp, g, r = parts_of(q, d_out, a, k, v, kc, vc, keep, scale, A, B, C, ACC)
+        dp, g, r = parts_of(q, d_out, a, k, v, kc, vc, keep, scale, A, B, C, PREC, ACC)
         dp_mean, g_mean = tl.sum(p * dp, 1), tl.sum(p * g, 1)
         u_mean = tl.sum(p * (dp * g + r), 1) - 2 * dp_mean * g_mean
         ds, hs, ws = combined(p, dp, g, r, dp_mean, g_mean, u_mean)
         hs, kept_p = hs * keep, p * keep
         if dd_at is not None:
-            dd = product(hs, v, ACC)
+            dd = product(hs, v, PREC, ACC)
             if C:
-                dd += product(kept_p, vc, ACC)
+                dd += product(kept_p, vc, PREC, ACC)
             put_tile(dd_at + batch * dd_b + h * dd_h, dd, i, e, dd_l, LQ, E)
         if dq_at is not None:
-            dq = product(ws, k, ACC)
+            dq = product(ws, k, PREC, ACC)
             if B:
-                dq += product(ds, kc, ACC)
+                dq += product(ds, kc, PREC, ACC)
             put_tile(dq_at + batch * dq_b + h * dq_h, dq * scale, i, d, dq_l, LQ, D)
         if dk_at is not None:
-            dk = product(tl.trans(ws), q, ACC)
+            dk = product(tl.trans(ws), q, PREC, ACC)
             if A:
-                dk += product(tl.trans(ds), a, ACC)
+                dk += product(tl.trans(ds), a, PREC, ACC)
             put_tile(dk_at + batch * dk_b + h * dk_h, dk * scale, j, d, dk_l, LK, D)
         if dv_at is not None:
-            dv = product(tl.trans(hs), d_out, ACC)
+            dv = product(tl.trans(hs), d_out, PREC, ACC)
             put_tile(dv_at + batch * dv_b + h * dv_h, dv, j, e, dv_l, LK, E)
     else:
         start, end = key_range(first, first + BM - 1, lower, upper, LK, BN)
@@ -150,9 +151,9 @@ def second_rows_kernel(
             vc = optional_tile(c_at, v, j, e, c_l, LK, E, C, ACC)
             p, keep = weights_of(
                 q, k, lse, mask_at, seed_at, m_l, m_k, batch, h, i, j, LQ, LK, scale, lower, upper,
-                dropped, factor, period, BOOLEAN, ACC,
+                dropped, factor, period, BOOLEAN, PREC, ACC,
             )  # fmt: skip
-            dp, g, r = parts_of(q, d_out, a, k, v, kc, vc, keep, scale, A, B, C, ACC)
+            dp, g, r = parts_of(q, d_out, a, k, v, kc, vc, keep, scale, A, B, C, PREC, ACC)
             dp_mean += tl.sum(p * dp, 1)
             g_mean += tl.sum(p * g, 1)
             u_mean += tl.sum(p * (dp * g + r), 1)
@@ -169,23 +170,23 @@ def second_rows_kernel(
             vc = optional_tile(c_at, v, j, e, c_l, LK, E, C, ACC)
             p, keep = weights_of(
                 q, k, lse, mask_at, seed_at, m_l, m_k, batch, h, i, j, LQ, LK, scale, lower, upper,
-                dropped, factor, period, BOOLEAN, ACC,
+                dropped, factor, period, BOOLEAN, PREC, ACC,
             )  # fmt: skip
-            dp, g, r = parts_of(q, d_out, a, k, v, kc, vc, keep, scale, A, B, C, ACC)
+            dp, g, r = parts_of(q, d_out, a, k, v, kc, vc, keep, scale, A, B, C, PREC, ACC)
             ds, hs, ws = combined(p, dp, g, r, dp_mean, g_mean, u_mean)
-            dd += product(hs * keep, v, ACC)
-            dq += product(ws, k, ACC)
+            dd += product(hs * keep, v, PREC, ACC)
+            dq += product(ws, k, PREC, ACC)
             if C:
-                dd += product(p * keep, vc, ACC)
+                dd += product(p * keep, vc, PREC, ACC)
             if B:
-                dq += product(ds, kc, ACC)
+                dq += product(ds, kc, PREC, ACC)
         if dd_at is not None:
             put_tile(dd_at + batch * dd_b + h * dd_h, dd, i, e, dd_l, LQ, E)
         if dq_at is not None:
             put_tile(dq_at + batch * dq_b + h * dq_h, dq * scale, i, d, dq_l, LQ, D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*VARYING, "ROWS"])
 def second_keys_kernel(
     a_at, b_at, c_at, d_out_at, q_at, k_at, v_at, lse_at, mask_at, seed_at, means_at,
     dk_at, dv_at,
@@ -195,7 +196,7 @@ def second_keys_kernel(
     m_b, m_h, m_l, m_k, lower, upper, dropped, period, BLOCKS, ROWS,
     scale: tl.constexpr, factor: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BE: tl.constexpr,
-    BOOLEAN: tl.constexpr, ACC: tl.constexpr,
+    BOOLEAN: tl.constexpr, PREC: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """What a block of keys receives from the queries of the heads that share it."""
     A: tl.constexpr = a_at is not None
@@ -238,14 +239,14 @@ def second_keys_kernel(
             u_mean = tl.load(means_at + 2 * ROWS + row + i, mask=i < LQ, other=0.0)
             p, keep = weights_of(
                 q, k, lse, m_at, seed_at, m_l, m_k, batch, h, i, j, LQ, LK, scale, lower, upper,
-                dropped, factor, period, BOOLEAN, ACC,
+                dropped, factor, period, BOOLEAN, PREC, ACC,
             )  # fmt: skip
-            dp, g, r = parts_of(q, d_out, a, k, v, kc, vc, keep, scale, A, B, C, ACC)
+            dp, g, r = parts_of(q, d_out, a, k, v, kc, vc, keep, scale, A, B, C, PREC, ACC)
             ds, hs, ws = combined(p, dp, g, r, dp_mean, g_mean, u_mean)
-            dk += product(tl.trans(ws), q, ACC)
+            dk += product(tl.trans(ws), q, PREC, ACC)
             if A:
-                dk += product(tl.trans(ds), a, ACC)
-            dv += product(tl.trans(hs * keep), d_out, ACC)
+                dk += product(tl.trans(ds), a, PREC, ACC)
+            dv += product(tl.trans(hs * keep), d_out, PREC, ACC)
     if dk_at is not None:
         put_tile(dk_at + batch * dk_b + group * dk_h, dk * scale, j, d, dk_l, LK, D)
     if dv_at is not None:
@@ -260,9 +261,13 @@ def attention_double_backward(
     dd, dq, dk, dv = (
         laid_out_as(t, t.shape[3], needs >> i & 1) for i, t in enumerate((d_out, q, k, v))
     )
-    constants = constants_of(q, v, mask, k.shape[2], scale, dropout_p, 32)
-    setting = numbers(mask, lower, upper, dropout_p, period)
+    constants = constants_of(q, v, mask, k.shape[2], scale, dropout_p, 32, 1024)
     whole = fits(q, k, constants)
+    if not whole:
+        constants = constants_of(q, v, mask, k.shape[2], scale, dropout_p, 16)
+    if whole or max(constants["BD"], constants["BE"]) > 64:
+        constants["PREC"] = "ieee"
+    setting = numbers(mask, lower, upper, dropout_p, period)
     means = lse.new_empty(3, *lse.shape)
     given = (a, b, c, d_out, q, k, v, lse, mask, seed, means)
     strided = (a, b, c, d_out, q, k, v)

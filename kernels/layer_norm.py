@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastmeta.kernels._common import accumulator, ceil_div, launch, square_root, wide_dtype
 
-_ROWS = 32  # of one program: what it sums up does not depend on the device
+_ROWS = 8  # of one program: what it sums up does not depend on the device
 
 
 @triton.jit

@@ -218,12 +218,15 @@ class _Rows:
         longest = x.shape[0] if offsets is not None else self.count
         self.bm = max(power_of_2(longest, 32 if wide else 128 if half else 64), 16)
         self.bn, self.bk = (32, 16) if wide else (128, 32) if half else (64, 32)
+        self.known: dict[int, tuple[int, tuple]] = {}  # tables, by rows of a block
 
     def tables(self, bm: int) -> tuple[int, tuple]:
         """The number of blocks of `bm` rows, and tables that name each: as many as there can be at
         most, since the offsets are not read back; those that are not there have no rows."""
         if self.offsets is None:
             return self.tasks * ceil_div(self.count, bm), (None, None, None)
+        if bm in self.known:
+            return self.known[bm]
         starts = self.offsets
         blocks = ceil_div(self.x.shape[0], bm) + self.tasks
         counts = (starts.diff() + bm - 1) // bm
@@ -231,7 +234,8 @@ class _Rows:
         index = torch.arange(blocks, device=starts.device)
         task = torch.searchsorted(ends, index, right=True).clamp_(max=self.tasks - 1)
         first = starts[task] + (index - (ends - counts)[task]) * bm
-        return blocks, (starts, task, first)
+        self.known[bm] = blocks, (starts, task, first)
+        return self.known[bm]
 
     def product(
         self, out, x, weight, weight_scale, a, s, right, left2, right2, bias, scale, *, forward

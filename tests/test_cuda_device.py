@@ -48,6 +48,7 @@ def test_cuda_graph():
         assert torch.equal(a, b)
 
 
+@pytest.mark.filterwarnings("ignore:.*Synchronization debug mode.*")
 def test_no_synchronisation():
     inputs = [*tensors(4), torch.full((8, 1), 0.1, device="cuda"), torch.full((8,), 0.9).cuda()]
     step(*inputs)

@@ -70,13 +70,23 @@ def attend(
 ) -> Tensor:
     """`fm.ops.attention` of checked arguments; the result is laid out as q is."""
     learned = mask is not None and mask.requires_grad and torch.is_grad_enabled()
-    if setting.softcap or learned or by_reference(_ATTENTION, q.device):
+    plain = learned or setting.softcap or _too_wide(q, v)
+    if plain or by_reference(_ATTENTION, q.device):
         return reference.attention(q, k, v, mask, seed, setting)
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
     if needs_autograd(q, k, v, mask):
         return _Attend.call(q, k, v, mask, seed, setting)[0]
     return _Attend.forward(q, k, v, mask, seed, setting)[0]
+
+
+def _too_wide(q: Tensor, v: Tensor) -> bool:
+    """Whether heads are wider than a GPU's shared memory holds them, to second order."""
+    widest = max(q.shape[3], v.shape[3])
+    if q.device.type != "cuda" or widest <= 64 or _backend.requested() != "auto":
+        return False
+    most = 256 if torch.cuda.get_device_capability(q.device) >= (9, 0) else 128
+    return widest > (most // 2 if q.dtype == torch.float64 else most)
 
 
 def _dense(t: Tensor | None) -> Tensor | None:

@@ -205,7 +205,7 @@ def _waits(func, args: tuple, kwargs: dict, given: list[Tensor]) -> str | None:
     if func in (aten._to_copy.default, aten.copy_.default):
         device = kwargs.get("device")
         to_host = ours and device is not None and torch.device(device).type == "cpu"
-        from_host = any(not isinstance(t, OnGpu) and t.dim() for t in given) and (
+        from_host = any(not isinstance(t, OnGpu) for t in given) and (
             ours or (device is not None and torch.device(device).type == "cuda")
         )
         return "a copy to the host" if to_host else "a copy from the host" if from_host else None
@@ -273,7 +273,10 @@ def _set_sync_debug_mode(mode: str | int) -> None:
 
 @contextmanager
 def _recorded(
-    graph: Graph, pool: object = None, capture_error_mode: str = "global"
+    graph: Graph,
+    pool: object = None,
+    stream: object = None,
+    capture_error_mode: str = "global",
 ) -> Iterator[None]:
     mode = _get_current_dispatch_mode()
     mode.graph = graph
@@ -289,6 +292,9 @@ def _recording() -> bool:
 
 
 class _Stream:
+    def __init__(self, device: object = None) -> None:
+        pass
+
     def wait_stream(self, other: _Stream) -> None:
         pass
 
