@@ -31,6 +31,7 @@ part() { # name, seconds at most, second from the start that ends it, command...
   shift 3
   [[ " ${parts[*]} " == *" $name "* ]] || return 0
   : >"$out/$name.log"
+  rm -f "$out/$name.status"
   if [ "$left" -gt 0 ]; then
     timeout "$((limit < left ? limit : left))" "$@" >"$out/$name.log" 2>&1
     status=$?
@@ -75,11 +76,11 @@ for name in "${learners[@]}"; do
   part "learners_$name" "$tests_end" "$tests_end" "$python" tests/gpu "${options[@]}" -k "$name" &
 done
 wait
-benchmark metasteps 90 compare --rounds 2
+benchmark metasteps 85 compare --rounds 2
 benchmark attention 40 compare_attention
 benchmark lora 25 compare_lora --rounds 5
 benchmark updates 30 compare_updates
-benchmark pairwise 30 compare_pairwise
+benchmark pairwise 25 compare_pairwise
 benchmark entropy 20 compare_cross_entropy --rounds 5
 benchmark lstm 15 compare_coordinate_lstm --rounds 5
 

@@ -26,7 +26,7 @@ from fastmeta.kernels._common import (
 )
 
 # What differs from batch to batch: kernels are not compiled again for it.
-VARYING = ["LQ", "LK", "m_b", "m_h", "m_l", "m_k", "lower", "upper", "dropped", "period", "BLOCKS"]
+VARYING = ["LQ", "LK", "m_b", "m_h", "m_l", "lower", "upper", "dropped", "period", "BLOCKS"]
 
 
 @triton.jit

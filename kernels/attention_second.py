@@ -261,6 +261,8 @@ def attention_double_backward(
     dd, dq, dk, dv = (
         laid_out_as(t, t.shape[3], needs >> i & 1) for i, t in enumerate((d_out, q, k, v))
     )
+    # a head in one tile, or tiles of 16; what the former, and wider heads, hold leaves no registers
+    # for products in parts
     constants = constants_of(q, v, mask, k.shape[2], scale, dropout_p, 32, 1024)
     whole = fits(q, k, constants)
     if not whole:

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from fastmeta.kernels._common import accumulator, ceil_div, launch, square_root, wide_dtype
 
-_ROWS = 8  # of one program: what it sums up does not depend on the device
-
 
 @triton.jit
 def projected(u, h, s, mean, mean_h):
@@ -114,16 +112,17 @@ def layer_norm_double_backward_kernel(
     tl.store(d_w + unit * D + at, sum_w, mask=inside)
 
 
-def _shape(x: Tensor, weight: Tensor) -> tuple[int, int, int, dict]:
-    """Tasks, rows of each, parts of them, and what every kernel is told of a row."""
+def _shape(x: Tensor, weight: Tensor) -> tuple[int, int, tuple[int, int], dict]:
+    """Tasks, rows of each, parts of so many of them, and what every kernel is told of a row."""
     tasks, width = weight.shape
     rows = x.shape[0] // max(tasks, 1)
     size = triton.next_power_of_2(max(width, 1))
     warps = 8 if size > 2048 else 4 if size > 256 else 1
+    some = 8 if rows <= 1024 else 32  # whatever the device; their sums take memory
     return (
         tasks,
         rows,
-        ceil_div(rows, _ROWS),
+        (ceil_div(rows, some), some),
         {"ACC": accumulator(x), "BD": size, "num_warps": warps},
     )
 
@@ -145,13 +144,13 @@ def layer_norm(
 def layer_norm_backward(
     dy: Tensor, x: Tensor, weight: Tensor, stats: Tensor, rms: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    tasks, rows, parts, row = _shape(x, weight)
+    tasks, rows, (parts, some), row = _shape(x, weight)
     dx = torch.empty_like(x)
     dw, db = (x.new_empty(tasks, parts, x.shape[1], dtype=wide_dtype(x)) for _ in range(2))
     launch(
         layer_norm_backward_kernel, tasks * parts if x.numel() else 0,
         dy, x, weight, stats, dx, dw, db, rows, parts, weight.stride(0), x.shape[1],
-        RMS=rms, ROWS=_ROWS, **row,
+        RMS=rms, ROWS=some, **row,
     )  # fmt: skip
     return dx, dw.sum(1).to(weight.dtype), db.sum(1).to(weight.dtype)
 
@@ -166,14 +165,14 @@ def layer_norm_double_backward(
     stats: Tensor,
     rms: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    tasks, rows, parts, row = _shape(x, weight)
+    tasks, rows, (parts, some), row = _shape(x, weight)
     d_dy, d_x = torch.empty_like(x), torch.empty_like(x)
     d_w = x.new_empty(tasks, parts, x.shape[1], dtype=wide_dtype(x))
     strides = [0 if g is None else g.stride(0) for g in (gw, gb)]
     launch(
         layer_norm_double_backward_kernel, tasks * parts if x.numel() else 0,
         u, gw, gb, dy, x, weight, stats, d_dy, d_x, d_w, rows, parts, *strides, weight.stride(0),
-        x.shape[1], RMS=rms, U=u is not None, GW=gw is not None, GB=gb is not None, ROWS=_ROWS,
-        **row,
+        x.shape[1], RMS=rms, U=u is not None, GW=gw is not None, GB=gb is not None,
+        ROWS=some, **row,
     )  # fmt: skip
     return d_dy, d_x, d_w.sum(1).to(weight.dtype)

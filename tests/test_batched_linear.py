@@ -154,17 +154,28 @@ def test_threads_do_not_show() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("tasks", [1, 3])
 @pytest.mark.parametrize("inner", [512, 1024, 1601, 2048])
-def test_long_rows(inner: int, tasks: int, dtype: torch.dtype, cpu_impl) -> None:
+@pytest.mark.parametrize("rows", [5, 14])
+def test_long_rows(rows: int, inner: int, tasks: int, dtype: torch.dtype, cpu_impl) -> None:
     """Sums in several parts, of rows that lie where they evict each other and others."""
     generator = torch.Generator().manual_seed(0)
-    a = torch.randn(tasks, 14, inner, generator=generator, dtype=dtype)
+    a = torch.randn(tasks, rows, inner, generator=generator, dtype=dtype)
     outer = torch.randn(inner, 1024, generator=generator, dtype=dtype)
     for b in (outer, outer.mT.contiguous().mT, outer[:, :70], outer[:, :17].contiguous()):
-        base = torch.randn(1, 14, b.shape[1], generator=generator, dtype=dtype)
+        base = torch.randn(1, rows, b.shape[1], generator=generator, dtype=dtype)
         left, right = a.double(), b.double()
         bound = (left.abs() @ right.abs() + base.abs()) * inner * torch.finfo(dtype).eps
         found = batched_mm(a, b.expand(tasks, *b.shape), base)
         assert ((found - (left @ right + base)).abs() <= bound).all()
+
+
+def test_more_rows_than_are_taken_together(cpu_impl) -> None:
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(5, 500, 20, generator=generator, dtype=torch.float64)
+    b = torch.randn(20, 40, generator=generator, dtype=torch.float64)
+    for base in (None, torch.ones(1, 1, 40).double(), torch.ones(5, 500, 40).double()):
+        found = batched_mm(a, b.expand(5, 20, 40), base)
+        expected = a @ b + (0 if base is None else base)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 ODD = (

@@ -212,9 +212,12 @@ def test_benchmark_folder(tmp_path):
     root = benchmark_folder(tmp_path)
     assert fd.clinc(root).classes == ("a", "b")
     assert fd.hwu(root, split=1, part="test").classes == ("f", "e")
+    assert fd.hwu(root, split="01", part="test").classes == ("f", "e")
     assert len(fd.clinc(root, split=None).classes) == len(fd.clinc(root, part=None).classes) == 6
     with pytest.raises(fd.DataError, match=r"02: no such split; found 01"):
         fd.clinc(root, split=2)
+    with pytest.raises(fd.DataError, match=r"first: no such split; found 01"):
+        fd.clinc(root, split="first")
     with pytest.raises(ValueError, match=r"expected part to be one of .* got 'dev'"):
         fd.clinc(root, part="dev")
     write(root / "domains.json", {"one": ["b", "a"], "two": ["c", "d", "e"]})

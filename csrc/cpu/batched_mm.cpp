@@ -8,8 +8,6 @@ namespace {
 
 // Columns of a product that one unit of work takes: one task alone keeps several threads busy.
 constexpr int64_t kColumns = 512;
-// Rows that a sum over tasks takes at once: fewer write the result too often, more leave a cache.
-constexpr int64_t kRows = 768;
 // In `which` of batched_mms_: nothing is added to a product, or what lies where it is written.
 constexpr int64_t kNothing = -2, kItself = -1;
 
@@ -59,11 +57,12 @@ struct Batch {
     return ceil_div(ceil_div(n, units), 32) * 32;
   }
 
-  // Tasks of a sum that count as one, whose rows lie one after the other.
+  // Tasks of a sum that count as one, whose rows lie one after the other: more would not stay in a
+  // cache.
   static int64_t grouped(const Tensor& a, const Tensor& b) {
     const int64_t k = a.size(2);
     const bool adjacent = a.stride(0) == k * a.stride(2) && b.stride(0) == k * b.stride(1);
-    return adjacent ? most(1, kRows / most(k, 1)) : 1;
+    return adjacent ? most(1, batched::kDepth<A> / most(k, 1)) : 1;
   }
 
   bool empty() const { return tasks == 0 || m == 0 || n == 0; }

@@ -1,7 +1,8 @@
 // Matrix products of a batch of small and middling matrices on the CPU: to = A B + base.
-// A library's product packs both operands for a size where packing is cheap; here A is read where
-// it lies, unless its rows evict each other, and B only repacked where its columns are not
-// adjacent. With the number of threads results do not change.
+// A library's product packs both operands for a size where packing is cheap; here both are read
+// where they lie, unless their rows evict each other or B's columns are not adjacent. Long sums are
+// taken in parts that depend on k alone: with blocking and the number of threads results do not
+// change.
 #pragma once
 
 #include "cpu/batched_mm_tile.h"
@@ -92,23 +93,28 @@ FM_HD void pack(const Product<A>& p, int64_t j, int64_t width, int64_t lanes, A*
     }
   }
   for (int64_t q = 0; q < rows; ++q) {
-    for (int64_t v = 0; v < width; ++v) to[q * lanes + v] = b[q * b_row + v * b_column];
+    if (b_column == 1) std::memcpy(to + q * lanes, b + q * b_row, size_t(width) * sizeof(A));
+    for (int64_t v = 0; v < width && b_column != 1; ++v) {
+      to[q * lanes + v] = b[q * b_row + v * b_column];
+    }
     for (int64_t v = width; v < lanes; ++v) to[q * lanes + v] = 0;
   }
 }
 
-// Where a thread keeps repacked factors.
+// Where a thread keeps repacked factors, and products whose rows it takes together.
 template <typename A>
 struct Memory {
   std::vector<A> panel, rows, a, b;
   std::vector<int32_t> a_pairs, b_pairs;
-  std::vector<Product<A>> products;
+  std::vector<Product<A>> products, together;
 };
 
 // Steps of k that are summed at a time: the rows of a panel and a few of B's columns stay in the
 // second cache.
 template <typename A>
 constexpr int64_t kDepth = 3072 / sizeof(A);
+// Rows that are taken together.
+constexpr int64_t kTogether = 768;
 // Columns of a panel of B.
 template <typename A>
 constexpr int64_t kPanel = 2 * Lanes<A, 64>::kCount;
@@ -119,10 +125,11 @@ bool collides(int64_t stride) {
   return stride * int64_t(sizeof(A)) % 4096 == 0;
 }
 
-// Whether B is read where it lies.
+// Whether B is read where it lies, for so many rows in all: a single tile reads it but once.
 template <typename A>
-bool in_place(const Product<A>& p) {
-  return p.panel > 0 || (p.b_column == 1 && !collides<A>(p.b_row));
+bool in_place(const Product<A>& p, int64_t rows) {
+  constexpr int64_t kTile = 12;
+  return p.panel_step > 0 || (p.b_column == 1 && (rows <= kTile || !collides<A>(p.b_row)));
 }
 
 // Copies A where its rows evict each other; it is read again for every panel of B.
@@ -145,22 +152,24 @@ void spread(std::vector<Product<A>>& products, std::vector<A>& rows) {
   }
 }
 
-// Columns [first, last) of products of the same sizes and the same B, all of k.
+// Columns [first, last) of products by the same B, a part of their steps.
 template <typename A>
 void run_steps(const std::vector<Product<A>>& products, int64_t first, int64_t last,
                std::vector<A>& panel, Ahead& ahead) {
   const Product<A>& p = products[0];
+  int64_t rows = 0;
+  for (const Product<A>& own : products) rows += own.m;
   with_registers([&](auto bytes) FM_INLINE_LAMBDA {
     constexpr int kBytes = bytes();
     using L = Lanes<A, kBytes>;
     // as many sums as the registers hold: 32 of 64 bytes, 16 narrower ones
     constexpr int kRows = kBytes == 64 ? 12 : kBytes == 32 ? 6 : 2, kWide = kBytes == 64 ? 2 : 1;
     constexpr int64_t kLanes = kWide * L::kCount;
-    const bool stays = in_place(p);
+    const bool stays = in_place(p, rows);
     if (!stays || (last - first) % kLanes != 0) panel.resize(p.k * kLanes);
     const auto at = [&](int64_t j, int64_t width, int64_t lanes, int64_t* row) FM_INLINE_LAMBDA {
       *row = p.b_row;
-      if (p.panel > 0) return p.b + j / kPanel<A> * p.panel + j % kPanel<A>;
+      if (p.panel_step > 0) return p.b + j / kPanel<A> * p.panel_step + j % kPanel<A>;
       if (stays && width == lanes) return p.b + j;
       pack<kBytes>(p, j, width, lanes, panel.data());
       *row = lanes;
@@ -183,29 +192,54 @@ void run_steps(const std::vector<Product<A>>& products, int64_t first, int64_t l
   });
 }
 
-// Columns [first, last) of products of the same sizes and the same B, which is repacked once where
-// its columns are not adjacent.
+// Columns [first, last) of `memory.together`, part by part of k.
 template <typename A>
-void run(const Product<A>* products, int64_t count, int64_t first, int64_t last, Memory<A>& memory,
-         Ahead ahead) {
-  const int64_t k = products[0].k, chunks = most(1, ceil_div(k, kDepth<A>));
+void run_together(int64_t first, int64_t last, Memory<A>& memory, Ahead& ahead) {
   auto& own = memory.products;
-  for (int64_t c = 0; c < chunks; ++c) {
-    const int64_t begin = k * c / chunks, end = k * (c + 1) / chunks;
-    own.assign(products, products + count);
+  const int64_t k = memory.together[0].k, parts = most(1, ceil_div(k, kDepth<A>));
+  for (int64_t part = 0; part < parts; ++part) {
+    const int64_t begin = k * part / parts, end = k * (part + 1) / parts;
+    own = memory.together;
     for (Product<A>& p : own) {
       p.a += begin * p.a_column;
       p.b += begin * p.b_row;
       p.k = end - begin;
-      if (c > 0) {
+      if (part > 0) {
         p.base = p.to;
         p.base_row = p.to_row;
       }
-      if (c + 1 < chunks) p.rank = 0;
+      if (part + 1 < parts) p.rank = 0;
     }
     spread(own, memory.rows);
     run_steps(own, first, last, memory.panel, ahead);
   }
+}
+
+// Columns [first, last) of products of the same sizes, but for their rows, and the same B.
+template <typename A>
+void run(const Product<A>* products, int64_t count, int64_t first, int64_t last, Memory<A>& memory,
+         Ahead ahead) {
+  auto& together = memory.together;
+  together.clear();
+  int64_t room = kTogether;
+  for (int64_t t = 0; t < count; ++t) {
+    for (int64_t i = 0; i < products[t].m;) {
+      Product<A> p = products[t];
+      p.m = least(p.m - i, room);
+      p.a += i * p.a_row;
+      if (p.base != nullptr) p.base += i * p.base_row;
+      p.to += i * p.to_row;
+      if (p.rank > 0) p.low += i * p.low_row;
+      together.push_back(p);
+      i += p.m;
+      room -= p.m;
+      if (room > 0) continue;
+      run_together(first, last, memory, ahead);
+      together.clear();
+      room = kTogether;
+    }
+  }
+  if (!together.empty()) run_together(first, last, memory, ahead);
 }
 
 // The B of a product, repacked as a whole by all threads to [n / kPanel, k, kPanel]; `to` has room
@@ -225,7 +259,7 @@ void repack(Product<A>& p, A* to) {
     });
   });
   p.b = to;
-  p.panel = p.k * kPanel<A>;
+  p.panel_step = p.k * kPanel<A>;
   p.b_row = kPanel<A>;
   p.b_column = 1;
 }

@@ -1,5 +1,5 @@
-// The part of a matrix product that registers hold. Sums use fused multiply-adds, in the order of k
-// whatever the blocking.
+// The part of a matrix product that registers hold. Sums use fused multiply-adds, in the order of
+// k, a second pair of factors after the first, whatever the rows and columns of a tile.
 #pragma once
 
 #if defined(__clang__)
@@ -8,16 +8,14 @@
 #pragma GCC optimize("fp-contract=fast")  // setup.py turns it off for everything else
 #endif
 
-#include <vector>
-
 #include "cpu/lanes.h"
 
 namespace fastmeta {
 namespace batched {
 
-// A: [m, k], any strides. B: [k, n] with one of its strides 1. base and to: [m, n] with adjacent
-// columns; base may be null (then 0), `to` itself, or one row (row stride 0). F: what the factors
-// are made of.
+// A: [m, k], any strides. B: [k, n], best with one of its strides 1. base and to: [m, n] with
+// adjacent columns; base may be null (then 0), `to` itself, or one row (row stride 0). F: what the
+// factors are made of.
 template <typename A, typename F = A>
 struct Product {
   int64_t m, n, k;
@@ -35,7 +33,7 @@ struct Product {
   int64_t low_row = 0;
   const F* wide = nullptr;
   int64_t wide_row = 0;
-  int64_t panel = 0;  // unless 0, B is repacked, to panels of adjacent columns that far apart
+  int64_t panel_step = 0;  // unless 0, B is repacked, to panels of adjacent columns that far apart
 };
 
 // What the next product reads, fetched line by line while this one computes: its operands are as
@@ -81,11 +79,11 @@ struct Tile {
   int64_t to_row;
   int64_t columns;  // of the last lane
 
-  int64_t rank;  // the second pair: steps, and where it lies
-  const F* low;
-  int64_t low_row;
-  const F* wide;
-  int64_t wide_row;
+  // the second pair, if there is one
+  const F* low = nullptr;
+  int64_t low_row = 0;
+  const F* wide = nullptr;
+  int64_t wide_row = 0;
 
   static constexpr int kMost = 7;
   Fetch fetches[kMost];
@@ -186,21 +184,8 @@ FM_HD void columns(const Product<A, F>& p, int64_t j, const F* b, int64_t b_row,
   const int64_t blocks = ceil_div(p.m, R);
   for (int64_t block = 0, i = 0; block < blocks; ++block) {
     const int64_t height = (p.m - i) / (blocks - block);
-    Tile<A, F> tile{p.a + i * p.a_row,
-                    p.a_row,
-                    p.a_column,
-                    b,
-                    b_row,
-                    nullptr,
-                    p.base_row,
-                    p.to + i * p.to_row + j,
-                    p.to_row,
-                    count,
-                    p.rank,
-                    p.low + i * p.low_row,
-                    p.low_row,
-                    p.wide + j,
-                    p.wide_row};
+    Tile<A, F> tile{p.a + i * p.a_row,       p.a_row,  p.a_column, b, b_row, nullptr, p.base_row,
+                    p.to + i * p.to_row + j, p.to_row, count};
     tile.steps = p.k;
     const bool below = block + 1 < blocks;
     const int64_t next_i = below ? i + height : 0;
@@ -218,8 +203,13 @@ FM_HD void columns(const Product<A, F>& p, int64_t j, const F* b, int64_t b_row,
     const int64_t lines = ahead.take(tile.steps, &line);
     tile.fetch(line, 64, lines);
     tile.fetch(tile.a, 0, tile.steps);  // is there already
-    if (p.rank > 0)
+    if (p.rank > 0) {
+      tile.low = p.low + i * p.low_row;
+      tile.low_row = p.low_row;
+      tile.wide = p.wide + j;
+      tile.wide_row = p.wide_row;
       tile.fetches[tile.phases++] = {reinterpret_cast<const char*>(tile.a), 0, p.rank, true};
+    }
     compute<L, R, V, kWhole, kBytes>(tile, height);
     i += height;
   }

@@ -1,5 +1,6 @@
-// Large matrix products of rows of a tensor, where the computation has their type by kernels of
-// ours, else by torch's BLAS; of weights in few bits as well, which are unpacked block by block.
+// Large matrix products of rows of a tensor: by our kernels where rows have the type of
+// computation, else by torch's BLAS. Of weights in few bits as well, which are unpacked block by
+// block.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
@@ -105,34 +106,50 @@ struct Weight {
     }
   }
 
-  // y [rows, N] += x [rows, K] W^T.
-  void forward(int64_t rows, const Matrix<S>& x, const Matrix<S>& y,
-               batched::Memory<A>& memory) const {
+  // y [rows, N] += x [rows, K] W^T; `alone` if no other thread is at work.
+  void forward(int64_t rows, const Matrix<S>& x, const Matrix<S>& y, batched::Memory<A>& memory,
+               bool alone) const {
     if (!packed()) return add_product(rows, n, k, x, full.transposed(), y, memory);
-    std::vector<S> block(size_t(kBlock * k));
-    for (int64_t i = 0; i < n; i += kBlock) {
-      const int64_t some = least(kBlock, n - i);
+    for_blocks(n, rows * k, alone, memory, [&](int64_t i, int64_t some, batched::Memory<A>& own) {
+      std::vector<S> block(size_t(some * k));
       unpack(i, some, 0, k, block.data());
       const Matrix<S> columns{block.data(), 1, k}, to{y.data + i, y.row, 1};
-      add_product(rows, some, k, x, columns, to, memory);
-    }
+      add_product(rows, some, k, x, columns, to, own);
+    });
   }
 
   // dx [rows, K] += dy [rows, N] W.
-  void backward(int64_t rows, const Matrix<S>& dy, const Matrix<S>& dx,
-                batched::Memory<A>& memory) const {
+  void backward(int64_t rows, const Matrix<S>& dy, const Matrix<S>& dx, batched::Memory<A>& memory,
+                bool alone) const {
     if (!packed()) return add_product(rows, k, n, dy, full, dx, memory);
-    std::vector<S> block(size_t(n * kBlock));
-    for (int64_t j = 0; j < k; j += kBlock) {
-      const int64_t some = least(kBlock, k - j);
+    for_blocks(k, rows * n, alone, memory, [&](int64_t j, int64_t some, batched::Memory<A>& own) {
+      std::vector<S> block(size_t(n * some));
       unpack(0, n, j, some, block.data());
       const Matrix<S> columns{block.data(), some, 1}, to{dx.data + j, dx.row, 1};
-      add_product(rows, some, n, dy, columns, to, memory);
-    }
+      add_product(rows, some, n, dy, columns, to, own);
+    });
   }
 
  private:
   static constexpr int64_t kBlock = 64;  // outputs, or inputs, unpacked at once
+
+  // f(first, columns, memory) for blocks of columns, in parallel where no other thread is at work.
+  template <typename F>
+  static void for_blocks(int64_t columns, int64_t work, bool alone, batched::Memory<A>& memory,
+                         const F& f) {
+    const int64_t blocks = ceil_div(columns, kBlock);
+    const auto one = [&](int64_t block, batched::Memory<A>& own) {
+      f(block * kBlock, least(kBlock, columns - block * kBlock), own);
+    };
+    if (!alone) {
+      for (int64_t block = 0; block < blocks; ++block) one(block, memory);
+      return;
+    }
+    parallel_units(blocks, work * kBlock / 16, [&](int64_t block) {
+      batched::Memory<A> own;
+      one(block, own);
+    });
+  }
 };
 
 }  // namespace fastmeta

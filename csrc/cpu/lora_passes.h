@@ -64,12 +64,16 @@ struct Layer {
   Weight<S> weight;
   Tensor a, b;
   A scale;
+  bool transposed = false;       // the weight maps inputs to outputs
+  bool alone = false;            // one unit has all rows: its columns are shared by the threads
   batched::Product<A> shared{};  // by the weight, of no rows yet
   Tensor panels{};               // of the weight
 
-  // The weight as the second factor: transposed where it maps inputs to outputs. Several units read
-  // it repacked, unless it is larger than caches.
-  void prepare(bool transposed, const Plan& plan) {
+  // Before the pass multiplies by the weight. Several units read it repacked, unless it is larger
+  // than caches.
+  void prepare(bool to_outputs, const Plan& plan) {
+    transposed = to_outputs;
+    alone = plan.units.size() == 1;
     if constexpr (std::is_same_v<S, A>) {
       if (packed()) return;
       const Matrix<S>& b = transposed ? weight.full.transposed() : weight.full;
@@ -79,8 +83,8 @@ struct Layer {
       shared.b = b.data;
       shared.b_row = b.row;
       shared.b_column = b.column;
-      const int64_t size = batched::panels_size<A>(shared.n, shared.k);
-      if (batched::in_place(shared) || plan.units.size() < 2) return;
+      const int64_t rows = plan.total(), size = batched::panels_size<A>(shared.n, shared.k);
+      if (rows == 0 || plan.units.size() < 2 || batched::in_place(shared, rows)) return;
       if (size * int64_t(sizeof(A)) > kMostPanels) return;
       panels = empty_rows({size}, a.scalar_type(), a);
       batched::repack(shared, static_cast<A*>(panels.mutable_data_ptr()));
@@ -92,11 +96,12 @@ struct Layer {
   bool packed() const { return weight.packed(); }
 
   // A task's rows in a panel that are worth a product of their own, in which its terms are summed
-  // with the rest; fewer get their terms first, and are multiplied by the weight together.
+  // with the rest; fewer get their terms first, and are multiplied by the weight together. A result
+  // may depend on its task's number of rows, but on no register's width.
   static constexpr int64_t kFewRows = 12;
 
   // to = the terms `c` of a task + from [rows, k] times the weight as [k, n]. Of the second nothing
-  // yet: `multiply` comes when all rows of a panel are here.
+  // yet: `finish` comes when all rows of a panel are here.
   void add(Work<A>& w, const Coefficients<A>& c, int64_t rows, const Matrix<S>& from,
            const Matrix<S>& to) const {
     if constexpr (std::is_same_v<S, A>) {
@@ -117,35 +122,46 @@ struct Layer {
           ++w.used;
           return all.push_back(p);
         }
-        fastmeta::multiply(c, rows, p.to, w.out, w.memory);
+        multiply(c, rows, p.to, w.out, w.memory);
         p.base = p.to;
         p.base_row = p.to_row;
-        const bool follows = !all.empty() && all.back().base != nullptr &&
-                             all.back().to + all.back().m * to.row == p.to;
-        if (!follows) return all.push_back(p);
+        // rows come one after another
+        if (all.empty() || all.back().base == nullptr) return all.push_back(p);
         all.back().m += rows;
         return;
       }
     }
-    fastmeta::multiply(c, rows, writable(to.data), w.out, w.memory);
+    multiply(c, rows, writable(to.data), w.out, w.memory);
   }
-  // The products with the weight of a panel's rows; transposed as in `prepare`.
-  void multiply(Work<A>& w, int64_t rows, const Matrix<S>& from, bool transposed,
-                const Matrix<S>& to) const {
+  // Adds the product with the weight of a panel's rows, which `add` has seen all.
+  void finish(Work<A>& w, int64_t rows, const Matrix<S>& from, const Matrix<S>& to) const {
     if constexpr (std::is_same_v<S, A>) {
-      if (!packed()) {
-        if (w.products.empty()) return;
-        batched::Ahead ahead;  // the next panel's rows
-        ahead.at = reinterpret_cast<const char*>(from[rows]);
-        ahead.lines = rows * from.row * int64_t(sizeof(A)) / 64;
-        batched::run(w.products.data(), int64_t(w.products.size()), 0, shared.n, w.memory, ahead);
-        w.products.clear();
-        w.used = 0;
-        return;
-      }
+      if (!packed()) return finish(w, rows, from);
     }
-    if (transposed) return weight.forward(rows, from, to, w.memory);
-    weight.backward(rows, from, to, w.memory);
+    if (transposed) return weight.forward(rows, from, to, w.memory, alone);
+    weight.backward(rows, from, to, w.memory, alone);
+  }
+
+ private:
+  void finish(Work<A>& w, int64_t rows, const Matrix<A>& from) const {
+    const auto& all = w.products;
+    const int64_t count = int64_t(all.size()), n = shared.n;
+    if (alone) {
+      const int64_t threads = torch::stable::get_num_threads();
+      const int64_t width = ceil_div(ceil_div(n, threads), 32) * 32;
+      parallel_units(ceil_div(n, width), rows * shared.k * width / 16, [&](int64_t part) {
+        batched::Memory<A> own;
+        const int64_t end = least(n, (part + 1) * width);
+        batched::run(all.data(), count, part * width, end, own, batched::Ahead{});
+      });
+    } else {
+      batched::Ahead ahead;  // the next panel's rows
+      ahead.at = reinterpret_cast<const char*>(from[rows]);
+      ahead.lines = rows * from.row * int64_t(sizeof(A)) / 64;
+      batched::run(all.data(), count, 0, n, w.memory, ahead);
+    }
+    w.products.clear();
+    w.used = 0;
   }
 };
 
@@ -178,7 +194,7 @@ struct LoraForward : Layer<S> {
     this->add(w, c, rows, from_row(this->x, begin), from_row(y, begin));
   }
   void dense(Work<A>& w, int64_t first, int64_t last) const {
-    this->multiply(w, last - first, from_row(this->x, first), true, from_row(y, first));
+    this->finish(w, last - first, from_row(this->x, first), from_row(y, first));
   }
   void keep(Work<A>&, int64_t) const {}
   void keep_part(Work<A>&, int64_t) const {}
@@ -271,7 +287,7 @@ struct LoraBackward : Layer<S> {
   }
   void dense(Work<A>& w, int64_t first, int64_t last) const {
     if (needs & kX) {
-      this->multiply(w, last - first, from_row(dy, first), false, from_row(dx, first));
+      this->finish(w, last - first, from_row(dy, first), from_row(dx, first));
     }
   }
   void keep(Work<A>& w, int64_t task) const { sums.keep(w.sums, task); }
@@ -314,7 +330,7 @@ struct LoraSecond : Layer<S> {
       pack(matrix<S>(this->a, task), r, K, p.row(), K);
       p.rank += r;
     }
-    if (needs & kX) fastmeta::multiply(p, rows, writable(d_x[begin]), w.out, w.memory);
+    if (needs & kX) multiply(p, rows, writable(d_x[begin]), w.out, w.memory);
   }
   // u = scale (gx A^T + x gA^T), of which d_dy = u B^T + s gB^T + gbias + gx W^T, dB = dy^T u.
   void of_rows(Work<A>& w, int64_t task, int64_t begin, int64_t rows, const Matrix<A>& dy,
@@ -347,7 +363,7 @@ struct LoraSecond : Layer<S> {
       pack(from_row(matrix<S>(gbias), gbias->size(0) > 1 ? task : 0), 1, N, u.row(), N);
       u.ones(rows);
     }
-    if (!gx) return fastmeta::multiply(u, rows, writable(d_dy[begin]), w.out, w.memory);
+    if (!gx) return multiply(u, rows, writable(d_dy[begin]), w.out, w.memory);
     this->add(w, u, rows, from_row(matrix<S>(gx), begin), from_row(d_dy, begin));
   }
   void segment(Work<A>& w, int64_t task, int64_t begin, int64_t end) const {
@@ -361,7 +377,7 @@ struct LoraSecond : Layer<S> {
   }
   void dense(Work<A>& w, int64_t first, int64_t last) const {
     if (gx && (needs & kDy)) {
-      this->multiply(w, last - first, from_row(matrix<S>(gx), first), true, from_row(d_dy, first));
+      this->finish(w, last - first, from_row(matrix<S>(gx), first), from_row(d_dy, first));
     }
   }
   void keep(Work<A>& w, int64_t task) const { sums.keep(w.sums, task); }

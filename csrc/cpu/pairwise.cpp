@@ -1,6 +1,6 @@
 // Sums over the coordinates of all pairs of rows on the CPU.
 
-#include "cpu/pairwise.h"
+#include "cpu/pairwise_passes.h"
 
 namespace fastmeta {
 

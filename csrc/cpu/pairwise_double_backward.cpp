@@ -2,7 +2,7 @@
 
 #include <tuple>
 
-#include "cpu/pairwise_strips.h"
+#include "cpu/pairwise_passes.h"
 
 namespace fastmeta {
 namespace {

@@ -18,12 +18,14 @@ from fastmeta.data.texts import LabelledTexts
 PARTS = ("train", "valid", "test")
 
 
-def clinc(path: str | PathLike, split: int | None = 1, part: str | None = "train") -> LabelledTexts:
+def clinc(
+    path: str | PathLike, split: int | str | None = 1, part: str | None = "train"
+) -> LabelledTexts:
     """Read CLINC150 (150 intents in 10 domains, 150 utterances each).
 
     Args:
         path: the folder with ``full.jsonl`` and ``splits/``.
-        split: number of the class split, 1 to 5; ``None`` for all classes.
+        split: number of the class split, 1 to 5, or its folder's name; ``None`` for all classes.
         part: ``"train"``, ``"valid"`` or ``"test"`` classes of the split; ``None`` for all classes.
 
     Raises:
@@ -34,7 +36,9 @@ def clinc(path: str | PathLike, split: int | None = 1, part: str | None = "train
     return _folder(path, split, part)
 
 
-def hwu(path: str | PathLike, split: int | None = 1, part: str | None = "train") -> LabelledTexts:
+def hwu(
+    path: str | PathLike, split: int | str | None = 1, part: str | None = "train"
+) -> LabelledTexts:
     """Read HWU64 (64 intents ``scenario/intent``); arguments and errors as in ``clinc``."""
     return _folder(path, split, part)
 
@@ -82,12 +86,12 @@ def hwu_tasks(path: str | PathLike) -> dict[str, LabelledTexts]:
     return {s: data.restrict(c, name=s) for s, c in scenarios.items() if len(c) > 1}
 
 
-def read_split(path: str | PathLike, split: int) -> dict[str, list[str]]:
+def read_split(path: str | PathLike, split: int | str) -> dict[str, list[str]]:
     """Read a class split and check that its parts are disjoint.
 
     Args:
         path: the data set's folder.
-        split: number of the split, from 1.
+        split: number of the split, from 1, or its folder's name, as ``"01"``.
 
     Returns:
         part -> class names.
@@ -97,7 +101,7 @@ def read_split(path: str | PathLike, split: int) -> dict[str, list[str]]:
             places).
     """
     splits = Path(path) / "splits"
-    folder = splits / f"{split:02d}"
+    folder = splits / str(split).zfill(2)
     if not folder.is_dir():
         found = sorted(p.name for p in splits.iterdir()) if splits.is_dir() else []
         raise DataError(f"{folder}: no such split; found {', '.join(found) or 'none'}")
@@ -117,7 +121,7 @@ def read_split(path: str | PathLike, split: int) -> dict[str, list[str]]:
     return parts
 
 
-def _folder(path: str | PathLike, split: int | None, part: str | None) -> LabelledTexts:
+def _folder(path: str | PathLike, split: int | str | None, part: str | None) -> LabelledTexts:
     path = Path(path)
     if part is not None and part not in PARTS:
         raise ValueError(

@@ -122,20 +122,19 @@ class _Recorded:
         self.graph = torch.cuda.CUDAGraph()
         with _no_cast_is_kept(), masks_unread():
             conditions = Conditions(loop.patched, start.device)
-            stream = torch.cuda.Stream(start.device)
-            current = torch.cuda.current_stream(start.device)
-            stream.wait_stream(current)
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 run()  # compiles kernels, makes workspaces
                 with _waits_raise():  # here: a recording that fails leaves torch's own state broken
                     run()
-            current.wait_stream(stream)
+            torch.cuda.current_stream().wait_stream(stream)
             conditions.finish()
             if conditions.random is not None:
                 raise RuntimeError("it draws random numbers, which a graph would draw again")
             with (
-                torch.cuda.stream(current),  # again, should a recording fail
-                torch.cuda.graph(
+                torch.cuda.stream(torch.cuda.current_stream()),  # again, should a recording fail
+                torch.cuda.graph(  # torch's own stream stays on the device that it was made for
                     self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"
                 ),
             ):

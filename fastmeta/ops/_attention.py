@@ -70,8 +70,8 @@ def attend(
 ) -> Tensor:
     """`fm.ops.attention` of checked arguments; the result is laid out as q is."""
     learned = mask is not None and mask.requires_grad and torch.is_grad_enabled()
-    plain = learned or setting.softcap or _too_wide(q, v)
-    if plain or by_reference(_ATTENTION, q.device):
+    plain = by_reference(_ATTENTION, q.device) or setting.softcap or learned
+    if plain or _too_wide(q, v):
         return reference.attention(q, k, v, mask, seed, setting)
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
@@ -85,7 +85,8 @@ def _too_wide(q: Tensor, v: Tensor) -> bool:
     widest = max(q.shape[3], v.shape[3])
     if q.device.type != "cuda" or widest <= 64 or _backend.requested() != "auto":
         return False
-    most = 256 if torch.cuda.get_device_capability(q.device) >= (9, 0) else 128
+    shared = torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin
+    most = 256 if shared >= 227 * 1024 else 128
     return widest > (most // 2 if q.dtype == torch.float64 else most)
 
 

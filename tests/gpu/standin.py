@@ -292,9 +292,6 @@ def _recording() -> bool:
 
 
 class _Stream:
-    def __init__(self, device: object = None) -> None:
-        pass
-
     def wait_stream(self, other: _Stream) -> None:
         pass
 

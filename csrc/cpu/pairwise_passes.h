@@ -1,9 +1,34 @@
-// The passes over strips of columns that derivatives of sums of pairs take, on the CPU.
+// How sums of pairs and their derivatives are divided on the CPU: into rows of x, or for
+// derivatives into strips of columns.
 #pragma once
 
 #include "cpu/pairwise.h"
 
 namespace fastmeta {
+
+constexpr int64_t kChunkRows = 64;  // rows of x in one unit of parallel work
+
+// f(functor, a vector of the widest registers) for every unit of work, in parallel.
+template <typename A, typename F>
+void for_units(Kind kind, double p, int64_t units, int64_t elements, const F& f) {
+  parallel_units(units, elements, [&](int64_t unit) {
+    with_registers([&](auto bytes) FM_INLINE_LAMBDA {
+      using L = Lanes<A, bytes()>;
+      with_kind(kind, p, [&](auto functor) FM_INLINE_LAMBDA { f(functor, L{}, unit); });
+    });
+  });
+}
+
+// Unit `unit` as a task and a range of its rows.
+struct Chunk {
+  int64_t task, begin, end;
+  Chunk(int64_t unit, int64_t rows) {
+    const int64_t chunks = ceil_div(rows, kChunkRows);
+    task = unit / chunks;
+    begin = unit % chunks * kChunkRows;
+    end = least(begin + kChunkRows, rows);
+  }
+};
 
 constexpr int64_t kX = 1, kY = 2, kW = 4;  // bits of `needs`
 
