@@ -304,8 +304,11 @@ def _if_wanted(like: Tensor, shape: tuple[int, ...], wanted: int) -> Tensor:
     return like.new_empty(shape if wanted else 0)
 
 
-def lora_linear(x, weight, weight_scale, bias, a, b, offsets, scale) -> tuple[Tensor, Tensor]:
-    """``x W^T + bias + s B^T`` and ``s = scale x A^T``, summed up in one loop."""
+def lora_linear(
+    x, weight, weight_scale, bias, a, b, offsets, scale, bf16=False
+) -> tuple[Tensor, Tensor]:
+    """``x W^T + bias + s B^T`` and ``s = scale x A^T``, summed up in one loop. `bf16` is for CPUs:
+    here rows come in it."""
     rows = _Rows(x, a.shape[0], a.shape[1], offsets)
     wide = wide_dtype(x)
     y, s = x.new_empty(x.shape[0], b.shape[1]), x.new_empty(x.shape[0], a.shape[1], dtype=wide)
@@ -316,7 +319,7 @@ def lora_linear(x, weight, weight_scale, bias, a, b, offsets, scale) -> tuple[Te
 
 
 def lora_linear_backward(
-    dy, x, weight, weight_scale, a, b, s, offsets, scale, needs
+    dy, x, weight, weight_scale, a, b, s, offsets, scale, needs, bf16=False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dbias of every task, da, db, by the bits 1, 4, 8 and 16."""
     tasks, rank = a.shape[:2]
@@ -340,7 +343,7 @@ def lora_linear_backward(
 
 
 def lora_linear_double_backward(
-    gx, gbias, ga, gb, dy, x, weight, weight_scale, a, b, s, offsets, scale, needs
+    gx, gbias, ga, gb, dy, x, weight, weight_scale, a, b, s, offsets, scale, needs, bf16=False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Derivatives of ``gx dx + gbias dbias + ga da + gb db`` to dy, x, a and b, by the bits 4, 1, 8
     and 16. With ``u = scale (gx A^T + x gA^T)``, ``p = scale dy B``, ``q = scale dy gB``:

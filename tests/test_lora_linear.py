@@ -206,13 +206,69 @@ def test_autocast(dtype):
     tensors = layer(dtype=torch.float32)
     with torch.autocast("cpu", dtype):
         y = lora_linear(*tensors, 0.5)
-        assert y.dtype == dtype
+        assert y.dtype == (torch.float32 if dtype == torch.bfloat16 else dtype)
     grads = torch.autograd.grad(y.float().square().sum(), tensors)
     expected = merged(*tensors, [0.5] * T)
     rounding = 8 * torch.finfo(dtype).eps
     torch.testing.assert_close(y.float(), expected, rtol=rounding, atol=10 * rounding)
     for g, t in zip(grads, tensors, strict=True):
         assert g.dtype == torch.float32 and g.shape == t.shape
+
+
+# few rows of a task and many, one task, columns of whole vectors or not, steps that are odd
+SIZES = ((3, 5, 8, 6), (3, 40, 37, 50), (4, 300, 130, 97), (1, 200, 64, 96), (2, 7, 1601, 33))
+
+
+@pytest.mark.parametrize(("tasks", "rows", "width", "outputs"), SIZES)
+@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize("trained", [False, True])
+def test_bfloat16_rounds_factors_alone(tasks, rows, width, outputs, bits, trained, cpu_impl):
+    """What bfloat16 holds exactly keeps its digits: sums, terms and results are float32."""
+    if trained and bits:
+        pytest.skip("a weight in few bits has no gradient")
+    x, weight, bias, a, b = layer(tasks, rows, width, outputs, 3, torch.float32)
+    with torch.no_grad():
+        for t in (x, weight):
+            t.copy_(t.bfloat16())
+    if bits:
+        weight = QuantizedWeight(
+            torch.randint(-8, 8, (outputs, width)).to(torch.int8), torch.ones(outputs, 1)
+        )
+    tensors = (x, bias, a, b, weight) if trained else (x, bias, a, b)
+    cotangent = torch.randn(tasks, rows, outputs).bfloat16().float().requires_grad_()
+    g = torch.randn_like(x).bfloat16().float()  # of dx, which the second derivative multiplies by W
+
+    def results(dtype, rounds):
+        there = [t.detach().to(dtype).requires_grad_() for t in (*tensors, cotangent)]
+        own = there[4] if trained else weight if bits else weight.detach().to(dtype)
+        with torch.autocast("cpu", torch.bfloat16, enabled=rounds):
+            y = lora_linear(there[0], own, *there[1:4], 0.5)
+        first = torch.autograd.grad(y, there[:-1], there[-1], create_graph=True)
+        second = torch.autograd.grad(first[0], there[2:4] + there[-1:], g.to(dtype))
+        return [y, *first, *second]
+
+    for got, exact in zip(results(torch.float32, True), results(torch.float64, False), strict=True):
+        assert got.dtype == torch.float32
+        assert (got - exact).norm() <= 1e-6 * exact.norm()
+
+
+def test_bfloat16_where_no_instruction_multiplies_pairs():
+    """Rounded number by number, as in float64, results are the same but for the order of sums."""
+    x, weight, bias, a, b = (t.detach() for t in layer(3, 40, 37, 50, 3, torch.float32))
+    bias, rows = bias.unsqueeze(0), x.flatten(0, 1)
+    given = (rows, weight, None, bias, a, b)
+    found, s = torch.ops.fastmeta.lora_linear(*given, None, 0.5, True)
+    wide = tuple(None if t is None else t.double() for t in given)
+    expected, wide_s = torch.ops.fastmeta.lora_linear(*wide, None, 0.5, True)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    unrounded, _ = torch.ops.fastmeta.lora_linear(*wide, None, 0.5, False)
+    assert (unrounded - expected).abs().max() > 1e-3
+    dy = torch.randn(len(rows), 50)
+    back = torch.ops.fastmeta.lora_linear_backward
+    found = back(dy, rows, weight, None, a, b, s, None, 0.5, 29, True)
+    expected = back(dy.double(), *wide[:3], *wide[4:], wide_s, None, 0.5, 29, True)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-4)
 
 
 X, W, B0 = torch.zeros(T, R, K), torch.zeros(N, K), torch.zeros(N)

@@ -8,6 +8,10 @@
 namespace fastmeta {
 namespace batched {
 
+// Columns of a panel of B, and how many pairs are in one: [k / 2 and room, kPairs].
+constexpr int64_t kPairs = 32;
+FM_HD constexpr int64_t pair_panel(int64_t k) { return ceil_div(k, 32) * 16 * kPairs; }
+
 #if defined(__x86_64__) && defined(__GNUC__)
 
 using Floats = Lanes<float, 64>;
@@ -78,14 +82,21 @@ FM_HD void pack_columns(const float* from, int64_t column, int64_t k, int64_t wi
   }
 }
 
-// Columns [first, last) of a product.
+// `width` columns of a product's B from j on: [k / 2, lanes] pairs, with room for 16 more rows.
+FM_HD void pack_pairs(const Product<float>& p, int64_t j, int64_t width, int32_t* to,
+                      int64_t lanes) {
+  const float* from = p.b + j * p.b_column;
+  if (p.b_column == 1) return pack_across(from, p.b_row, p.k, width, to, lanes);
+  pack_columns(from, p.b_column, p.k, width, to, lanes);
+}
+
+// Columns [first, last) of a product; `panels`, unless null, is its B from `repack_pairs`.
 inline void run_pairs(const Product<float>& p, int64_t first, int64_t last, Memory<float>& memory,
-                      Ahead ahead) {
+                      Ahead ahead, const int32_t* panels) {
   in_64_bytes([&](auto) FM_INLINE_LAMBDA {
-    constexpr int64_t kLanes = 32;
     const int64_t steps = ceil_div(p.k, 2);
     memory.a_pairs.resize(p.m * steps + 16);
-    memory.b_pairs.resize((steps + 16) * kLanes);
+    if (panels == nullptr) memory.b_pairs.resize((steps + 16) * kPairs);
     int32_t *const a = memory.a_pairs.data(), *const b = memory.b_pairs.data();
     const bool along = p.a_column == 1 || p.k == 1;
     if (along) {
@@ -96,31 +107,56 @@ inline void run_pairs(const Product<float>& p, int64_t first, int64_t last, Memo
     const int64_t row = along ? steps : 1, column = along ? 1 : p.m;
     const Product<float, int32_t> own{p.m, p.n, steps,  a,          row,  column,  b,
                                       0,   1,   p.base, p.base_row, p.to, p.to_row};
-    const auto pack = [&](int64_t j, int64_t width, int64_t lanes) FM_INLINE_LAMBDA {
-      const float* from = p.b + j * p.b_column;
-      if (p.b_column == 1) return pack_across(from, p.b_row, p.k, width, b, lanes);
-      pack_columns(from, p.b_column, p.k, width, b, lanes);
+    const auto at = [&](int64_t j, int64_t width, int64_t lanes, int64_t* step) FM_INLINE_LAMBDA {
+      *step = kPairs;
+      if (panels != nullptr) return panels + j / kPairs * pair_panel(p.k) + j % kPairs;
+      pack_pairs(p, j, width, b, lanes);
+      *step = lanes;
+      return const_cast<const int32_t*>(b);
     };
-    int64_t j = first;
-    for (; j + kLanes <= last; j += kLanes) {
-      pack(j, kLanes, kLanes);
-      columns<Floats, 12, 2, true, 64>(own, j, b, kLanes, 16, ahead);
+    int64_t step, j = first;
+    for (; j + kPairs <= last; j += kPairs) {
+      const int32_t* from = at(j, kPairs, kPairs, &step);
+      columns<Floats, 12, 2, true, 64>(own, j, from, step, 16, ahead);
     }
     for (; j < last; j += 16) {
       const int64_t width = least(16, last - j);
-      pack(j, width, 16);
-      columns<Floats, 12, 1, false, 64>(own, j, b, 16, width, ahead);
+      const int32_t* from = at(j, width, 16, &step);
+      columns<Floats, 12, 1, false, 64>(own, j, from, step, width, ahead);
     }
   });
 }
 
+#endif
+
+// Whether this CPU multiplies pairs.
 inline bool has_pairs() {
+#if defined(__x86_64__) && defined(__GNUC__)
   static const bool found =
       __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw");
   return found;
+#else
+  return false;
+#endif
 }
 
+// The B of a product as pairs, by all threads, for a CPU that has them; `to` has room for
+// `pair_panels_size(n, k)` of them.
+inline int64_t pair_panels_size(int64_t n, int64_t k) {
+  return ceil_div(n, kPairs) * pair_panel(k);
+}
+inline void repack_pairs([[maybe_unused]] const Product<float>& p, [[maybe_unused]] int32_t* to) {
+#if defined(__x86_64__) && defined(__GNUC__)
+  parallel_ranges(ceil_div(p.n, kPairs), p.k * kPairs, [&](int64_t begin, int64_t end) {
+    in_64_bytes([&](auto) FM_INLINE_LAMBDA {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t j = i * kPairs;
+        pack_pairs(p, j, least(kPairs, p.n - j), to + i * pair_panel(p.k), kPairs);
+      }
+    });
+  });
 #endif
+}
 
 // The same by numbers of which the lower bits are 0.
 template <typename A>
@@ -143,12 +179,14 @@ void run_rounded(const Product<A>& p, int64_t first, int64_t last, Memory<A>& me
   run(&own, 1, 0, width, memory, ahead);
 }
 
-// Columns [first, last) of a product whose factors are rounded to bfloat16.
+// Columns [first, last) of a product whose factors are rounded to bfloat16; `panels`: of B, if it
+// was repacked.
 template <typename A>
-void run_bf16(const Product<A>& p, int64_t first, int64_t last, Memory<A>& memory, Ahead ahead) {
+void run_bf16(const Product<A>& p, int64_t first, int64_t last, Memory<A>& memory, Ahead ahead,
+              [[maybe_unused]] const int32_t* panels = nullptr) {
 #if defined(__x86_64__) && defined(__GNUC__)
   if constexpr (sizeof(A) == 4) {
-    if (has_pairs()) return run_pairs(p, first, last, memory, ahead);
+    if (has_pairs()) return run_pairs(p, first, last, memory, ahead, panels);
   }
 #endif
   run_rounded(p, first, last, memory, ahead);

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "common/tensor.h"
-#include "cpu/batched_mm.h"
+#include "cpu/batched_mm_bf16.h"
 
 namespace fastmeta {
 
@@ -40,15 +40,18 @@ struct Matrix {
   }
 };
 
-// to [m, n] += a [m, k] b [k, n]. Within a parallel loop this runs in the calling thread.
+// to [m, n] += a [m, k] b [k, n], factors rounded to bfloat16 where `bf16`. Within a parallel loop
+// this runs in the calling thread.
 template <typename S>
 void add_product(int64_t m, int64_t n, int64_t k, const Matrix<S>& a, const Matrix<S>& b,
-                 const Matrix<S>& to, batched::Memory<acc_t<S>>& memory) {
+                 const Matrix<S>& to, bool bf16, batched::Memory<acc_t<S>>& memory) {
   if (m == 0 || n == 0 || k == 0) return;
   if constexpr (std::is_same_v<S, acc_t<S>>) {
     S* const y = const_cast<S*>(to.data);
-    batched::run({m, n, k, a.data, a.row, a.column, b.data, b.row, b.column, y, to.row, y, to.row},
-                 memory);
+    const batched::Product<S> p{m,     n,        k, a.data, a.row, a.column, b.data,
+                                b.row, b.column, y, to.row, y,     to.row};
+    if (bf16) return batched::run_bf16(p, 0, n, memory, batched::Ahead{});
+    batched::run(p, memory);
   } else {
     const Tensor out = to.view(m, n);
     TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.view(m, k).get(),
@@ -66,9 +69,10 @@ struct Weight {
   const uint8_t* halves = nullptr;
   const A* scale = nullptr;
   int64_t n = 0, k = 0, groups = 1;
+  bool bf16 = false;  // products with it round their factors
 
-  Weight(const Tensor& weight, const std::optional<Tensor>& scales, int64_t columns)
-      : n(weight.size(0)), k(columns) {
+  Weight(const Tensor& weight, const std::optional<Tensor>& scales, int64_t columns, bool bf16)
+      : n(weight.size(0)), k(columns), bf16(bf16) {
     const void* data = weight.const_data_ptr();
     if (!scales) {
       full = {static_cast<const S*>(data), weight.stride(0), weight.stride(1)};
@@ -109,24 +113,24 @@ struct Weight {
   // y [rows, N] += x [rows, K] W^T; `alone` if no other thread is at work.
   void forward(int64_t rows, const Matrix<S>& x, const Matrix<S>& y, batched::Memory<A>& memory,
                bool alone) const {
-    if (!packed()) return add_product(rows, n, k, x, full.transposed(), y, memory);
+    if (!packed()) return add_product(rows, n, k, x, full.transposed(), y, bf16, memory);
     for_blocks(n, rows * k, alone, memory, [&](int64_t i, int64_t some, batched::Memory<A>& own) {
       std::vector<S> block(size_t(some * k));
       unpack(i, some, 0, k, block.data());
       const Matrix<S> columns{block.data(), 1, k}, to{y.data + i, y.row, 1};
-      add_product(rows, some, k, x, columns, to, own);
+      add_product(rows, some, k, x, columns, to, bf16, own);
     });
   }
 
   // dx [rows, K] += dy [rows, N] W.
   void backward(int64_t rows, const Matrix<S>& dy, const Matrix<S>& dx, batched::Memory<A>& memory,
                 bool alone) const {
-    if (!packed()) return add_product(rows, k, n, dy, full, dx, memory);
+    if (!packed()) return add_product(rows, k, n, dy, full, dx, bf16, memory);
     for_blocks(k, rows * n, alone, memory, [&](int64_t j, int64_t some, batched::Memory<A>& own) {
       std::vector<S> block(size_t(n * some));
       unpack(0, n, j, some, block.data());
       const Matrix<S> columns{block.data(), some, 1}, to{dx.data + j, dx.row, 1};
-      add_product(rows, some, n, dy, columns, to, own);
+      add_product(rows, some, n, dy, columns, to, bf16, own);
     });
   }
 

@@ -9,14 +9,14 @@ namespace {
 
 template <typename S>
 Layer<S> layer(const Tensor& x, const Tensor& weight, const Optional& weight_scale, const Tensor& a,
-               const Tensor& b, double scale) {
+               const Tensor& b, double scale, bool bf16) {
   const int64_t K = x.size(1);
-  return {K, weight.size(0), a.size(1), matrix<S>(x), Weight<S>(weight, weight_scale, K), a,
+  return {K, weight.size(0), a.size(1), matrix<S>(x), Weight<S>(weight, weight_scale, K, bf16), a,
           b, acc_t<S>(scale)};
 }
 
 std::tuple<Tensor, Tensor> forward(Tensor x, Tensor weight, Optional weight_scale, Optional bias,
-                                   Tensor a, Tensor b, Optional offsets, double scale) {
+                                   Tensor a, Tensor b, Optional offsets, double scale, bool bf16) {
   const int64_t M = x.size(0), K = x.size(1), N = weight.size(0), r = a.size(1);
   const bool wide = x.scalar_type() == ScalarType::Double;
   const Tensor y = empty_rows({M, N}, x.scalar_type(), x);
@@ -24,7 +24,7 @@ std::tuple<Tensor, Tensor> forward(Tensor x, Tensor weight, Optional weight_scal
   const Plan plan(M, a.size(0), K + N, offsets);
   with_any_dtype(x, [&](auto zero) {
     using S = decltype(zero);
-    LoraForward<S> pass{layer<S>(x, weight, weight_scale, a, b, scale), bias, matrix<S>(y),
+    LoraForward<S> pass{layer<S>(x, weight, weight_scale, a, b, scale, bf16), bias, matrix<S>(y),
                         static_cast<acc_t<S>*>(s.mutable_data_ptr())};
     pass.prepare(true, plan);
     plan.run(pass);
@@ -35,7 +35,7 @@ std::tuple<Tensor, Tensor> forward(Tensor x, Tensor weight, Optional weight_scal
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dy, Tensor x, Tensor weight,
                                                     Optional weight_scale, Tensor a, Tensor b,
                                                     Tensor s, Optional offsets, double scale,
-                                                    int64_t needs) {
+                                                    int64_t needs, bool bf16) {
   const int64_t M = x.size(0), K = x.size(1), N = dy.size(1), T = a.size(0), r = a.size(1);
   const Tensor dx = if_wanted(needs & kX, {M, K}, x);
   const Tensor d_bias = if_wanted(needs & kBias, {T, N}, x);
@@ -44,7 +44,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dy, Tensor x, Tensor 
   const Plan plan(M, T, K + N, offsets);
   with_any_dtype(x, [&](auto zero) {
     using S = decltype(zero);
-    LoraBackward<S> pass{layer<S>(x, weight, weight_scale, a, b, scale),
+    LoraBackward<S> pass{layer<S>(x, weight, weight_scale, a, b, scale, bf16),
                          needs,
                          matrix<S>(dy),
                          matrix<S>(dx),
@@ -63,7 +63,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> double_backward(Optional gx, Optional
                                                            Tensor weight, Optional weight_scale,
                                                            Tensor a, Tensor b, Tensor s,
                                                            Optional offsets, double scale,
-                                                           int64_t needs) {
+                                                           int64_t needs, bool bf16) {
   const int64_t M = x.size(0), K = x.size(1), N = dy.size(1), T = a.size(0), r = a.size(1);
   const Tensor d_dy = if_wanted(needs & kDy, {M, N}, x);
   const Tensor d_x = if_wanted(needs & kX, {M, K}, x);
@@ -73,7 +73,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> double_backward(Optional gx, Optional
   const Plan plan(M, T, K + N, offsets);
   with_any_dtype(x, [&](auto zero) {
     using S = decltype(zero);
-    LoraSecond<S> pass{layer<S>(x, weight, weight_scale, a, b, scale),
+    LoraSecond<S> pass{layer<S>(x, weight, weight_scale, a, b, scale, bf16),
                        needs,
                        gx,
                        gbias,

@@ -1,8 +1,9 @@
 // The passes over rows: a linear layer with low-rank terms, its gradient and the derivative of
 // that. While a panel of rows is in the cache, the few columns of its low-rank term are computed;
 // their product and the one with the shared weight are summed in registers. Where S, the type of
-// rows and weights, is not A, that of computation, or the weight has few bits, the first product is
-// written and the second added. Sums over rows are taken from the same panel.
+// rows and weights, is not A, that of computation, the weight has few bits, or its product rounds
+// its factors to bfloat16, the first product is written and the second added. Sums over rows are
+// taken from the same panel.
 #pragma once
 
 #include <deque>
@@ -64,10 +65,11 @@ struct Layer {
   Weight<S> weight;
   Tensor a, b;
   A scale;
-  bool transposed = false;       // the weight maps inputs to outputs
-  bool alone = false;            // one unit has all rows: its columns are shared by the threads
-  batched::Product<A> shared{};  // by the weight, of no rows yet
-  Tensor panels{};               // of the weight
+  bool transposed = false;         // the weight maps inputs to outputs
+  bool alone = false;              // one unit has all rows: its columns are shared by the threads
+  batched::Product<A> shared{};    // by the weight, of no rows yet
+  Tensor panels{};                 // of the weight
+  const int32_t* pairs = nullptr;  // the same in bfloat16
 
   // Before the pass multiplies by the weight. Several units read it repacked, unless it is larger
   // than caches.
@@ -83,15 +85,22 @@ struct Layer {
       shared.b = b.data;
       shared.b_row = b.row;
       shared.b_column = b.column;
-      const int64_t rows = plan.total(), size = batched::panels_size<A>(shared.n, shared.k);
-      if (rows == 0 || plan.units.size() < 2 || batched::in_place(shared, rows)) return;
-      if (size * int64_t(sizeof(A)) > kMostPanels) return;
-      panels = empty_rows({size}, a.scalar_type(), a);
-      batched::repack(shared, static_cast<A*>(panels.mutable_data_ptr()));
+      const int64_t rows = plan.total();
+      if (rows == 0 || plan.units.size() < 2) return;
+      if constexpr (sizeof(A) == 4) {
+        if (weight.bf16 && batched::has_pairs()) {
+          if (auto* to = room<int32_t>(batched::pair_panels_size(shared.n, shared.k))) {
+            batched::repack_pairs(shared, to);
+            pairs = to;
+          }
+          return;
+        }
+      }
+      if (weight.bf16 || batched::in_place(shared, rows)) return;
+      auto* to = room<A>(batched::panels_size<A>(shared.n, shared.k));
+      if (to != nullptr) batched::repack(shared, to);
     }
   }
-  static constexpr int64_t kMostPanels = 32 << 20;  // bytes
-
   int64_t width() const { return K + N; }
   bool packed() const { return weight.packed(); }
 
@@ -113,7 +122,7 @@ struct Layer {
         p.a_row = from.row;
         p.to = writable(to.data);
         p.to_row = to.row;
-        if (rows >= kFewRows) {
+        if (rows >= kFewRows && !weight.bf16) {
           p.rank = c.rank;
           p.low = c.left.data();
           p.low_row = c.width;
@@ -122,7 +131,7 @@ struct Layer {
           ++w.used;
           return all.push_back(p);
         }
-        multiply(c, rows, p.to, w.out, w.memory);
+        fastmeta::multiply(c, rows, p.to, w.out, w.memory);
         p.base = p.to;
         p.base_row = p.to_row;
         // rows come one after another
@@ -131,7 +140,7 @@ struct Layer {
         return;
       }
     }
-    multiply(c, rows, writable(to.data), w.out, w.memory);
+    fastmeta::multiply(c, rows, writable(to.data), w.out, w.memory);
   }
   // Adds the product with the weight of a panel's rows, which `add` has seen all.
   void finish(Work<A>& w, int64_t rows, const Matrix<S>& from, const Matrix<S>& to) const {
@@ -143,22 +152,40 @@ struct Layer {
   }
 
  private:
+  static constexpr int64_t kMostPanels = 32 << 20;  // bytes
+
+  // For so many numbers of a repacked weight; null if they are too many.
+  template <typename F>
+  F* room(int64_t size) {
+    if (size * int64_t(sizeof(F)) > kMostPanels) return nullptr;
+    panels = empty_rows({size}, sizeof(F) == 4 ? ScalarType::Int : a.scalar_type(), a);
+    return static_cast<F*>(panels.mutable_data_ptr());
+  }
+
+  // Columns [first, last) of the products of a panel's rows.
+  void multiply(const std::vector<batched::Product<A>>& all, int64_t first, int64_t last,
+                batched::Memory<A>& memory, batched::Ahead ahead) const {
+    if (!weight.bf16)
+      return batched::run(all.data(), int64_t(all.size()), first, last, memory, ahead);
+    for (const auto& p : all) batched::run_bf16(p, first, last, memory, ahead, pairs);
+  }
+
   void finish(Work<A>& w, int64_t rows, const Matrix<A>& from) const {
     const auto& all = w.products;
-    const int64_t count = int64_t(all.size()), n = shared.n;
+    const int64_t n = shared.n;
     if (alone) {
       const int64_t threads = torch::stable::get_num_threads();
       const int64_t width = ceil_div(ceil_div(n, threads), 32) * 32;
       parallel_units(ceil_div(n, width), rows * shared.k * width / 16, [&](int64_t part) {
         batched::Memory<A> own;
         const int64_t end = least(n, (part + 1) * width);
-        batched::run(all.data(), count, part * width, end, own, batched::Ahead{});
+        multiply(all, part * width, end, own, batched::Ahead{});
       });
     } else {
       batched::Ahead ahead;  // the next panel's rows
       ahead.at = reinterpret_cast<const char*>(from[rows]);
       ahead.lines = rows * from.row * int64_t(sizeof(A)) / 64;
-      batched::run(all.data(), count, 0, n, w.memory, ahead);
+      multiply(all, 0, n, w.memory, ahead);
     }
     w.products.clear();
     w.used = 0;

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from fastmeta import _backend
 from fastmeta.engine import graphs
 from fastmeta.engine.by_signature import BySignature
+from fastmeta.engine.conditions import no_cast_is_kept
 from fastmeta.engine.graph_function import GraphFunction
 from fastmeta.engine.inner import InnerLoop, Support, gradient
 from fastmeta.engine.tape_family import Family
@@ -149,6 +150,7 @@ class Capture(BySignature):
             with (
                 tqdm(desc="capturing", total=total, leave=False, disable=None) as bar,
                 by_copies() if self.how == "inductor" else nullcontext(),
+                no_cast_is_kept(),
             ):
                 return make(None if self.how == "trace" else partial(self._compile, bar))
         except Unsuited:

@@ -16,6 +16,20 @@ def computing(device: torch.device, dtype: torch.dtype | None) -> AbstractContex
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
+@contextmanager
+def no_cast_is_kept() -> Iterator[None]:
+    """Within, autocast converts weights anew wherever they are read. What it keeps is forgotten at
+    the end of its region: a graph would read weights as they were when it was captured, without a
+    gradient, or memory that is gone."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    torch.clear_autocast_cache()
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+
+
 Versions = Sequence[tuple[Tensor, int]]
 
 

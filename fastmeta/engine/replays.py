@@ -20,7 +20,7 @@ from torch import Tensor
 from fastmeta import _backend
 from fastmeta.batch import TaskBatch
 from fastmeta.engine.by_signature import BySignature
-from fastmeta.engine.conditions import Conditions
+from fastmeta.engine.conditions import Conditions, no_cast_is_kept
 from fastmeta.engine.graphs import masks_unread
 from fastmeta.engine.inner import InnerLoop, model_inputs
 from fastmeta.engine.memory import is_out_of_memory
@@ -120,7 +120,7 @@ class _Recorded:
             return (results, gradients), (active & torch.isfinite(losses)).all()
 
         self.graph = torch.cuda.CUDAGraph()
-        with _no_cast_is_kept(), masks_unread():
+        with no_cast_is_kept(), masks_unread():
             conditions = Conditions(loop.patched, start.device)
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
@@ -227,16 +227,3 @@ def _waits_raise() -> Iterator[None]:
     for warning in seen:
         if _WAITED in str(warning.message):
             raise RuntimeError(f"it {warning.message}")
-
-
-@contextmanager
-def _no_cast_is_kept() -> Iterator[None]:
-    """Within, autocast converts weights anew wherever they are read: what it kept from before a
-    recording would be gone when that is replayed."""
-    before = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    torch.clear_autocast_cache()
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(before)

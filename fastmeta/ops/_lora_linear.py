@@ -5,7 +5,7 @@ with its ``weight_scale``; ``bias [1 or T, N]``, ``a [T, r, K]``, ``b [T, N, r]`
 [T + 1]``. Everything is made of three products, ``x W^T + s B^T``, ``dy W + ds A`` and the products
 ``ds^T x`` of each task's rows; kernels serve the forward pass, its gradient and the derivative of
 that. Gradients of W are plain products over all rows. What comes after differentiates the
-reference.
+reference. Where `bf16`, products with W or gradients of it round both factors to bfloat16.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from fastmeta._autograd import Function, batch_rows, each, fold, needs_autograd,
 from fastmeta._backend import by_reference
 from fastmeta._library import define
 from fastmeta.ops._pairwise import dense
+from fastmeta.ops.batched_linear import product
 from fastmeta.reference import lora_linear as reference
 
 _FORWARD = define(
     "lora_linear(Tensor x, Tensor weight, Tensor? weight_scale, Tensor? bias, Tensor a, Tensor b, "
-    "Tensor? offsets, float scale) -> (Tensor, Tensor)",
+    "Tensor? offsets, float scale, bool bf16=False) -> (Tensor, Tensor)",
     reference.lora_linear,
 )
 _X, _W, _BIAS, _A, _B = 1, 2, 4, 8, 16  # bits of `needs`
@@ -36,9 +37,9 @@ def _empty(like: Tensor, shape: tuple[int, ...], wanted: int = 1) -> Tensor:
 # what `needs` does not name has no elements; the gradient of the bias is that of each task
 _BACKWARD = define(
     "lora_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor? weight_scale, Tensor a, "
-    "Tensor b, Tensor s, Tensor? offsets, float scale, int needs) -> "
+    "Tensor b, Tensor s, Tensor? offsets, float scale, int needs, bool bf16=False) -> "
     "(Tensor, Tensor, Tensor, Tensor)",
-    fake=lambda dy, x, weight, weight_scale, a, b, s, offsets, scale, needs: (
+    fake=lambda dy, x, weight, weight_scale, a, b, s, offsets, scale, needs, bf16=False: (
         _empty(x, x.shape, needs & _X),
         _empty(dy, (a.shape[0], dy.shape[1]), needs & _BIAS),
         _empty(a, a.shape, needs & _A),
@@ -48,8 +49,8 @@ _BACKWARD = define(
 _DOUBLE_BACKWARD = define(
     "lora_linear_double_backward(Tensor? gx, Tensor? gbias, Tensor? ga, Tensor? gb, Tensor dy, "
     "Tensor x, Tensor weight, Tensor? weight_scale, Tensor a, Tensor b, Tensor s, "
-    "Tensor? offsets, float scale, int needs) -> (Tensor, Tensor, Tensor, Tensor)",
-    fake=lambda gx, gbias, ga, gb, dy, x, weight, weight_scale, a, b, s, offsets, scale, needs: (
+    "Tensor? offsets, float scale, int needs, bool bf16=False) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=lambda gx, gbias, ga, gb, dy, x, w, w_scale, a, b, s, offsets, scale, needs, bf16=False: (
         _empty(dy, dy.shape, needs & _DY),
         _empty(x, x.shape, needs & _X),
         _empty(a, a.shape, needs & _A),
@@ -72,29 +73,31 @@ def lora_rows(
     b: Tensor,
     offsets: Tensor | None,
     scale: float,
+    bf16: bool,
 ) -> Tensor:
     """``x W^T + bias_t + scale (x A_t^T) B_t^T``, ``[M, N]``, of arguments that fit."""
+    given = (x, weight, weight_scale, bias, a, b, offsets, scale, bf16)
     if by_reference(_FORWARD, x.device):
-        return reference.lora_linear(x, weight, weight_scale, bias, a, b, offsets, scale)[0]
-    given = (x, weight, weight_scale, bias, a, b, offsets, scale)
+        with torch.autocast(x.device.type, enabled=False):  # what it asks for has been done
+            return reference.lora_linear(*given)[0]
     if needs_autograd(x, weight, bias, a, b):
         return _Forward.call(*given)[0]
     return _Forward.forward(*given)[0]
 
 
 class _Forward(Function):
-    """``(x, weight, weight_scale, bias, a, b, offsets, scale)``: y, and s for the gradient."""
+    """``(x, weight, weight_scale, bias, a, b, offsets, scale, bf16)``: y, and s."""
 
     @staticmethod
-    def forward(x, weight, weight_scale, bias, a, b, offsets, scale):
+    def forward(x, weight, weight_scale, bias, a, b, offsets, scale, bf16):
         bias = None if bias is None else dense(bias)
         return _backend.kernel(_FORWARD, x.device.type)(
-            x.contiguous(), weight, weight_scale, bias, dense(a), dense(b), offsets, scale
+            x.contiguous(), weight, weight_scale, bias, dense(a), dense(b), offsets, scale, bf16
         )
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight, weight_scale, bias, a, b, offsets, ctx.scale = inputs
+        x, weight, weight_scale, bias, a, b, offsets, ctx.scale, ctx.bf16 = inputs
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
         ctx.bias_rows = 0 if bias is None else bias.shape[0]
@@ -102,7 +105,7 @@ class _Forward(Function):
 
     @staticmethod
     def backward(ctx, dy, _):
-        nothing = (None,) * 8
+        nothing = (None,) * 9
         if dy is None:
             return nothing
         x, weight, weight_scale, a, b, s, offsets = ctx.saved_tensors
@@ -110,6 +113,7 @@ class _Forward(Function):
         bits = (_X, _W, _BIAS, _A, _B)
         needs = sum(bit for i, bit in zip(wanted, bits, strict=True) if ctx.needs_input_grad[i])
         given = (dy, x, weight, weight_scale, a, b, s, offsets, ctx.scale, ctx.bias_rows, needs)
+        given = (*given, ctx.bf16)
         run = _Gradient.call if needs_autograd(dy, x, weight, a, b) else _Gradient.forward
         results = iter(run(*given))
         found = list(nothing)
@@ -119,9 +123,9 @@ class _Forward(Function):
         return tuple(found)
 
     @staticmethod
-    def vmap(info, in_dims, x, weight, weight_scale, bias, a, b, offsets, scale):
+    def vmap(info, in_dims, x, weight, weight_scale, bias, a, b, offsets, scale, bf16):
         size = info.batch_size
-        args = (x, weight, weight_scale, bias, a, b, offsets, scale)
+        args = (x, weight, weight_scale, bias, a, b, offsets, scale, bf16)
         if in_dims[1] is not None or in_dims[2] is not None:
             return each(_Forward, size, in_dims, args)
         x, a, b = fold(size, (x, a, b), (in_dims[0], *in_dims[4:6]))
@@ -130,20 +134,20 @@ class _Forward(Function):
         elif bias is not None and bias.shape[0] > 1:
             bias = bias.repeat(size, 1)
         offsets = _repeat(offsets, size, x.shape[0])
-        y, s = _Forward.call(x, weight, weight_scale, bias, a, b, offsets, scale)
+        y, s = _Forward.call(x, weight, weight_scale, bias, a, b, offsets, scale, bf16)
         return (unfold(y, size), unfold(s, size)), (0, 0)
 
 
 class _Gradient(Function):
-    """``(dy, x, weight, weight_scale, a, b, s, offsets, scale, bias_rows, needs)``: the wanted
-    ones of dx, dW, dbias, da, db."""
+    """``(dy, x, weight, weight_scale, a, b, s, offsets, scale, bias_rows, needs, bf16)``: the
+    wanted ones of dx, dW, dbias, da, db."""
 
     @staticmethod
-    def forward(dy, x, weight, weight_scale, a, b, s, offsets, scale, bias_rows, needs):
+    def forward(dy, x, weight, weight_scale, a, b, s, offsets, scale, bias_rows, needs, bf16):
         dy, x = dy.contiguous(), x.contiguous()
-        d_weight = dy.mT @ x if needs & _W else None
+        d_weight = _product(dy.mT, x, None, bf16) if needs & _W else None
         dx, d_bias, d_a, d_b = _backend.kernel(_BACKWARD, x.device.type)(
-            dy, x, weight, weight_scale, dense(a), dense(b), s, offsets, scale, needs & ~_W
+            dy, x, weight, weight_scale, dense(a), dense(b), s, offsets, scale, needs & ~_W, bf16
         )
         if needs & _BIAS and bias_rows < d_bias.shape[0]:
             d_bias = d_bias.sum(0, keepdim=True)
@@ -153,7 +157,7 @@ class _Gradient(Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs[:8])
-        ctx.scale, ctx.bias_rows, ctx.needs = inputs[8:]
+        ctx.scale, ctx.bias_rows, ctx.needs, ctx.bf16 = inputs[8:]
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -163,11 +167,12 @@ class _Gradient(Function):
         cotangents = [next(given) if ctx.needs & bit else None for bit in (_X, _W, _BIAS, _A, _B)]
         places = ((0, _DY), (1, _X), (2, _W), (4, _A), (5, _B))
         needs = sum(bit for i, bit in places if ctx.needs_input_grad[i])
-        found: list[Tensor | None] = [None] * 11
+        found: list[Tensor | None] = [None] * 12
         if needs and any(c is not None for c in cotangents):
             tensors = (*cotangents, dy, x, weight, weight_scale, a, b)
             function = _Second.call if needs_autograd(*tensors) else _Second.forward
-            results = iter(function(*tensors, s, offsets, ctx.scale, ctx.bias_rows, needs))
+            more = (s, offsets, ctx.scale, ctx.bias_rows, needs, ctx.bf16)
+            results = iter(function(*tensors, *more))
             for i, bit in places:
                 if needs & bit:
                     found[i] = next(results)
@@ -175,14 +180,14 @@ class _Gradient(Function):
 
     @staticmethod
     def vmap(info, in_dims, *args):
-        dy, x, weight, weight_scale, a, b, s, offsets, scale, bias_rows, needs = args
+        dy, x, weight, weight_scale, a, b, s, offsets, scale, bias_rows, needs, bf16 = args
         size = info.batch_size
         if in_dims[2] is not None or in_dims[3] is not None or needs & _W:
             return each(_Gradient, size, in_dims, args)
         dims = (*in_dims[:2], *in_dims[4:7])
         dy, x, a, b, s = fold(size, (dy, x, a, b, s), dims)
         offsets = _repeat(offsets, size, x.shape[0])
-        given = (dy, x, weight, weight_scale, a, b, s, offsets, scale, a.shape[0], needs)
+        given = (dy, x, weight, weight_scale, a, b, s, offsets, scale, a.shape[0], needs, bf16)
         results = [unfold(r, size) for r in _Gradient.call(*given)]
         if needs & _BIAS and bias_rows == 1:
             at = bool(needs & _X)
@@ -192,8 +197,8 @@ class _Gradient(Function):
 
 class _Second(Function):
     """``(gx, gW, gbias, ga, gb, dy, x, weight, weight_scale, a, b, s, offsets, scale, bias_rows,
-    needs)``: the wanted derivatives of ``gx dx + gW dW + gbias dbias + ga da + gb db`` to dy, x,
-    W, a and b."""
+    needs, bf16)``: the wanted derivatives of ``gx dx + gW dW + gbias dbias + ga da + gb db`` to dy,
+    x, W, a and b."""
 
     @staticmethod
     def forward(
@@ -213,28 +218,29 @@ class _Second(Function):
         scale,
         bias_rows,
         needs,
+        bf16,
     ):
         dy, x = dy.contiguous(), x.contiguous()
         gx, gbias, ga, gb = (None if t is None else t.contiguous() for t in (gx, gbias, ga, gb))
         d_dy, d_x, d_a, d_b = _backend.kernel(_DOUBLE_BACKWARD, x.device.type)(
             *(gx, gbias, ga, gb, dy, x, weight, weight_scale, dense(a), dense(b), s),
-            *(offsets, scale, needs & ~_W),
+            *(offsets, scale, needs & ~_W, bf16),
         )
         d_weight = None
         if gw is not None:
             if needs & _DY:
-                d_dy = torch.addmm(d_dy, x, gw.mT)
+                d_dy = _product(x, gw.mT, d_dy, bf16)
             if needs & _X:
-                d_x = torch.addmm(d_x, dy, gw)
+                d_x = _product(dy, gw, d_x, bf16)
         if needs & _W:
-            d_weight = torch.zeros_like(weight) if gx is None else dy.mT @ gx
+            d_weight = torch.zeros_like(weight) if gx is None else _product(dy.mT, gx, None, bf16)
         results = ((_DY, d_dy), (_X, d_x), (_W, d_weight), (_A, d_a), (_B, d_b))
         return tuple(result for bit, result in results if needs & bit)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs[:11], inputs[12])
-        ctx.scale, ctx.bias_rows, ctx.needs = inputs[13:]
+        ctx.scale, ctx.bias_rows, ctx.needs, ctx.bf16 = inputs[13:]
 
     @staticmethod
     def backward(ctx, *cotangents):
@@ -248,13 +254,13 @@ class _Second(Function):
             full = list(given)
             for i, t in zip(places, there, strict=True):
                 full[i] = t
-            results = _second_of_reference(*full, offsets, ctx.scale, ctx.bias_rows)
+            results = _second_of_reference(*full, offsets, ctx.scale, ctx.bias_rows, ctx.bf16)
             return tuple(results[i] for i in wanted)
 
         with torch.enable_grad():
             _, pull = torch.func.vjp(second, *(given[i] for i in places))
             pulled = pull(cotangents)
-        found: list[Tensor | None] = [None] * 16
+        found: list[Tensor | None] = [None] * 17
         for i, gradient in zip(places, pulled, strict=True):
             found[i] = gradient if ctx.needs_input_grad[i] else None
         return tuple(found)
@@ -262,7 +268,7 @@ class _Second(Function):
     @staticmethod
     def vmap(info, in_dims, *args):
         gx, gw, gbias, ga, gb, dy, x, weight, weight_scale, a, b, s, offsets = args[:13]
-        scale, needs = args[13], args[15]
+        scale, needs, bf16 = args[13], *args[15:]
         size = info.batch_size
         if any(in_dims[i] is not None for i in (1, 7, 8)) or needs & _W or gw is not None:
             return each(_Second, size, in_dims, args)
@@ -273,12 +279,12 @@ class _Second(Function):
             gbias = batch_rows(gbias, in_dims[2], size, a.shape[0] // size)
         offsets = _repeat(offsets, size, x.shape[0])
         given = (gx, None, gbias, ga, gb, dy, x, weight, weight_scale, a, b, s, offsets, scale)
-        results = _Second.call(*given, 0 if gbias is None else gbias.shape[0], needs)
+        results = _Second.call(*given, 0 if gbias is None else gbias.shape[0], needs, bf16)
         return tuple(unfold(r, size) for r in results), (0,) * len(results)
 
 
 def _second_of_reference(
-    gx, gw, gbias, ga, gb, dy, x, weight, weight_scale, a, b, offsets, scale, bias_rows
+    gx, gw, gbias, ga, gb, dy, x, weight, weight_scale, a, b, offsets, scale, bias_rows, bf16
 ):
     """Derivatives to dy, x, W, a and b; that to a quantised W is None."""
     dense_weight = weight_scale is None
@@ -288,7 +294,8 @@ def _second_of_reference(
 
         def forward(x, bias, a, b, *w):
             given = (*w,) if dense_weight else (weight,)
-            return reference.lora_linear(x, *given, weight_scale, bias, a, b, offsets, scale)[0]
+            given = (x, *given, weight_scale, bias, a, b, offsets, scale, bf16)
+            return reference.lora_linear(*given)[0]
 
         _, pull = torch.func.vjp(forward, x, bias, a, b, *w)
         return pull(dy)
@@ -299,6 +306,14 @@ def _second_of_reference(
     cotangents = tuple(torch.zeros_like(d) if g is None else g for g, d in pairs)
     d_dy, d_x, d_a, d_b, *d_w = pull(cotangents)
     return d_dy, d_x, d_w[0] if d_w else None, d_a, d_b
+
+
+def _product(a: Tensor, b: Tensor, base: Tensor | None, bf16: bool) -> Tensor:
+    """``a b + base`` of matrices."""
+    if bf16:
+        base = None if base is None else base.unsqueeze(0)
+        return product(a.unsqueeze(0), b.unsqueeze(0), base, bf16).squeeze(0)
+    return a @ b if base is None else torch.addmm(base, a, b)
 
 
 def _repeat(offsets: Tensor | None, size: int, rows: int) -> Tensor | None:

@@ -107,6 +107,13 @@ def rounds(x: Tensor) -> bool:
     )
 
 
+def as_computed(x: Tensor, *others: Tensor | None) -> tuple[tuple[Tensor | None, ...], bool]:
+    """All in the dtype that autocast asks for, and whether products are to round their factors."""
+    if rounds(x):
+        return tuple(None if t is None else t.float() for t in (x, *others)), True
+    return autocast(x, *others), False
+
+
 def product(a: Tensor, b: Tensor, base: Tensor | None = None, bf16: bool = False) -> Tensor:
     """``a b + base`` for ``[T, M, K]`` and ``[T, K, N]``, factors rounded where `bf16`; no
     derivative."""
@@ -171,11 +178,9 @@ def affine(
     passing through autograd, unless they are differentiated themselves. What is `exact` is not
     rounded under autocast.
     """
-    bf16 = not exact and rounds(x)
-    if bf16:
-        x, weight, base = (None if t is None else t.float() for t in (x, weight, base))
-    elif not exact:
-        x, weight, base = autocast(x, weight, base)
+    bf16 = False
+    if not exact:
+        (x, weight, base), bf16 = as_computed(x, weight, base)
     return _affine(x, weight, base, nt, landing, bf16)
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from fastmeta import _checks
-from fastmeta._autograd import autocast
 from fastmeta._checks import describe
 from fastmeta.ops._lora_linear import lora_rows
+from fastmeta.ops.batched_linear import as_computed
 from fastmeta.ops.quantized_weight import QuantizedWeight
 
 _OP = "lora_linear"
@@ -47,7 +47,9 @@ def lora_linear(
             and get a gradient of zero, whatever they hold. Default None: r for all.
 
     Returns:
-        ``[T, R, N]``, or ``[M, N]`` with `offsets`, in the dtype of x.
+        ``[T, R, N]``, or ``[M, N]`` with `offsets`, in the dtype of x. Within autocast all are cast
+        as by ``torch.nn.functional.linear``; on a CPU in bfloat16 the product with W rounds its
+        factors to it, and sums, low-rank terms and results are float32.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, a rank of 0; on the CPU also offsets
@@ -55,15 +57,14 @@ def lora_linear(
 
     Note:
         Differentiable in reverse mode to any order in x, weight, bias, A, B and a tensor `scale`,
-        also under ``torch.func.grad`` and ``vmap``; forward mode raises. Within autocast all are
-        cast as by ``torch.nn.functional.linear``. Two runs give equal bits. LoRA: Hu et al. 2021,
-        arXiv 2106.09685.
+        also under ``torch.func.grad`` and ``vmap``; forward mode raises. Two runs give equal bits.
+        LoRA: Hu et al. 2021, arXiv 2106.09685.
     """
     quantised = isinstance(weight, QuantizedWeight)
     if quantised:
-        x, bias, A, B = autocast(x, bias, A, B)
+        (x, bias, A, B), bf16 = as_computed(x, bias, A, B)
     else:
-        x, weight, bias, A, B = autocast(x, weight, bias, A, B)
+        (x, weight, bias, A, B), bf16 = as_computed(x, weight, bias, A, B)
     _check_shapes(x, weight, bias, A, B, offsets)
     if ranks is not None:
         A, B = _masked(A, B, ranks)
@@ -78,7 +79,7 @@ def lora_linear(
         value_scale = value_scale.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
     bias = bias.unsqueeze(0) if bias is not None and bias.dim() == 1 else bias
     rows = x if x.dim() == 2 else x.flatten(0, 1)
-    y = lora_rows(rows, values, value_scale, bias, A, B, offsets, float(scale))
+    y = lora_rows(rows, values, value_scale, bias, A, B, offsets, float(scale), bf16)
     return y if x.dim() == 2 else y.view(*x.shape[:2], y.shape[1])
 
 

@@ -17,10 +17,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
-from fastmeta._autograd import autocast
 from fastmeta._recorder import recording
 from fastmeta.ops._lora_linear import has_kernel, lora_rows
-from fastmeta.ops.batched_linear import affine
+from fastmeta.ops.batched_linear import affine, as_computed
 from fastmeta.patching.activations import normalised
 from fastmeta.patching.bind import bind
 from fastmeta.patching.context import Call
@@ -101,14 +100,11 @@ def _lora(
     """The shared layer and each task's low-rank term in one operator."""
     if bias is None and module.bias is not None:
         bias = module.bias.unsqueeze(0)
-    x, weight, bias, a, b = autocast(
-        x.reshape(-1, x.shape[-1]),
-        module.weight.t() if transposed else module.weight,
-        bias,
-        adapted.view(call, "lora_A"),
-        adapted.view(call, "lora_B"),
-    )
-    return lora_rows(x, weight, None, bias, a, b, None, adapted.lora_scale)
+    weight = module.weight.t() if transposed else module.weight
+    a, b = adapted.view(call, "lora_A"), adapted.view(call, "lora_B")
+    rows = x.reshape(-1, x.shape[-1])
+    (rows, weight, bias, a, b), bf16 = as_computed(rows, weight, bias, a, b)
+    return lora_rows(rows, weight, None, bias, a, b, None, adapted.lora_scale, bf16)
 
 
 def lora_around(module: nn.Linear, adapted: Adapted, call: Call, x: Tensor) -> Tensor:

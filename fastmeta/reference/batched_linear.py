@@ -10,7 +10,7 @@ def batched_mm(a: Tensor, b: Tensor, base: Tensor | None, bf16: bool = False) ->
     """``a b + base``: ``[T, M, K]`` by ``[T, K, N]``; base ``[T or 1, M or 1, N]`` or None. Where
     `bf16`, the factors are rounded to bfloat16 first."""
     if bf16:
-        a, b = _rounded(a), _rounded(b)
+        a, b = rounded(a), rounded(b)
     return torch.bmm(a, b) if base is None else torch.baddbmm(base, a, b)
 
 
@@ -28,7 +28,7 @@ def batched_mms_(
     bfloat16 first.
     """
     for i, out in enumerate(to):
-        left, right = (_rounded(a[i]), _rounded(b[i])) if bf16[i] else (a[i], b[i])
+        left, right = (rounded(a[i]), rounded(b[i])) if bf16[i] else (a[i], b[i])
         if len(out) < len(left):
             left, right = left.transpose(0, 1).flatten(1).unsqueeze(0), right.flatten(0, 1)[None]
         if which[i] == -2:
@@ -38,5 +38,6 @@ def batched_mms_(
             torch.baddbmm(base, left, right, out=out)
 
 
-def _rounded(x: Tensor) -> Tensor:
-    return x.bfloat16().to(x.dtype)
+def rounded(x: Tensor) -> Tensor:
+    """The nearest numbers of bfloat16, in the dtype of x; derivatives are those of x itself."""
+    return x + (x.bfloat16().to(x.dtype) - x).detach()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastmeta.reference import cross_entropy
+from fastmeta.reference.batched_linear import rounded
 
 
 def losses(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignored: int) -> Tensor:
@@ -28,7 +28,7 @@ def linear_cross_entropy(
     """:func:`losses`; their logits' statistics ``[R, 2]``; and, where `wanted`, the gradient of
     each loss to its row, ``[R, D]``, else nothing ``[0]``."""
     if bf16:
-        x, weight = (t.to(torch.bfloat16).to(t.dtype) for t in (x, weight))
+        x, weight = rounded(x), rounded(weight)
     logits = F.linear(x, weight, bias).detach()
     found, stats = cross_entropy.cross_entropy(logits, labels, ignored)
     slopes = x.new_empty(0)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastmeta.reference.batched_linear import rounded
+
 
 def lora_linear(
     x: Tensor,
@@ -20,8 +22,10 @@ def lora_linear(
     b: Tensor,
     offsets: Tensor | None,
     scale: float,
+    bf16: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """``y = x W^T + bias_t + s B_t^T`` in the dtype of x, and ``s = scale x A_t^T``, ``[M, r]``."""
+    """``y = x W^T + bias_t + s B_t^T`` in the dtype of x, and ``s = scale x A_t^T``, ``[M, r]``.
+    Where `bf16`, x and W are rounded to bfloat16 for their product."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     wide = x.to(dtype)
     s = scale * task_rows(wide, a.to(dtype).mT, offsets)
@@ -29,7 +33,8 @@ def lora_linear(
         dense = weight.to(dtype)
     else:
         dense = dequantise(weight, weight_scale.to(dtype), x.shape[1])
-    y = wide @ dense.mT + task_rows(s, b.to(dtype).mT, offsets)
+    left, right = (rounded(wide), rounded(dense)) if bf16 else (wide, dense)
+    y = left @ right.mT + task_rows(s, b.to(dtype).mT, offsets)
     if bias is not None:
         y = y + own_rows(bias.to(dtype), x.shape[0], offsets)
     return y.to(x.dtype), s
