@@ -1,12 +1,14 @@
 // Products of batches of matrices, for the layers that every task has weights of its own of.
 #include "cpu/batched_mm_bf16.h"
 
+#include <numeric>
+
 #include "common/tensor.h"
 
 namespace fastmeta {
 namespace {
 
-// Columns of a product that one unit of work takes: one task alone keeps several threads busy.
+// Columns of a product that one unit of work takes, at most.
 constexpr int64_t kColumns = 512;
 // In `which` of batched_mms_: nothing is added to a product, or what lies where it is written.
 constexpr int64_t kNothing = -2, kItself = -1;
@@ -27,7 +29,7 @@ struct Batch {
         to_task(stride(to, 0)),
         sums(to.size(0) < tasks),
         group(sums ? grouped(a, b) : 1),
-        width(sums ? share(n) : kColumns),
+        width(sums ? share(n) : divided(tasks, n)),
         parts(ceil_div(n, width)),
         bf16(bf16),
         a_dense(a_task == m * k),
@@ -48,6 +50,15 @@ struct Batch {
 
   static int64_t stride(const Tensor& t, int64_t axis) {
     return t.size(axis) == 1 ? 0 : t.stride(axis);
+  }
+
+  // Columns of a unit of work that has one task: few tasks keep all threads busy, and equally.
+  static int64_t divided(int64_t tasks, int64_t n) {
+    const int64_t threads = torch::stable::get_num_threads();
+    const int64_t parts = ceil_div(n, kColumns), most_units = 4 * threads;
+    if (tasks * parts >= most_units || tasks * parts % threads == 0) return kColumns;
+    const int64_t unit = threads / std::gcd(tasks, threads);  // parts that threads share equally
+    return ceil_div(ceil_div(n, ceil_div(parts, unit) * unit), 32) * 32;
   }
 
   // Columns of a unit of work that has all tasks: as many units for every thread.
