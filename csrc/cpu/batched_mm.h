@@ -185,6 +185,14 @@ void run_steps(const std::vector<Product<A>>& products, int64_t first, int64_t l
     for (; j < last; j += L::kCount) {
       const int64_t width = least(L::kCount, last - j);
       const A* b = at(j, width, L::kCount, &row);
+      if constexpr (kBytes == 64) {
+        if (width <= L::kCount / 2) {  // CPUs take two products of half the width at a time
+          for (const Product<A>& own : products) {
+            columns<Lanes<A, 32, 32>, kRows, 1, false, 32>(own, j, b, row, width, ahead);
+          }
+          continue;
+        }
+      }
       for (const Product<A>& own : products) {
         columns<L, kRows, 1, false, kBytes>(own, j, b, row, width, ahead);
       }

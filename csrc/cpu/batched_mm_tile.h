@@ -63,7 +63,7 @@ struct Ahead {
 struct Fetch {
   const char* at;
   int64_t step, count;
-  bool second = false;  // steps of the second pair
+  bool second;  // steps of the second pair
 };
 
 // A part of a product that registers hold: where it reads and writes, all of k.
@@ -80,10 +80,10 @@ struct Tile {
   int64_t columns;  // of the last lane
 
   // the second pair, if there is one
-  const F* low = nullptr;
-  int64_t low_row = 0;
-  const F* wide = nullptr;
-  int64_t wide_row = 0;
+  const F* low;
+  int64_t low_row;
+  const F* wide;
+  int64_t wide_row;
 
   static constexpr int kMost = 7;
   Fetch fetches[kMost];
@@ -92,7 +92,7 @@ struct Tile {
 
   void fetch(const void* at, int64_t step, int64_t count) {
     count = least(count, steps);
-    fetches[phases++] = {static_cast<const char*>(at), step, count};
+    fetches[phases++] = {static_cast<const char*>(at), step, count, false};
     steps -= count;
   }
 };
@@ -114,7 +114,7 @@ FM_HD void add_product(V& sum, int32_t x, const W& row) {
 // compiler moves all sums through memory, and steps would wait for them.
 template <typename L, int R, int V, bool kWhole, int kBytes, typename A, typename F>
 FM_HD void compute(const Tile<A, F>& tile) {
-  using Row = Lanes<F, kBytes>;
+  using Row = typename L::template Of<F>;
   L sums[R][V];
   FM_UNROLL for (int r = 0; r < R; ++r) {
     for (int v = 0; v < V; ++v) sums[r][v] = L::all(0);
@@ -154,7 +154,8 @@ FM_HD void compute(const Tile<A, F>& tile) {
     FM_UNROLL for (int r = 0; r < R; ++r) {
       const A* from = tile.base + r * tile.base_row;
       for (int v = 0; v < V; ++v) {
-        sums[r][v] = sums[r][v] + L::template load<kWhole>(from + v * L::kCount, tile.columns);
+        const L there = L::template load<kWhole>(from + v * L::kCount, tile.columns);
+        for (int w = 0; w < L::kParts; ++w) sums[r][v].v[w] += there.v[w];
       }
     }
   }
@@ -184,8 +185,16 @@ FM_HD void columns(const Product<A, F>& p, int64_t j, const F* b, int64_t b_row,
   const int64_t blocks = ceil_div(p.m, R);
   for (int64_t block = 0, i = 0; block < blocks; ++block) {
     const int64_t height = (p.m - i) / (blocks - block);
-    Tile<A, F> tile{p.a + i * p.a_row,       p.a_row,  p.a_column, b, b_row, nullptr, p.base_row,
-                    p.to + i * p.to_row + j, p.to_row, count};
+    Tile<A, F> tile;  // member by member: clearing it would take as long as a short product
+    tile.a = p.a + i * p.a_row;
+    tile.a_row = p.a_row;
+    tile.a_column = p.a_column;
+    tile.b = b;
+    tile.b_row = b_row;
+    tile.base = nullptr;
+    tile.to = p.to + i * p.to_row + j;
+    tile.to_row = p.to_row;
+    tile.columns = count;
     tile.steps = p.k;
     const bool below = block + 1 < blocks;
     const int64_t next_i = below ? i + height : 0;
@@ -194,6 +203,7 @@ FM_HD void columns(const Product<A, F>& p, int64_t j, const F* b, int64_t b_row,
     for (int v = 0; v < V; ++v) tile.fetch(next + v * L::kCount, p.to_row * sizeof(A), R);
     if (p.base != nullptr) {
       tile.base = p.base + i * p.base_row + j;
+      tile.base_row = p.base_row;
       next = p.base + next_i * p.base_row + next_j;
       for (int v = 0; v < V && p.base != p.to; ++v) {
         tile.fetch(next + v * L::kCount, p.base_row * sizeof(A), R);

@@ -16,10 +16,13 @@
 namespace fastmeta {
 
 // kBytes: the width of a register, 64, 32 or 16. (A vector wider than a register lives in memory.)
-template <typename A, int kBytes>
+// kAll: of all numbers, 64 but for products of few columns.
+template <typename A, int kBytes, int kAll = 64>
 struct Lanes {
-  static constexpr int kCount = 64 / sizeof(A);
-  static constexpr int kParts = 64 / kBytes, kPart = kBytes / sizeof(A);
+  static constexpr int kCount = kAll / sizeof(A);
+  static constexpr int kParts = kAll / kBytes, kPart = kBytes / sizeof(A);
+  template <typename F>
+  using Of = Lanes<F, kBytes, kAll>;
   using Number = A;
   using Integer = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
   typedef A Vector __attribute__((vector_size(kBytes)));
