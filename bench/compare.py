@@ -53,6 +53,7 @@ MODES = {
     "fastmeta, chunks of 2": "unroll:2",
     "fastmeta, captured chunks of 2": "unroll:captured:2",
     "fastmeta, bfloat16": "unroll:bf16",
+    "fastmeta, captured, bfloat16": "unroll:captured:bf16",
 }
 GPU_MODES = {
     "fastmeta": "auto",
@@ -122,7 +123,7 @@ def ways_of(name: str, ways: list[str], device: str) -> dict:
     def wanted(label: str) -> bool:
         return not ways or label in ("fastmeta", *ways)
 
-    everywhere = ("unroll", "recompute", "unroll:captured")
+    everywhere = ("unroll", "recompute", "unroll:captured", "unroll:bf16", "unroll:captured:bf16")
     if device == "cuda":
         # graphs keep the memory of a meta-step, which the largest case has but once
         modes = {k: m for k, m in GPU_MODES.items() if name != "small-5" or "graph" not in m}

@@ -115,8 +115,7 @@ void strips(const std::optional<Tensor>& a, const std::optional<Tensor>& b, cons
 }
 
 inline Tensor if_wanted(bool wanted, const Tensor& like) {
-  if (!wanted) return empty_rows({0}, like.scalar_type(), like);
-  return empty_rows({like.size(0), like.size(1), like.size(2)}, like.scalar_type(), like);
+  return if_wanted(wanted, {like.size(0), like.size(1), like.size(2)}, like);
 }
 
 }  // namespace fastmeta
