@@ -123,12 +123,11 @@ def ways_of(name: str, ways: list[str], device: str) -> dict:
     def wanted(label: str) -> bool:
         return not ways or label in ("fastmeta", *ways)
 
-    everywhere = ("unroll", "recompute", "unroll:captured", "unroll:bf16", "unroll:captured:bf16")
     if device == "cuda":
         # graphs keep the memory of a meta-step, which the largest case has but once
         modes = {k: m for k, m in GPU_MODES.items() if name != "small-5" or "graph" not in m}
     else:
-        modes = {k: m for k, m in MODES.items() if chunked or m in everywhere}
+        modes = {k: m for k, m in MODES.items() if chunked or not m.endswith(":2")}
     steps = {
         label: fastmeta_step(name, mode, device=device)
         for label, mode in modes.items()

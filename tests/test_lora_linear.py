@@ -252,9 +252,10 @@ def test_bfloat16_rounds_factors_alone(tasks, rows, width, outputs, bits, traine
         assert (got - exact).norm() <= 1e-6 * exact.norm()
 
 
-def test_bfloat16_where_no_instruction_multiplies_pairs():
+@pytest.mark.parametrize(("tasks", "rows", "outputs"), [(3, 40, 50), (1, 20, 600)])
+def test_bfloat16_where_no_instruction_multiplies_pairs(tasks, rows, outputs):
     """Rounded number by number, as in float64, results are the same but for the order of sums."""
-    x, weight, bias, a, b = (t.detach() for t in layer(3, 40, 37, 50, 3, torch.float32))
+    x, weight, bias, a, b = (t.detach() for t in layer(tasks, rows, 37, outputs, 3, torch.float32))
     bias, rows = bias.unsqueeze(0), x.flatten(0, 1)
     given = (rows, weight, None, bias, a, b)
     found, s = torch.ops.fastmeta.lora_linear(*given, None, 0.5, True)
@@ -263,12 +264,26 @@ def test_bfloat16_where_no_instruction_multiplies_pairs():
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
     unrounded, _ = torch.ops.fastmeta.lora_linear(*wide, None, 0.5, False)
     assert (unrounded - expected).abs().max() > 1e-3
-    dy = torch.randn(len(rows), 50)
+    dy = torch.randn(len(rows), outputs)
     back = torch.ops.fastmeta.lora_linear_backward
     found = back(dy, rows, weight, None, a, b, s, None, 0.5, 29, True)
     expected = back(dy.double(), *wide[:3], *wide[4:], wide_s, None, 0.5, 29, True)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [5, 90])
+def test_weights_of_any_strides(rows, cpu_impl):
+    x, _, bias, a, b = layer(3, rows, 33, 40, 3, torch.float32)
+    for spread in (torch.randn(40, 66)[:, ::2], torch.randn(1, 1).expand(40, 33)):
+        for rounds in (False, True):
+            found = []
+            for own in (spread, spread.contiguous()):
+                with torch.autocast("cpu", torch.bfloat16, enabled=rounds):
+                    y = lora_linear(x, own, bias, a, b)
+                found.append([y, *torch.autograd.grad(y.square().sum(), (x, a, b))])
+            for got, expected in zip(*found, strict=True):
+                torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-3)
 
 
 X, W, B0 = torch.zeros(T, R, K), torch.zeros(N, K), torch.zeros(N)

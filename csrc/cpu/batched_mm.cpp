@@ -56,7 +56,7 @@ struct Batch {
   static int64_t divided(int64_t tasks, int64_t n) {
     const int64_t threads = torch::stable::get_num_threads();
     const int64_t parts = ceil_div(n, kColumns), most_units = 4 * threads;
-    if (tasks * parts >= most_units || tasks * parts % threads == 0) return kColumns;
+    if (n == 0 || tasks * parts >= most_units) return kColumns;
     const int64_t unit = threads / std::gcd(tasks, threads);  // parts that threads share equally
     return ceil_div(ceil_div(n, ceil_div(parts, unit) * unit), 32) * 32;
   }

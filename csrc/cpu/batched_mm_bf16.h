@@ -158,25 +158,50 @@ inline void repack_pairs([[maybe_unused]] const Product<float>& p, [[maybe_unuse
 #endif
 }
 
-// The same by numbers of which the lower bits are 0.
+template <typename A>
+A rounded(A x) {
+  return A(float(BFloat16(float(x))));
+}
+
+// Rounds the B of a product that `repack` has repacked to `panels`.
+template <typename A>
+void round(const Product<A>& p, A* panels) {
+  const int64_t size = panels_size<A>(p.n, p.k);
+  parallel_ranges(size, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) panels[i] = rounded(panels[i]);
+  });
+}
+
+// Columns [first, last) of a product by numbers of which the lower bits are 0; a repacked B has
+// been rounded.
 template <typename A>
 void run_rounded(const Product<A>& p, int64_t first, int64_t last, Memory<A>& memory, Ahead ahead) {
-  const auto rounded = [](A x) { return A(float(BFloat16(float(x)))); };
-  const int64_t width = last - first;
+  constexpr int64_t kColumns = 512;  // of B that are rounded at a time
   memory.a.resize(p.m * p.k);
-  memory.b.resize(p.k * width);
   for (int64_t i = 0; i < p.m; ++i) {
     const A* from = p.a + i * p.a_row;
     for (int64_t q = 0; q < p.k; ++q) memory.a[i * p.k + q] = rounded(from[q * p.a_column]);
   }
-  for (int64_t q = 0; q < p.k; ++q) {
-    const A* from = p.b + q * p.b_row + first * p.b_column;
-    for (int64_t j = 0; j < width; ++j) memory.b[q * width + j] = rounded(from[j * p.b_column]);
+  Product<A> own = p;
+  own.a = memory.a.data();
+  own.a_row = p.k;
+  own.a_column = 1;
+  if (p.panel_step > 0) return run(&own, 1, first, last, memory, ahead);
+  for (int64_t j = first; j < last; j += kColumns) {
+    const int64_t width = least(kColumns, last - j);
+    memory.b.resize(p.k * width);
+    for (int64_t q = 0; q < p.k; ++q) {
+      const A* from = p.b + q * p.b_row + j * p.b_column;
+      for (int64_t i = 0; i < width; ++i) memory.b[q * width + i] = rounded(from[i * p.b_column]);
+    }
+    own.n = width;
+    own.b = memory.b.data();
+    own.b_row = width;
+    own.b_column = 1;
+    own.base = p.base == nullptr ? nullptr : p.base + j;
+    own.to = p.to + j;
+    run(&own, 1, 0, width, memory, ahead);
   }
-  const A* base = p.base == nullptr ? nullptr : p.base + first;
-  const Product<A> own{p.m,   width, p.k,  memory.a.data(), p.k,          1,       memory.b.data(),
-                       width, 1,     base, p.base_row,      p.to + first, p.to_row};
-  run(&own, 1, 0, width, memory, ahead);
 }
 
 // Columns [first, last) of a product whose factors are rounded to bfloat16; `panels`: of B, if it

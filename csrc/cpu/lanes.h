@@ -58,6 +58,7 @@ struct Lanes {
 
   // Halves onto each other, as a tree; from 16 bytes on number by number.
   FM_HD A sum() const {
+    static_assert(kAll == 64);
     Quarter q[4];
     store<true>(reinterpret_cast<A*>(q), kCount);
     const Quarter x = (q[0] + q[2]) + (q[1] + q[3]);
@@ -69,6 +70,7 @@ struct Lanes {
   }
   // The largest; NaN if one is.
   FM_HD A largest() const {
+    static_assert(kAll == 64);
     Quarter q[4];
     store<true>(reinterpret_cast<A*>(q), kCount);
     Quarter x = q[0];
@@ -79,6 +81,7 @@ struct Lanes {
   }
   // The largest of those that are numbers, if any is above -inf.
   FM_HD A top() const {
+    static_assert(kAll == 64);
     Quarter q[4];
     store<true>(reinterpret_cast<A*>(q), kCount);
     for (int i = 0; i < 2; ++i) q[i] = q[i] > q[i + 2] ? q[i] : q[i + 2];

@@ -15,6 +15,12 @@ Layer<S> layer(const Tensor& x, const Tensor& weight, const Optional& weight_sca
           b, acc_t<S>(scale)};
 }
 
+// The weight, or a copy of it where neither its rows nor its columns are adjacent.
+Tensor readable(const Tensor& weight) {
+  return weight.stride(0) == 1 || weight.stride(1) == 1 ? weight
+                                                        : torch::stable::contiguous(weight);
+}
+
 std::tuple<Tensor, Tensor> forward(Tensor x, Tensor weight, Optional weight_scale, Optional bias,
                                    Tensor a, Tensor b, Optional offsets, double scale, bool bf16) {
   const int64_t M = x.size(0), K = x.size(1), N = weight.size(0), r = a.size(1);
@@ -22,6 +28,7 @@ std::tuple<Tensor, Tensor> forward(Tensor x, Tensor weight, Optional weight_scal
   const Tensor y = empty_rows({M, N}, x.scalar_type(), x);
   const Tensor s = empty_rows({M, r}, wide ? ScalarType::Double : ScalarType::Float, x);
   const Plan plan(M, a.size(0), K + N, offsets);
+  weight = readable(weight);
   with_any_dtype(x, [&](auto zero) {
     using S = decltype(zero);
     LoraForward<S> pass{layer<S>(x, weight, weight_scale, a, b, scale, bf16), bias, matrix<S>(y),
@@ -42,6 +49,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor dy, Tensor x, Tensor 
   const Tensor d_a = if_wanted(needs & kA, {T, r, K}, x);
   const Tensor d_b = if_wanted(needs & kB, {T, N, r}, x);
   const Plan plan(M, T, K + N, offsets);
+  weight = readable(weight);
   with_any_dtype(x, [&](auto zero) {
     using S = decltype(zero);
     LoraBackward<S> pass{layer<S>(x, weight, weight_scale, a, b, scale, bf16),
@@ -71,6 +79,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> double_backward(Optional gx, Optional
   const Tensor d_b = if_wanted(needs & kB, {T, N, r}, x);
   const Tensor none = if_wanted(false, {0}, x);
   const Plan plan(M, T, K + N, offsets);
+  weight = readable(weight);
   with_any_dtype(x, [&](auto zero) {
     using S = decltype(zero);
     LoraSecond<S> pass{layer<S>(x, weight, weight_scale, a, b, scale, bf16),

@@ -96,9 +96,11 @@ struct Layer {
           return;
         }
       }
-      if (weight.bf16 || batched::in_place(shared, rows)) return;
-      auto* to = room<A>(batched::panels_size<A>(shared.n, shared.k));
-      if (to != nullptr) batched::repack(shared, to);
+      if (!weight.bf16 && batched::in_place(shared, rows)) return;
+      if (auto* to = room<A>(batched::panels_size<A>(shared.n, shared.k))) {
+        batched::repack(shared, to);
+        if (weight.bf16) batched::round(shared, to);
+      }
     }
   }
   int64_t width() const { return K + N; }
@@ -173,7 +175,7 @@ struct Layer {
   void finish(Work<A>& w, int64_t rows, const Matrix<A>& from) const {
     const auto& all = w.products;
     const int64_t n = shared.n;
-    if (alone) {
+    if (alone && n > 0) {
       const int64_t threads = torch::stable::get_num_threads();
       const int64_t width = ceil_div(ceil_div(n, threads), 32) * 32;
       parallel_units(ceil_div(n, width), rows * shared.k * width / 16, [&](int64_t part) {

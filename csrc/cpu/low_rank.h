@@ -177,9 +177,11 @@ void multiply(const Coefficients<A>& c, int64_t rows, S* to, std::vector<A>& buf
 template <typename A>
 void shrink(int64_t rows, int64_t columns, int64_t rank, const Matrix<A>& x, const A* m, bool add,
             A* to, int64_t ldto, batched::Memory<A>& memory) {
-  batched::run({rows, rank, columns, x.data, x.row, 1, m, padded<A>(rank), 1, add ? to : nullptr,
-                ldto, to, ldto},
-               memory);
+  batched::Product<A> p{
+      rows, rank, columns, x.data, x.row, 1, m, padded<A>(rank), 1, add ? to : nullptr,
+      ldto, to,   ldto};
+  p.panel_step = batched::kPanel<A>;  // its columns lie in panels, side by side
+  batched::run(p, memory);
 }
 
 // to [rank, columns] += left^T x over rows.

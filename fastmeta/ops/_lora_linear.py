@@ -10,6 +10,8 @@ reference. Where `bf16`, products with W or gradients of it round both factors t
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -78,7 +80,7 @@ def lora_rows(
     """``x W^T + bias_t + scale (x A_t^T) B_t^T``, ``[M, N]``, of arguments that fit."""
     given = (x, weight, weight_scale, bias, a, b, offsets, scale, bf16)
     if by_reference(_FORWARD, x.device):
-        with torch.autocast(x.device.type, enabled=False):  # what it asks for has been done
+        with _as_rounded(bf16):
             return reference.lora_linear(*given)[0]
     if needs_autograd(x, weight, bias, a, b):
         return _Forward.call(*given)[0]
@@ -257,7 +259,7 @@ class _Second(Function):
             results = _second_of_reference(*full, offsets, ctx.scale, ctx.bias_rows, ctx.bf16)
             return tuple(results[i] for i in wanted)
 
-        with torch.enable_grad():
+        with torch.enable_grad(), _as_rounded(ctx.bf16):
             _, pull = torch.func.vjp(second, *(given[i] for i in places))
             pulled = pull(cotangents)
         found: list[Tensor | None] = [None] * 17
@@ -306,6 +308,11 @@ def _second_of_reference(
     cotangents = tuple(torch.zeros_like(d) if g is None else g for g, d in pairs)
     d_dy, d_x, d_a, d_b, *d_w = pull(cotangents)
     return d_dy, d_x, d_w[0] if d_w else None, d_a, d_b
+
+
+def _as_rounded(bf16: bool) -> AbstractContextManager:
+    """Within, autocast leaves the reference's products alone if `bf16` tells which are rounded."""
+    return torch.autocast("cpu", enabled=False) if bf16 else nullcontext()
 
 
 def _product(a: Tensor, b: Tensor, base: Tensor | None, bf16: bool) -> Tensor:

@@ -61,10 +61,9 @@ def lora_linear(
         LoRA: Hu et al. 2021, arXiv 2106.09685.
     """
     quantised = isinstance(weight, QuantizedWeight)
-    if quantised:
-        (x, bias, A, B), bf16 = as_computed(x, bias, A, B)
-    else:
-        (x, weight, bias, A, B), bf16 = as_computed(x, weight, bias, A, B)
+    dense = None if quantised else weight
+    (x, dense, bias, A, B), bf16 = as_computed(x, dense, bias, A, B)
+    weight = weight if quantised else dense
     _check_shapes(x, weight, bias, A, B, offsets)
     if ranks is not None:
         A, B = _masked(A, B, ranks)
