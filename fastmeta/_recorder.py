@@ -14,6 +14,7 @@ from operator import getitem
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -64,7 +65,7 @@ def record(
     recorder = _Recorder(inputs)
     _local.depth = getattr(_local, "depth", 0) + 1
     try:
-        with recorder:
+        with _ReadsRaise(recorder.nodes), recorder:
             results = function(*inputs)
     finally:
         _local.depth -= 1
@@ -123,6 +124,21 @@ class _Recorder(TorchDispatchMode):
             self.nodes[t] = node
 
 
+class _ReadsRaise(TorchFunctionMode):
+    """Raises where values are read past all operators."""
+
+    def __init__(self, nodes: WeakTensorKeyDictionary) -> None:
+        super().__init__()
+        self.nodes = nodes
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", None)
+        if name in _READS and args[0] in self.nodes:
+            raise RuntimeError(f"Tensor.{name} asks for values, which a graph cannot know")
+        return func(*args, **(kwargs or {}))
+
+
+_READS = ("tolist", "numpy", "__array__", "__dlpack__")
 _VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 

@@ -23,6 +23,19 @@ def close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual.detach(), expected.detach(), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("chunk", [None, 1])
+def test_nothing_leads_back_to_the_model(chunk: int | None) -> None:
+    """Also where most of a table stays the model's own."""
+    patched = fm.patch(oracle.tiny_bert(classes=4, words=400), EVERYTHING)
+    found = fm.adapt(
+        patched, BATCH.support, ways=BATCH.ways, steps=2, lr=0.1, task_chunk=chunk
+    ).params
+    assert "Narrow" in type(found).__name__
+    assert not found.packed.requires_grad
+    inputs = {k: v for k, v in BATCH.query.items() if k != "labels"}
+    assert not patched(found, **inputs).logits.requires_grad
+
+
 @pytest.mark.parametrize("chunk", [None, 1, 3])
 @pytest.mark.parametrize("optimizer", RULES, ids=str)
 def test_a_learners_weights(optimizer, chunk: int | None) -> None:

@@ -295,3 +295,58 @@ def test_a_loss_of_ones_own() -> None:
     close(out.params.packed, found.params.packed)
     assert out.accuracy is None
     out.loss.backward()
+
+
+def drawing(outputs, batch) -> Tensor:
+    """Rows weighted by random numbers."""
+    rows = F.cross_entropy(outputs.logits.mT, batch["labels"], reduction="none")
+    return (rows * torch.rand_like(rows)).mean(1)
+
+
+@pytest.mark.parametrize("mode", [{"memory": "recompute"}, {"memory": "unroll", "task_chunk": 1}])
+def test_a_loss_that_draws_while_the_model_is_evaluated(mode: dict) -> None:
+    """A backward pass that computes it again draws the same numbers."""
+    tasks = oracle.as_batch(oracle.make_tasks(3))
+    model = oracle.tiny_bert()
+    learner = fm.MAML(
+        fm.patch(model, fm.Params("*query*")), lr=0.1, steps=2, loss_fn=drawing, **mode
+    )
+    weight = model.bert.encoder.layer[0].attention.self.query.weight
+    direction, h = torch.randn_like(weight), 1e-5
+
+    def loss() -> Tensor:
+        torch.manual_seed(3)
+        return learner(tasks).loss
+
+    loss().backward()
+    ends = []
+    for step in (h, -2 * h):
+        with torch.no_grad():
+            weight.add_(step * direction)
+        ends.append(loss().detach())
+    slope = (ends[0] - ends[1]) / (2 * h)
+    torch.testing.assert_close((weight.grad * direction).sum(), slope, rtol=1e-6, atol=1e-9)
+
+
+class Holding(nn.Module):
+    """A loss that holds the model itself."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, outputs, batch) -> Tensor:
+        rows = F.cross_entropy(outputs.logits.mT, batch["labels"], reduction="none")
+        return rows.mean(1) + 0.1 * self.model.bert.pooler.dense.weight.square().sum()
+
+
+@pytest.mark.parametrize("mode", [{"memory": "recompute"}, {"task_chunk": 1}, {"compile": True}])
+def test_a_loss_that_holds_the_model(mode: dict) -> None:
+    """Weights of both have their gradient once."""
+    found = []
+    for settings in ({"memory": "unroll"}, {"memory": "unroll"} | mode):
+        model = oracle.tiny_bert()
+        patched = fm.patch(model, fm.Params("*query*"))
+        learner = fm.MAML(patched, lr=0.1, steps=2, loss_fn=Holding(model), **settings)
+        found.append(oracle.gradients(learner, learner(oracle.as_batch(oracle.make_tasks(2))).loss))
+    oracle.assert_close(found[1], found[0])

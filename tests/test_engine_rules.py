@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import episode_oracle as oracle
 import pytest
 import torch
 from torch import Tensor
 
+import fastmeta as fm
 from fastmeta import rules
 from fastmeta.engine.optimizers import resolve_rule
 from fastmeta.engine.rates import LearnedRate, Rates
@@ -153,3 +155,27 @@ def test_bad_settings(make, message: str) -> None:
     with pytest.raises(ValueError) as caught:
         make()
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("spec", [fm.Params("*"), fm.Head()], ids=["all", "head"])
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("mode", [{"memory": "recompute"}, {"memory": "unroll", "task_chunk": 1}])
+def test_a_learned_setting(mode: dict, decay: float, spec: fm.Spec) -> None:
+    """Its gradient is that of a difference, in every way to compute it."""
+    batch = oracle.as_batch(oracle.make_tasks(2))
+    patched = fm.patch(oracle.tiny_bert(), spec)
+
+    def loss(weight_decay, **settings) -> Tensor:
+        rule = rules.SGD(weight_decay=weight_decay)
+        return fm.MAML(patched, lr=0.1, steps=2, optimizer=rule, **settings)(batch).loss
+
+    h = 1e-5
+    with torch.no_grad():
+        if decay:
+            slope = (loss(decay + h) - loss(decay - h)) / (2 * h)
+        else:
+            slope = (4 * loss(h) - loss(2 * h) - 3 * loss(0.0)) / (2 * h)
+    for settings in ({"memory": "unroll"}, mode):
+        learned = torch.tensor(decay, dtype=torch.float64, requires_grad=True)
+        (found,) = torch.autograd.grad(loss(learned, **settings), learned)
+        torch.testing.assert_close(found, slope, rtol=1e-5, atol=1e-8)

@@ -330,3 +330,14 @@ def test_one_packed_buffer() -> None:
         assert torch.equal(params[name][2], parameter)
     repacked = patched.layout.pack(params.views)
     assert torch.equal(repacked, params.packed)
+
+
+def test_replaced_parameters_are_refused() -> None:
+    """The patched model would compute with those of before."""
+    model = families.build("bert")
+    learner = fm.MAML(fm.patch(model, fm.Norm()), steps=1)
+    model.load_state_dict(model.state_dict(), assign=False)
+    list(learner.parameters())
+    model.load_state_dict({n: t.clone() for n, t in model.state_dict().items()}, assign=True)
+    with pytest.raises(RuntimeError, match=r"was replaced after it was patched.*patch the model"):
+        list(learner.parameters())

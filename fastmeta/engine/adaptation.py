@@ -82,7 +82,9 @@ def adapt(
         compile, compile_cache: Captured steps, as for `fm.MAML`; later calls use them too.
 
     Returns:
-        The adapted fast weights: ``patched(adapted.params, **query_inputs)``.
+        The adapted fast weights: ``patched(adapted.params, **query_inputs)``. Shared weights, and
+        rows of an embedding's table that a task's texts do not read, stay the model's own: adapt
+        anew after the model has learned on.
 
     Raises:
         TypeError: `patched` is no patched model, `params` no fast weights, `lr` or `steps` no
@@ -120,7 +122,7 @@ def adapt(
             for s in split(slice(0, tasks), task_chunk)
         ]
     whole = Trajectory.joined(pieces)
-    return Adapted(whole.params, torch.stack(whole.losses), ~whole.active)
+    return Adapted(whole.params.detach(), torch.stack(whole.losses), ~whole.active)
 
 
 def plain_loop(

@@ -40,6 +40,7 @@ def may_serve(loop: InnerLoop, start: TaskParams) -> bool:
         and not loop.captures_packed
         and loop.steps > 0
         and type(loop.rule) is SGD
+        and not isinstance(loop.rule.weight_decay, Tensor)
         and loop.rule.weight_decay == 0.0
         and set(loop.rates.axes) <= {"step", "task"}
         and like.dtype in (torch.float32, torch.float64)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -211,6 +211,7 @@ def signature(
         *more,
         loop.patched.training,
         loop.loss_fn,
+        tuple(id(b) for b in loop.loss_fn.buffers()) if isinstance(loop.loss_fn, nn.Module) else (),
         loop.proximal,
         autocast,
         _backend.requested(),
@@ -219,7 +220,7 @@ def signature(
             (tuple(s == 0 for s in t.stride()), t.dtype, t.device, t.requires_grad)
             for t in operands
         ),
-        tuple(id(t) for t in shared),
+        tuple((id(t), t.stride()) for t in shared),
     )
     return Signature(fixed, tuple(n for t in operands for n in (*t.shape, *t.stride())))
 

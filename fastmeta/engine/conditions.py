@@ -57,7 +57,7 @@ class Conditions:
         self.dtype = torch.get_autocast_dtype(device.type)
         # while a CUDA graph is recorded nothing is random, and nothing can be asked
         recorded = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        self.random = self._random_state() if self.training and not recorded else None
+        self.random = None if recorded else self._random_state()  # a loss may draw, too
 
     def finish(self) -> None:
         """The forward pass is over: forget the random state if nothing was drawn from it."""

@@ -43,7 +43,9 @@ class MetaOutput:
         task_losses: Query losses ``[T]``, differentiable; NaN for diverged tasks.
         logits: Query logits ``[T, Q, ...]``, or None where the model has none, or where a loss of
             words did without (``patched(out.params, **batch.query)`` has them).
-        params: Adapted fast weights; of a metric learner what support sets became (prototypes).
+        params: Adapted fast weights; of a metric learner what support sets became (prototypes). Of
+            an embedding's table they hold the rows of each task's words, the others are the model's
+            own: read them before the model learns on, or keep ``params.packed``.
         diverged: bool ``[T]``; tasks whose loss or gradient became NaN or Inf. They keep the fast
             weights from before that step; `loss` and its gradient are what they would be without
             them.

@@ -114,6 +114,8 @@ def with_prototypes(loop: InnerLoop, packed: Tensor, support: Support) -> Tensor
 def _rule(loop: InnerLoop) -> dict[str, float] | None:
     """The update rule as arguments of the operator."""
     rule = loop.rule
+    if rule.learned():
+        return None
     if type(rule) is SGD:
         return {"weight_decay": rule.weight_decay}
     if type(rule) is Momentum and not rule.nesterov and rule.dampening == 0:

@@ -71,7 +71,8 @@ class InnerLoop:
         """Weights of the model that are meta-parameters but not adapted, and the loss's own; found
         once, since that takes a walk over all modules."""
         own = self.loss_fn.parameters() if isinstance(self.loss_fn, nn.Module) else ()
-        return [*self.patched.shared_parameters(), *(p for p in own if p.requires_grad)]
+        found = [*self.patched.shared_parameters(), *(p for p in own if p.requires_grad)]
+        return list({id(p): p for p in found}.values())  # a loss may hold some of the model's
 
     def output_layer(self, inputs: Mapping[str, Tensor], only_tasks: bool) -> nn.Linear | None:
         """The layer whose logits the loss can do without, or None.
@@ -91,7 +92,7 @@ class InnerLoop:
     def added_parameters(self) -> list[Tensor]:
         """Meta-parameters that are not the model's: of rates, the update rule, a temperature."""
         head = [] if self.head is None else list(self.head.parameters())
-        return [*self.rates.parameters(), *self.rule.parameters(), *head]
+        return [*self.rates.parameters(), *self.rule.learned(), *head]
 
     def create_graph(self, step: int) -> bool:
         """Whether this step's gradient is differentiated."""

@@ -55,6 +55,12 @@ class UpdateRule:
     def parameters(self) -> Iterator[nn.Parameter]:
         return (parameter for _, parameter in self.named_parameters())
 
+    def learned(self) -> list[Tensor]:
+        """What gradients may lead to: parameters, and settings that are tensors and require one."""
+        settings = [t for value in vars(self).values() for t in _each(value)]
+        found = [*self.parameters(), *(t for t in settings if t.requires_grad)]
+        return list({id(t): t for t in found}.values())
+
     def init(self, params: Tensor) -> State:
         """State before the first step, tensors ``[T, P]`` that share no memory with `params`."""
         return ()
@@ -355,6 +361,11 @@ def resolve_rule(optimizer: str | UpdateRule) -> UpdateRule:
             f"optimizer must be one of {sorted(RULES)} or a rule object, got {optimizer!r}"
         )
     return RULES[optimizer]()
+
+
+def _each(setting: object) -> list[Tensor]:
+    values = setting if isinstance(setting, tuple) else (setting,)
+    return [value for value in values if isinstance(value, Tensor)]
 
 
 def _check(

@@ -49,7 +49,7 @@ def recompute(
         shared: Weights of the model that are meta-parameters but not adapted.
         keep: The last this many steps keep their graphs from the forward pass.
     """
-    weights = [*loop.rates.parameters(), *loop.rule.parameters(), *shared]
+    weights = [*loop.rates.parameters(), *loop.rule.learned(), *shared]
     stored = support.stored()
     carrying = [t for t in stored if t.requires_grad]
     params, active, *losses = _Recompute.apply(

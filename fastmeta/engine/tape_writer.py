@@ -253,7 +253,7 @@ class _Writer:
             )
         else:
             values = fx.map_arg([value for _, value in arguments(node)], self._slot_of)
-            slots = self._call(*self._without_numbers(target, values))
+            slots = self._call(*self._without_numbers(node, values))
             if len(slots) == 1:
                 (self.slot[node],) = slots
             else:
@@ -298,11 +298,12 @@ class _Writer:
         self.lines.append((text, read, [slot]))
         return slot
 
-    def _without_numbers(self, target: Any, values: list) -> tuple[Any, list]:
+    def _without_numbers(self, node: fx.Node, values: list) -> tuple[Any, list]:
         """An operator on a number as that on a tensor, where there is one."""
+        target, result = node.target, node.meta.get("val")
         types = [str(a.real_type) for a in target._schema.arguments]
         values = [
-            self._constant(_tensor(value))
+            self._constant(_tensor(value, None if result is None else result.dtype))
             if (kind == "Tensor" or "number" in kind) and _is_number(value)
             else value
             for value, kind in zip(values, types, strict=True)
@@ -331,9 +332,12 @@ class _Writer:
         return slots
 
 
-def _tensor(number: float) -> Tensor:
-    """Without axes: other tensors keep their dtype beside it."""
-    return torch.tensor(number, dtype=torch.float64 if isinstance(number, float) else None)
+def _tensor(number: float, result: torch.dtype | None) -> Tensor:
+    """Without axes: other floating-point tensors with axes keep their dtype beside it, and the rest
+    become what they became beside the number. (Narrow dtypes take the number as it is.)"""
+    if not isinstance(number, float):
+        return torch.tensor(number)
+    return torch.tensor(number, dtype=torch.float32 if result == torch.float32 else torch.float64)
 
 
 def _is_number(value: Any) -> bool:

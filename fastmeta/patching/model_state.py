@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 
 from torch import nn
 
@@ -20,6 +21,7 @@ class ModelState:
         self.model = model
         self.rest = resting(model, model.training)
         self._mode = model.training
+        self._parameters = dict(model.named_parameters())
         self._like = next((p for p in model.parameters() if p.is_floating_point()), None)
         self._was = None if self._like is None else (self._like.dtype, self._like.device)
 
@@ -37,6 +39,17 @@ class ModelState:
                 UserWarning,
                 stacklevel=4,
             )
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The model's, by name; RuntimeError where one is another than when it was patched: the
+        patched model computes with that one still."""
+        for name, parameter in self.model.named_parameters():
+            if self._parameters.get(name, parameter) is not parameter:
+                raise RuntimeError(
+                    f"parameter {name!r} of the model was replaced after it was patched (as by "
+                    "load_state_dict(assign=True) or a new module): patch the model again"
+                )
+            yield name, parameter
 
     def check_unconverted(self) -> None:
         """Raise RuntimeError where the model was moved or converted."""

@@ -95,7 +95,7 @@ class Patched(MetaModule):
         """Adapted initial values first, then shared weights that require grad, by name."""
         found = dict(zip(self.layout.names, self.slots.initial, strict=True))
         adapted = {id(p) for p in self.slots.initial}
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self._state.parameters():
             if parameter.requires_grad and id(parameter) not in adapted:
                 found[name] = parameter
         return found
