@@ -161,12 +161,16 @@ class Scaled:
         return self.factor * losses.mean(1)
 
 
-def test_a_loss_without_a_hash() -> None:
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_loss_without_a_hash(compile: bool) -> None:
     batch = oracle.as_batch(oracle.make_tasks(3))
     patched = fm.patch(oracle.tiny_bert(), fm.Head())
-    found = fm.MAML(patched, lr=0.1, steps=2, loss_fn=Scaled(1.0), memory="unroll")(batch)
-    expected = fm.MAML(patched, lr=0.1, steps=2, memory="unroll")(batch)
-    close(found.task_losses, expected.task_losses)
+    settings = {"lr": 0.1, "steps": 2, "memory": "unroll"}
+    learner = fm.MAML(patched, loss_fn=Scaled(1.0), compile=compile, **settings)
+    expected = fm.MAML(patched, **settings)(batch)
+    for _ in range(2):
+        close(learner(batch).task_losses, expected.task_losses)
+    assert not compile or len(learner.capture.steps) > 0
 
 
 def test_tensors_for_the_loss_alone() -> None:

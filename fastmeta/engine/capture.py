@@ -210,7 +210,7 @@ def signature(
     fixed = (
         *more,
         loop.patched.training,
-        loop.loss_fn,
+        _hashable(loop.loss_fn),
         tuple(id(b) for b in loop.loss_fn.buffers()) if isinstance(loop.loss_fn, nn.Module) else (),
         loop.proximal,
         autocast,
@@ -223,6 +223,27 @@ def signature(
         tuple((id(t), t.stride()) for t in shared),
     )
     return Signature(fixed, tuple(n for t in operands for n in (*t.shape, *t.stride())))
+
+
+class _Itself:
+    """In place of what has no hash: equal to the same object alone."""
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Itself) and other.value is self.value
+
+
+def _hashable(value: object) -> Hashable:
+    try:
+        hash(value)
+    except TypeError:
+        return _Itself(value)
+    return value
 
 
 def traced_support(support: Support, stored: list[Tensor], given: Iterator[Tensor]) -> Support:
