@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -61,6 +61,38 @@ class Function(torch.autograd.Function):
         return super(torch.autograd.Function, cls).apply(*args)
 
 
+def dense(t: Tensor | None) -> Tensor | None:
+    """The same values with adjacent entries in the last axis, as kernels take them."""
+    return t if t is None or t.shape[-1] <= 1 or t.stride(-1) == 1 else t.contiguous()
+
+
+def bits(flags: Iterable[object]) -> int:
+    """An integer whose bit i says whether the i-th flag is set: what a derivative is asked for."""
+    return sum(1 << i for i, flag in enumerate(flags) if flag)
+
+
+def chosen(results: Iterable[Tensor], needs: int) -> tuple[Tensor, ...]:
+    """The results whose bit is set."""
+    return tuple(r for i, r in enumerate(results) if needs >> i & 1)
+
+
+def placed(
+    found: Iterable[Tensor | None], needs: int, places: Sequence[int], size: int
+) -> list[Tensor | None]:
+    """What :func:`chosen` left, each at the place of its bit among `size`; None elsewhere."""
+    all_places: list[Tensor | None] = [None] * size
+    left = iter(found)
+    for bit, at in enumerate(places):
+        if needs >> bit & 1:
+            all_places[at] = next(left)
+    return all_places
+
+
+def tasks_of(tensor: Tensor, dim: int | None) -> int:
+    """T of a tensor ``[T, ...]`` that carries a vmapped axis at `dim`."""
+    return tensor.shape[1 if dim == 0 else 0]
+
+
 def pull_back(
     function: Callable, given: Sequence[Tensor | None], cotangents: tuple, wanted: Sequence[bool]
 ) -> list[Tensor | None]:
@@ -108,7 +140,7 @@ def fold(batch: int, tensors, dims) -> list[Tensor | None]:
     """A vmapped axis of each tensor (at its place in ``dims``) as more rows of its first axis."""
     folded = []
     for t, dim in zip(tensors, dims, strict=False):
-        rows = 0 if t is None else t.shape[1 if dim == 0 else 0]
+        rows = 0 if t is None else tasks_of(t, dim)
         folded.append(batch_rows(t, dim, batch, rows))
     return folded
 

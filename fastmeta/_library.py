@@ -31,11 +31,6 @@ class Op:
     overload: Callable  # the dispatcher's entry: the winner for the tensors' device
     kernels: dict[str, tuple[str, Callable]] = field(default_factory=dict)  # name -> (device, call)
 
-    @property
-    def functional(self) -> bool:
-        """Whether it returns new tensors (the in-place forms end in ``_``)."""
-        return not self.name.endswith("_")
-
 
 @dataclass(frozen=True)
 class Extension:

@@ -21,8 +21,9 @@ class TaskBatch:
         support: Model inputs and ``labels``, each ``[T, N, ...]``.
         query: The same names, each ``[T, Q, ...]``.
         ways: Number of classes of each task, int64 ``[T]``, or one number for all; ``None`` when
-            every task uses all the logits of the head. Logits at and beyond a task's ``ways`` are
-            excluded exactly.
+            every task uses all the logits of the head. Losses of classes leave out the logits at
+            and beyond a task's ``ways`` exactly; a loss of your own finds them as
+            ``batch["ways"]``.
 
     Names that begin with ``labels`` are for the loss alone: tensors that a loss of your own reads
     besides ``labels`` (``labels_weight``, ``labels_teacher``) travel with the tasks, and the model

@@ -202,7 +202,8 @@ class SGD(Optimizer):
 
     Args:
         lr, maximize, clip_norm: As for :class:`Optimizer`. Default rate 1e-3.
-        momentum, dampening, weight_decay, nesterov: As for :func:`fastmeta.ops.momentum_update`.
+        momentum, dampening, weight_decay, nesterov: As for :class:`fastmeta.rules.Momentum`, all 0
+            or False by default.
     """
 
     def __init__(
@@ -222,7 +223,12 @@ class SGD(Optimizer):
 
 
 class Adam(Optimizer):
-    """:func:`fastmeta.ops.adam_update` in the manner of ``torch.optim.Adam``."""
+    """:func:`fastmeta.ops.adam_update` in the manner of ``torch.optim.Adam``.
+
+    Args:
+        lr, maximize, clip_norm: As for :class:`Optimizer`. Default rate 1e-3.
+        betas, eps, weight_decay: As for :class:`fastmeta.rules.Adam`.
+    """
 
     def __init__(
         self,
@@ -236,7 +242,12 @@ class Adam(Optimizer):
 
 
 class AdamW(Optimizer):
-    """:func:`fastmeta.ops.adamw_update` in the manner of ``torch.optim.AdamW``."""
+    """:func:`fastmeta.ops.adamw_update` in the manner of ``torch.optim.AdamW``.
+
+    Args:
+        lr, maximize, clip_norm: As for :class:`Optimizer`. Default rate 1e-3.
+        betas, eps, weight_decay: As for :class:`fastmeta.rules.AdamW`.
+    """
 
     def __init__(
         self,
@@ -250,7 +261,12 @@ class AdamW(Optimizer):
 
 
 class RMSprop(Optimizer):
-    """:func:`fastmeta.ops.rmsprop_update` in the manner of ``torch.optim.RMSprop``."""
+    """:func:`fastmeta.ops.rmsprop_update` in the manner of ``torch.optim.RMSprop``.
+
+    Args:
+        lr, maximize, clip_norm: As for :class:`Optimizer`. Default rate 1e-2.
+        alpha, eps, weight_decay: As for :class:`fastmeta.rules.RMSprop`.
+    """
 
     def __init__(
         self,
@@ -264,7 +280,13 @@ class RMSprop(Optimizer):
 
 
 class Adagrad(Optimizer):
-    """:func:`fastmeta.ops.adagrad_update` in the manner of ``torch.optim.Adagrad``."""
+    """:func:`fastmeta.ops.adagrad_update` in the manner of ``torch.optim.Adagrad``.
+
+    Args:
+        lr, maximize, clip_norm: As for :class:`Optimizer`. Default rate 1e-2.
+        lr_decay, weight_decay, initial_accumulator_value (its start), eps: As for
+            :class:`fastmeta.rules.Adagrad`.
+    """
 
     def __init__(
         self,

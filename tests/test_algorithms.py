@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import fastmeta as fm
 from fastmeta.batch import join_sets
 from fastmeta.engine.implicit import conjugate_gradient
+from fastmeta.engine.losses import mask_ways
 
 TASKS = oracle.make_tasks(3)
 BATCH = oracle.as_batch(TASKS)
@@ -107,6 +108,8 @@ def test_reptile_is_first_order() -> None:
     assert fm.Reptile(patched).order == 1
     with pytest.raises(ValueError, match="Reptile is first-order: order must be 1, got 2"):
         fm.Reptile(patched, order=2)
+    with pytest.raises(ValueError, match=r"initial values only: .* 'inner_lr.values' would learn"):
+        fm.Reptile(patched, lr=fm.LearnedRate())
 
 
 # -- iMAML -----------------------------------------------------------------------------------
@@ -219,10 +222,14 @@ def test_imaml_refuses_a_learned_rate_and_bad_settings() -> None:
     patched = fm.patch(oracle.tiny_bert(), fm.Head())
     with pytest.raises(ValueError, match="does not depend on the path: lr must be a number"):
         fm.IMAML(patched, lr=fm.LearnedRate())
-    with pytest.raises(ValueError, match="lam must be positive, got 0"):
+    with pytest.raises(ValueError, match="lam must be a finite number above 0, got 0"):
         fm.IMAML(patched, lam=0)
-    with pytest.raises(ValueError, match="cg_steps must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="cg_steps must be an integer of at least 1, got 0"):
         fm.IMAML(patched, cg_steps=0)
+    with pytest.raises(ValueError, match="differentiates no inner step: expected no order, got 1"):
+        fm.IMAML(patched, order=1)
+    with pytest.raises(ValueError, match="inner step: expected no truncate, got 3"):
+        fm.IMAML(patched, truncate=3)
 
 
 # -- what all learners share -----------------------------------------------------------------
@@ -264,6 +271,43 @@ def test_evaluating_keeps_no_graph(algorithm) -> None:
     assert out.support_losses.shape == (4, 3)
     assert out.accuracy.shape == (3,) and out.logits.shape == (3, 4, 3)
     assert bool((out.support_losses[-1] < out.support_losses[0]).all())
+
+
+@pytest.mark.parametrize("chunk", [None, 2, "auto"])
+@pytest.mark.parametrize("algorithm", LEARNERS)
+def test_adapting_and_predicting(algorithm, chunk: int | str | None) -> None:
+    """What a service takes from a learner: its own fast weights and logits, no graph."""
+    tasks = oracle.make_tasks(3, ragged=True)
+    batch = oracle.as_batch(tasks)
+    patched = fm.patch(oracle.tiny_bert(), fm.Head())
+    learner = algorithm(patched, lr=0.1, steps=2, optimizer="momentum", task_chunk=chunk)
+    if algorithm is fm.MetaSGD:
+        oracle.with_varied_rates(learner)
+    with torch.no_grad():
+        out = learner(batch, steps=3)
+    params = learner.adapt(batch.support, batch.ways, steps=3)
+    torch.testing.assert_close(params.packed, out.params.packed)
+    assert not params.packed.requires_grad
+    inputs = {k: v for k, v in batch.query.items() if k != "labels"}
+    masked = mask_ways(out.logits, batch.ways)
+    torch.testing.assert_close(learner.predict(params, ways=batch.ways, **inputs), masked)
+    torch.testing.assert_close(learner.predict(params, **inputs), out.logits)
+    again = learner.adapt(batch.support, batch.ways.tolist())  # the learner's own steps
+    assert not torch.equal(again.packed, params.packed)
+    with pytest.raises(ValueError, match=r"in 0\.\.1 \(the task's ways is 2"):
+        learner.adapt(batch.support, 2)
+
+
+def test_rates_of_tasks_are_those_of_their_places() -> None:
+    rate = fm.LearnedRate(per="task", init=0.1, num_tasks=3)
+    patched = fm.patch(oracle.tiny_bert(), fm.Head() + fm.Norm())
+    for chunk in (None, 2):
+        learner = fm.MAML(patched, lr=rate, steps=2, task_chunk=chunk)
+        oracle.with_varied_rates(learner)
+        found = learner.adapt(BATCH.support)
+        torch.testing.assert_close(found.packed, learner(BATCH).params.packed.detach())
+    with pytest.raises(ValueError, match="learned per task for 3 tasks, got 2 tasks"):
+        learner.adapt(BATCH[:2].support)
 
 
 def test_state_dict_round_trip() -> None:

@@ -84,7 +84,10 @@ def test_settings(setting: dict, error: type[Exception], text: str, patched: fm.
 RATES = [
     ({"per": "head"}, "a learned rate is per step, task, layer, param; got 'head'"),
     ({"per": ("layer", "param")}, "a learned rate per 'param' already varies per 'layer'"),
-    ({"per": "task"}, "a learned rate per 'task' needs num_tasks of at least 1"),
+    (
+        {"per": "task"},
+        "a learned rate per 'task' needs num_tasks, an integer of at least 1, got None",
+    ),
     ({"init": 0.0}, "lr must be positive and finite, got 0.0"),
 ]
 

@@ -288,7 +288,7 @@ def test_values_that_python_reads_are_not_kept() -> None:
 
 
 class Weighted(torch.nn.Module):
-    """Cross-entropy with weights of classes, a flag among the factors."""
+    """Cross-entropy with weights of classes in training, a flag among the factors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -296,20 +296,23 @@ class Weighted(torch.nn.Module):
 
     def forward(self, outputs, batch):
         labels = batch["labels"]
-        rows = F.cross_entropy(outputs.logits.mT, labels, weight=self.weight, reduction="none")
+        weight = self.weight if self.training else None
+        rows = F.cross_entropy(outputs.logits.mT, labels, weight=weight, reduction="none")
         return (rows * ((labels >= 0) * 0.1)).mean(1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_what_a_loss_holds_may_be_replaced(dtype: torch.dtype) -> None:
+def test_what_a_loss_holds_and_its_mode_may_change(dtype: torch.dtype) -> None:
     model, loss = oracle.tiny_bert().to(dtype), Weighted().to(dtype)
     patched = fm.patch(model, fm.Params("*query*"))
     learner, eager = (
         fm.MAML(patched, lr=0.1, steps=2, memory="unroll", loss_fn=loss, compile=compile)
         for compile in (True, False)
     )
-    for change in (False, True):
-        if change:
+    for change in ("nothing", "tensors", "mode"):
+        if change == "mode":
+            loss.eval()
+        elif change == "tensors":
             loss.weight = torch.tensor([1.0, 5.0, 9.0], dtype=dtype)
             weight = model.bert.pooler.dense.weight
             weight.data = weight.data.t().contiguous().t()  # the same numbers elsewhere

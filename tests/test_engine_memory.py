@@ -76,6 +76,9 @@ def test_recompute_works_in_slices_of_tasks(monkeypatch: pytest.MonkeyPatch) -> 
     random = fm.MAML(fm.patch(oracle.tiny_bert(dropout=0.3), fm.Head()), memory="recompute")
     assert recompute.slices(random.inner_loop(), 4) == [slice(0, 4)]
     assert len(recompute.slices(random.eval().inner_loop(), 4)) == 2
+    evaluated = oracle.tiny_bert(dropout=0.3).eval()  # the learner has a mode of its own
+    random = fm.MAML(fm.patch(evaluated, fm.Head()), memory="recompute").train()
+    assert recompute.slices(random.inner_loop(), 4) == [slice(0, 4)]
 
 
 def test_chunks_bound_the_peak() -> None:

@@ -143,6 +143,7 @@ def test_second_derivatives(name: str) -> None:
         (lambda: rules.Momentum(momentum=1.0), "momentum of Momentum must be in [0, 1), got 1.0"),
         (lambda: rules.Momentum(dampening=-0.1), "dampening of Momentum must be in [0, 1)"),
         (lambda: rules.Momentum(nesterov=True, dampening=0.1), "nesterov needs a momentum"),
+        (lambda: rules.Momentum(nesterov=True, momentum=0), "nesterov needs a momentum"),
         (lambda: rules.Adam(betas=(0.9, 1.0)), "betas of Adam must be in [0, 1), got 1.0"),
         (lambda: rules.AdamW(eps=0), "eps of AdamW must be above 0, got 0"),
         (lambda: rules.RMSprop(alpha=float("nan")), "alpha of RMSprop must be in [0, 1), got nan"),
@@ -155,6 +156,15 @@ def test_bad_settings(make, message: str) -> None:
     with pytest.raises(ValueError) as caught:
         make()
     assert message in str(caught.value)
+
+
+def test_settings_of_each_task() -> None:
+    params, grads = torch.randn(2, 2, 6, generator=torch.Generator().manual_seed(0))
+    settings = [{"momentum": m, "nesterov": True} for m in (torch.tensor([0.5, 0.9]), 0.5, 0.9)]
+    both, *alone = (
+        rules.Momentum(**s).update(params, grads, (grads,), 0.1, 1)[0] for s in settings
+    )
+    torch.testing.assert_close(both, torch.stack([alone[0][0], alone[1][1]]))
 
 
 @pytest.mark.parametrize("spec", [fm.Params("*"), fm.Head()], ids=["all", "head"])

@@ -116,7 +116,11 @@ def test_other_algorithms_take_it():
     given = batch()
     rule = fm.LearnedOptimizer(hidden=3, layers=1)
     settings = {"optimizer": rule, "steps": 2}
-    for make, spec in ((fm.Reptile, "*"), (fm.ANIL, "head.*"), (fm.MetaSGD, "*")):
+    for make in (fm.Reptile, fm.IMAML):
+        with pytest.raises(ValueError, match=r"frozen \(requires_grad_\(False\)\)"):
+            make(fm.patch(Small(), fm.Params("*")), **settings)
+    for make, spec in ((fm.ANIL, "head.*"), (fm.MetaSGD, "*"), (fm.Reptile, "*"), (fm.IMAML, "*")):
+        rule.requires_grad_(make not in (fm.Reptile, fm.IMAML))
         learner = make(fm.patch(Small(), fm.Params(spec)), **settings)
         assert torch.isfinite(learner(given).loss)
 

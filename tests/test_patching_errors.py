@@ -90,15 +90,26 @@ def test_lora_targets(bert: nn.Module) -> None:
         fm.patch(bert, fm.LoRA(r=2, targets="query") + fm.LoRA(r=3, targets="query"))
 
 
+def test_all_linear_layers_are_those_of_no_head() -> None:
+    """Also where the head has names of its own, as DeBERTa's pooler."""
+    model = families.build("deberta_v2")
+    head = set(fm.patch(model, fm.Head()).layout.names)
+    assert "pooler.dense.weight" in head
+    adapted = {n.partition(".lora_")[0] for n in fm.patch(model, fm.LoRA(r=2)).layout.names}
+    assert adapted and not adapted & {n.rpartition(".")[0] for n in head}
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: fm.LoRA(r=0), "rank r must be an integer of at least 1, got 0"),
+        (lambda: fm.LoRA(r=True), "rank r must be an integer of at least 1, got True"),
         (lambda: fm.LoRA(alpha=0), "alpha must be positive, got 0"),
+        (lambda: fm.LoRA(alpha="16"), "alpha must be positive, got '16'"),
         (lambda: fm.Prefix(0), "length must be an integer of at least 1, got 0"),
         (lambda: fm.Params(), "at least one pattern"),
     ],
-    ids=["rank", "alpha", "length", "patterns"],
+    ids=["rank", "rank's type", "alpha", "alpha's type", "length", "patterns"],
 )
 def test_specification_values(make, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -195,7 +206,7 @@ def test_fast_weights_of_another_kind() -> None:
         fm.TaskParams.joined(params)
     with pytest.raises(ValueError, match="at least one task, got none"):
         params.select([])
-    with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module to patch, got Patched"):
+    with pytest.raises(TypeError, match="expected a model, got one that is patched already"):
         fm.patch(patched, fm.Head())
     model.float()
     with pytest.raises(

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastmeta as fm
+from fastmeta.algorithms.selection import _choose
 
 TASKS = metric.make_tasks(3)
 RAGGED = metric.make_tasks(3, ragged=True)
@@ -43,8 +44,10 @@ def one_by_one(patched: fm.Patched, tasks, candidates, train=lambda s: s):
             start = patched.init(1)
             if c.noise:
                 g = torch.Generator().manual_seed(c.seed)
-                noise = torch.randn(start.packed.shape[1], generator=g, dtype=torch.float64)
-                start = fm.TaskParams(patched.layout, start.packed + c.noise * noise)
+                noise = torch.randn(1, start.packed.shape[1], generator=g, dtype=torch.float64)
+                noise = fm.TaskParams(patched.layout, noise)
+                moved = [start[n] + c.noise * noise[n] for n in patched.layout.names]
+                start = fm.TaskParams(patched.layout, patched.layout.pack(moved))
             single = {k: v.unsqueeze(0) for k, v in train(support).items()}
             fast = fm.adapt(
                 patched, single, steps=c.steps, lr=c.lr, optimizer=c.optimizer,
@@ -238,6 +241,35 @@ def test_candidates_of_several_models() -> None:
         select(one, candidates=candidates, compare="parameters")
 
 
+def test_candidates_of_another_model_than_the_first() -> None:
+    """Specifications of equal shapes are different ones."""
+    first, second = (
+        fm.patch(oracle.tiny_bert(), fm.LoRA(r=2, targets=target)) for target in ("query", "key")
+    )
+    query = inputs_of(oracle.as_batch(TASKS).query)
+    found = select(first, candidates=[fm.Candidate(lr=0.1, patched=second)] * 2)
+    assert found.params.layout is second.layout
+    torch.testing.assert_close(second(found.params, **query).logits, found.logits)
+    mixed = [fm.Candidate(lr=0.1), fm.Candidate(lr=0.1, patched=second)]
+    assert select(first, candidates=mixed).params is None
+    with pytest.raises(ValueError, match="parameters can be compared between candidates of one"):
+        select(first, candidates=mixed, compare="parameters")
+
+
+def test_rates_are_not_rounded(patched) -> None:
+    candidates = [fm.Candidate(lr=0.1, steps=2), fm.Candidate(lr=0.3, steps=2)]
+    support = oracle.as_batch(TASKS).support
+    for c, found in zip(candidates, select(patched, candidates=candidates).all_params, strict=True):
+        alone = fm.adapt(patched, support, lr=c.lr, steps=2).params.packed
+        torch.testing.assert_close(found.packed, alone, rtol=1e-12, atol=1e-13)
+
+
+def test_of_equal_accuracies_the_smaller_loss_whatever_others_lose() -> None:
+    scores, diverged = torch.ones(1, 3), torch.zeros(1, 3, dtype=torch.bool)
+    losses = torch.tensor([[0.05, 0.01, 2e4]])
+    assert _choose("validation", scores, losses, diverged).tolist() == [1]
+
+
 def test_a_linear_head_reads_the_encoder_once() -> None:
     """Candidates that differ in the head only share the features."""
     model = oracle.tiny_bert()
@@ -251,6 +283,19 @@ def test_a_linear_head_reads_the_encoder_once() -> None:
     select(patched, candidates=GRID[:3])
     batch = oracle.as_batch(TASKS)
     assert max(rows) <= 3 * max(s["labels"].shape[1] for s in (batch.support, batch.query))
+
+
+def test_an_optimizer_that_knows_layers(patched) -> None:
+    """Of a learned optimizer, which reads each layer's statistics: as `fm.adapt` has it."""
+    rule = fm.LearnedOptimizer("mlp", hidden=4).double()
+    candidates = [fm.Candidate(lr=r, steps=2, optimizer=rule) for r in (0.1, 0.4)]
+    found = select(patched, candidates=candidates)
+    _, rows = one_by_one(patched, TASKS, candidates)
+    for t, each in enumerate(rows):
+        for m, expected in enumerate(each):
+            torch.testing.assert_close(found.all_params[m].packed[t], expected)
+    with pytest.raises(ValueError, match="task_chunk must be"):
+        select(patched, task_chunk=0)
 
 
 def test_a_plain_module_of_features() -> None:

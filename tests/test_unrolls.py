@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from episode_oracle import tiny_bert
 from learned_oracle import Small, batch, oracle
 from torch import Tensor
 
@@ -105,6 +106,30 @@ def test_evaluation_is_the_learners(make):
 
 
 @pytest.mark.parametrize("make", [fm.TruncatedUnroll, fm.PES])
+def test_windows_in_bfloat16(make):
+    """Products of a window are in the learner's dtype: as under autocast, near to float32."""
+    given = batch()
+    given = given.map(lambda t: t.float() if t.is_floating_point() else t)
+    found = []
+    for dtype, region in ((torch.bfloat16, False), (None, True), (None, False)):
+        rule = fm.LearnedOptimizer(hidden=3, layers=1)
+        patched = fm.patch(Small().float(), fm.Params("*"))
+        learner = fm.MAML(patched, lr=LR, optimizer=rule, order=1, steps=2, compute_dtype=dtype)
+        unroll = make(learner, horizon=4, truncation=2)
+        with torch.autocast("cpu", torch.bfloat16, enabled=region):
+            unroll(given)
+        if dtype:  # as one that a checkpoint takes up again
+            again = make(learner, horizon=4, truncation=2)
+            again.load_progress(unroll.progress())
+            unroll = again
+        with torch.autocast("cpu", torch.bfloat16, enabled=region):
+            found.append(unroll(given).task_losses)
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+    torch.testing.assert_close(found[0], found[2], rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("make", [fm.TruncatedUnroll, fm.PES])
 def test_a_checkpoint_goes_on_bit_by_bit(make):
     given = batch()
     first, second = (make(learner_of(), horizon=4, truncation=1) for _ in range(2))
@@ -116,6 +141,50 @@ def test_a_checkpoint_goes_on_bit_by_bit(make):
         a.loss.backward(), b.loss.backward()
     for p, q in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(p.grad, q.grad)
+
+
+@pytest.mark.parametrize("part", ["support", "query"])
+def test_a_task_that_diverges_leaves_the_gradient_alone(part: str):
+    given, learner = batch(), learner_of(order=2)
+    kept = torch.tensor([0, 2])
+    unroll = fm.TruncatedUnroll(learner, horizon=4, truncation=2)
+    alone = fm.TruncatedUnroll(learner, horizon=4, truncation=2)
+    expected = [oracle_step(alone, given.select(kept)) for _ in range(2)]
+    getattr(given, part)["x"][1] = float("nan")
+    for loss, gradients in expected:
+        found_loss, found = oracle_step(unroll, given)
+        torch.testing.assert_close(found_loss, loss)
+        torch.testing.assert_close(found, gradients)
+
+
+def oracle_step(unroll: fm.TruncatedUnroll, given: fm.TaskBatch):
+    """Loss and gradients of the next window."""
+    out = unroll(given)
+    return out.loss.detach(), torch.autograd.grad(out.loss, list(unroll.parameters()))
+
+
+@pytest.mark.parametrize("make", [fm.TruncatedUnroll, fm.PES])
+def test_learners_that_start_elsewhere_are_refused(make):
+    """Or that do not learn their optimizer."""
+    rule = fm.LearnedOptimizer(hidden=3, layers=1)
+    patched = fm.patch(tiny_bert(), fm.Head())
+    for learner in (
+        fm.ProtoMAML(patched, optimizer=rule),
+        fm.HyperNetwork(patched, optimizer=rule, steps=2),
+    ):
+        with pytest.raises(ValueError, match=f"from the model's own.*{type(learner).__name__}"):
+            make(learner)
+    with pytest.raises(ValueError, match="whose optimizer learns"):
+        make(fm.MAML(patched, optimizer=rule.requires_grad_(False)))
+
+
+@pytest.mark.parametrize("make", [fm.TruncatedUnroll, fm.PES])
+def test_the_mode_is_the_learners(make):
+    learner = learner_of().eval()
+    unroll = make(learner, horizon=2, truncation=1)
+    assert not unroll.training and not learner.training and not learner.patched.training
+    assert unroll(batch()).loss.requires_grad  # it learns in either mode
+    assert unroll.train() is unroll and learner.patched.training
 
 
 @pytest.mark.parametrize("make", [fm.TruncatedUnroll, fm.PES])

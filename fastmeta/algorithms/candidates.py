@@ -5,21 +5,20 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastmeta.batch import check_set
+from fastmeta.engine.adaptation import adapted, plain_loop
 from fastmeta.engine.checks import check_clip_norm, check_steps
 from fastmeta.engine.chunks import split
-from fastmeta.engine.episode import adapt_tasks
 from fastmeta.engine.head import frozen_features, head_may_serve, head_steps
-from fastmeta.engine.inner import InnerLoop
 from fastmeta.engine.losses import WAYS, accuracy, classification
 from fastmeta.engine.optimizers import UpdateRule, resolve_rule
-from fastmeta.engine.rates import LearnedRate, Rates, check_rate
+from fastmeta.engine.rates import Rates, check_rate
 from fastmeta.patching import Patched, TaskParams
 from fastmeta.patching.head import linear_head
 from fastmeta.patching.task_axes import is_input
@@ -30,14 +29,19 @@ class Candidate:
     """One way to adapt to a task.
 
     Args:
-        lr: Learning rate, positive.
-        steps: Update steps, at least 1.
-        optimizer: An optimizer's name or a rule object, as for `fm.adapt`.
-        seed: Of the noise on the initial values.
-        noise: Standard deviation of Gaussian noise added to the initial values, at least 0.
-        clip_norm: Bound on each task's gradient norm, positive, or None.
+        lr: Learning rate, positive. Default 0.01.
+        steps: Update steps, at least 1. Default 5.
+        optimizer: An optimizer's name or a rule object, as for `fm.adapt`. Default ``"sgd"``.
+        seed: Of the noise on the initial values. Default 0.
+        noise: Standard deviation of Gaussian noise added to the initial values, at least 0, the
+            default.
+        clip_norm: Bound on each task's gradient norm, positive, or None, the default.
         patched: Another patched model (another specification or backbone) than the one given to
-            `select_models`, or None.
+            `select_models`, or None, the default.
+
+    Raises:
+        TypeError: `lr`, `steps` or `clip_norm` is no number.
+        ValueError: A setting is out of range, or an unknown optimizer.
     """
 
     lr: float = 1e-2
@@ -109,26 +113,19 @@ class Run:
         """``[G * T, P]`` and bool ``[G * T]``, candidates on the slow axis."""
         model, first = self.models[group[0]], self.candidates[group[0]]
         start = torch.cat([self._start(i, tasks) for i in group])
-        count = len(group) * tasks
-        rates = Rates(
-            LearnedRate(per="task", init=first.lr, num_tasks=count),
-            model.layout,
-            first.steps,
-            start,
-        )
-        for i, rows in zip(group, rates.values.data.split(tasks), strict=True):
-            rows.fill_(self.candidates[i].lr)
-        loop = InnerLoop(
-            patched=model,
-            rule=resolve_rule(first.optimizer),
-            rates=rates,
+        loop = plain_loop(
+            model,
             steps=first.steps,
+            lr=first.lr,
+            optimizer=first.optimizer,
             loss_fn=classification,
-            second_order=0,
             clip_norm=first.clip_norm,
+            task_chunk=self.task_chunk,
         )
+        wide = torch.float64 if start.dtype == torch.float64 else torch.float32
+        rates = start.new_tensor([self.candidates[i].lr for i in group], dtype=wide)
+        loop = replace(loop, rates=Rates.of_tasks(rates.repeat_interleave(tasks), model.layout))
         params = TaskParams(model.layout, start)
-        numbers = torch.arange(count, device=start.device)
         features = self._features(model, inputs) if head_may_serve(loop) else None
         if features is not None:
             labels, ways = inputs["labels"], inputs.get(WAYS)
@@ -138,15 +135,12 @@ class Run:
                 _repeated(features, len(group)),
                 _repeated(labels, len(group)),
                 None if ways is None else _repeated(ways, len(group)),
-                numbers,
+                torch.arange(len(start), device=start.device),
             )
             return found.params.packed, found.active
         every = {k: _repeated(v, len(group)) for k, v in inputs.items()}
-        pieces = []
-        for s in split(slice(0, count), self.task_chunk):
-            texts = {k: v[s] for k, v in every.items()}
-            pieces.append(adapt_tasks(loop, params.select(s), texts, "unroll", numbers[s]))
-        return torch.cat([q.params.packed for q in pieces]), torch.cat([q.active for q in pieces])
+        found = adapted(loop, params, every, self.task_chunk)
+        return found.params.packed, found.active
 
     def _features(self, model: Patched, inputs: Mapping[str, Tensor]) -> Tensor | None:
         """What a head that alone adapts reads, ``[T, N, D]``: the same for every candidate."""
@@ -157,13 +151,14 @@ class Run:
         return frozen_features(model, params, rows, model.record_prefix(params, rows))
 
     def _start(self, i: int, tasks: int) -> Tensor:
-        packed = self.models[i].init(tasks).packed
-        candidate = self.candidates[i]
+        model, candidate = self.models[i], self.candidates[i]
+        packed = model.init(tasks).packed
         if not candidate.noise:
             return packed
         # The same for every task, whatever others are in the batch.
         generator = torch.Generator().manual_seed(candidate.seed)
-        noise = torch.randn(packed.shape[1], generator=generator, dtype=torch.float64)
+        noise = torch.randn(1, packed.shape[1], generator=generator, dtype=torch.float64)
+        noise = model.layout.pack(model.layout.unpack(noise))  # padding stays zero
         return packed + (candidate.noise * noise).to(packed.device, packed.dtype)
 
     def logits(self, params: list[TaskParams], rows: Mapping[str, Tensor]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -23,9 +23,9 @@ from fastmeta.algorithms.learner import GradientLearner
 from fastmeta.batch import TaskBatch
 from fastmeta.engine.checks import above_0, at_least_1, check_classes, check_steps
 from fastmeta.engine.conditions import computing
-from fastmeta.engine.episode import MetaOutput, adapt_tasks, run_episode, with_ways, zero_loss
+from fastmeta.engine.episode import MetaOutput, run_episode, zero_loss
 from fastmeta.engine.inner import InnerLoop
-from fastmeta.engine.losses import classification, mask_ways
+from fastmeta.engine.losses import classification
 from fastmeta.engine.memory import MemoryPlan
 from fastmeta.patching import Patched, TaskParams
 from fastmeta.patching.head import classifying_head
@@ -56,8 +56,9 @@ class HyperNetwork(GradientLearner):
             Examples whose labels are no classes ``[T, N]`` (of ``"causal_lm"``) are all of one.
         steps: Inner steps K from the generated weights; 0 for none. Default 0.
         latent, hidden, embedding, rank: Sizes of the task's vector, of the networks, of layer and
-            module embeddings, and the rank of what is generated for large matrices.
-        gain: Where the factor of class means in the classifying layer starts.
+            module embeddings, and the rank of what is generated for large matrices; each at least
+            1. Default 64, 128, 32 and 4.
+        gain: Where the factor of class means in the classifying layer starts. Default 1.
         scale: Factor of what is generated, above 0: with Adam it sets how fast that moves beside
             everything else. Default 0.01, the order of trained LoRA factors.
         pooling: Of token states, ``"mean"``, ``"cls"`` or ``"last"``.
@@ -67,7 +68,7 @@ class HyperNetwork(GradientLearner):
         **settings: As for `fm.MAML` (`lr`, `order`, `optimizer`, ...), for the K steps.
 
     Raises:
-        TypeError: `patched` is no patched model, or a setting is of the wrong type.
+        TypeError: `patched` is no patched model, or as for `fm.MAML`.
         ValueError: A setting is out of range.
 
     Differentiable as `fm.MAML`: with K > 0 and ``order=2`` exactly through the steps. A task whose
@@ -141,6 +142,7 @@ class HyperNetwork(GradientLearner):
                 net["head"] = ClassHead(width, latent, hidden, shape[1], gain=gain, scale=scale)
         self.net = net.to(patched.device, patched.dtype)
         self.generator = net["generator"] if generator is None and "generator" in net else generator
+        self.train(patched.training)  # the encoder too, whatever the mode of the user's model
 
     # -- meta-parameters ---------------------------------------------------------------------
 
@@ -252,7 +254,7 @@ class HyperNetwork(GradientLearner):
         self,
         support: Mapping[str, Tensor] | None = None,
         *,
-        ways: Tensor | int | None = None,
+        ways: Tensor | Sequence[int] | int | None = None,
         description: Mapping[str, Tensor] | None = None,
     ) -> TaskParams:
         """Fast weights of T tasks in one forward pass, differentiable.
@@ -343,35 +345,36 @@ class HyperNetwork(GradientLearner):
     @torch.no_grad()
     def adapt(
         self,
-        support: Mapping[str, Tensor],
+        support: Mapping[str, Tensor] | None = None,
+        ways: Tensor | Sequence[int] | int | None = None,
         *,
-        ways: Tensor | int | None = None,
         description: Mapping[str, Tensor] | None = None,
         steps: int | None = None,
     ) -> TaskParams:
         """Fast weights of T tasks, generated and refined, to be used again by :meth:`predict`.
 
         Args:
-            support: Model inputs and ``labels``, each ``[T, N, ...]``.
+            support: Model inputs and ``labels``, each ``[T, N, ...]``; where a description alone is
+                read and no step is taken, none is needed.
             ways: Number of classes of each task, int64 ``[T]`` or one for all.
             description: Tokens ``[T, L]`` of a text that describes each task, where it is read.
             steps: Inner steps, 0 or more, when other than the learner's.
+
+        Returns:
+            Detached fast weights.
+
+        Raises:
+            TypeError, ValueError: As for a call; no support set, and steps to take on it.
         """
-        params = self.generate(support, ways=ways, description=description)
         loop = self.inner_loop(steps)
+        if support is None and loop.steps:
+            raise ValueError(f"expected a support set to take {loop.steps} steps on, got none")
+        params = self.generate(support, ways=ways, description=description)
         if loop.steps == 0:
             return params
         batch = self._with_ways(TaskBatch(support, support, ways))
-        with computing(self.device, self.compute_dtype):
-            return adapt_tasks(loop, params, with_ways(batch)[0], "unroll").params
-
-    def predict(
-        self, params: TaskParams, *, ways: Tensor | int | None = None, **inputs: Tensor
-    ) -> Tensor:
-        """Logits ``[T, Q, C]`` of query inputs ``[T, Q, ...]``; ``-inf`` beyond a task's `ways`."""
-        with computing(self.device, self.compute_dtype):
-            out = self.patched(params, **inputs)
-        return mask_ways(getattr(out, "logits", out), ways)
+        self.check(batch)
+        return self._adapted(params, batch, loop)
 
 
 def _width(embed: Embedding) -> int:

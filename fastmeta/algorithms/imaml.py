@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from fastmeta.algorithms.learner import GradientLearner
+from fastmeta.engine.checks import above_0, at_least_1
 from fastmeta.engine.inner import InnerLoop
 from fastmeta.patching import Patched
 
@@ -20,9 +21,15 @@ class IMAML(GradientLearner):
 
     Args:
         patched: The model, from `fm.patch`.
-        lam: Strength of the pull towards the initial values, positive.
-        cg_steps: Iterations of conjugate gradients, at least 1.
-        **settings: As for `fm.MAML`.
+        lam: Strength of the pull towards the initial values, positive. Default 1.
+        cg_steps: Iterations of conjugate gradients, at least 1. Default 5.
+        **settings: As for `fm.MAML`, without `order`, `truncate`, and rates or optimizers that
+            learn.
+
+    Raises:
+        TypeError, ValueError: As for `fm.MAML`.
+
+    The loss is differentiable once.
 
     Source: Rajeswaran et al. 2019, https://arxiv.org/abs/1909.04630
     """
@@ -30,17 +37,21 @@ class IMAML(GradientLearner):
     def __init__(
         self, patched: Patched, *, lam: float = 1.0, cg_steps: int = 5, **settings: Any
     ) -> None:
-        if not lam > 0:
-            raise ValueError(f"lam must be positive, got {lam}")
-        if cg_steps < 1:
-            raise ValueError(f"cg_steps must be at least 1, got {cg_steps}")
+        lam, cg_steps = above_0("lam", lam), at_least_1("cg_steps", cg_steps)
+        for name, value in (("order", 2), ("truncate", None)):
+            if settings.get(name, value) != value:
+                raise ValueError(
+                    f"iMAML differentiates no inner step: expected no {name}, "
+                    f"got {settings[name]!r}"
+                )
         super().__init__(patched, **settings)
-        if self.rates.constant is None:
+        path = [*self.rates.parameters(), *self.rule.learned()]
+        if any(p.requires_grad for p in path):
             raise ValueError(
-                "iMAML's meta-gradient does not depend on the path: lr must be a number"
+                "iMAML's meta-gradient does not depend on the path: lr must be a number, and an "
+                "optimizer that learns must be frozen (requires_grad_(False))"
             )
-        self.lam = float(lam)
-        self.cg_steps = cg_steps
+        self.lam, self.cg_steps = lam, cg_steps
 
     def inner_loop(self, steps: int | None = None) -> InnerLoop:
         loop = super().inner_loop(steps)

@@ -3,59 +3,65 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from fastmeta._names import refuse_unknown
 from fastmeta.batch import TaskBatch
+from fastmeta.engine.adaptation import adapted
 from fastmeta.engine.allocator import reuse_large_buffers
 from fastmeta.engine.capture import capture_of
 from fastmeta.engine.checks import check_clip_norm, check_sets, check_steps, compute_dtype_of
 from fastmeta.engine.conditions import computing
 from fastmeta.engine.episode import MetaOutput, run_episode, with_ways
 from fastmeta.engine.inner import InnerLoop
-from fastmeta.engine.losses import LossFn, resolve_loss
+from fastmeta.engine.losses import LossFn, mask_ways, resolve_loss
 from fastmeta.engine.memory import MemoryPlan, check_memory, is_out_of_memory
 from fastmeta.engine.memory_plans import forget_others, plan_for
 from fastmeta.engine.optimizers import UpdateRule, resolve_rule
 from fastmeta.engine.rates import LearnedRate, Rates
 from fastmeta.engine.replays import WHOLE, replays_of
 from fastmeta.meta_module import MetaModule
-from fastmeta.patching import Patched
+from fastmeta.patching import Patched, TaskParams
 
 
 class GradientLearner(MetaModule):
     """Adapts tasks by gradient steps; ``learner(batch)`` gives a differentiable `MetaOutput`.
 
     ``parameters()`` are the meta-parameters: initial values, shared weights that require grad,
-    and learned rates. ``out.loss.backward()`` fills their ``.grad``, for the user's own weights on
-    the user's model. ``eval()`` and ``train()`` set the mode of the patched model only.
+    what learned rates, a learned optimizer and a loss module hold. ``out.loss.backward()`` fills
+    their ``.grad``, for the user's own weights on the user's model. ``eval()`` and ``train()`` set
+    the mode of the patched model and of a loss module; the user's model keeps its own.
 
     Args:
         patched: The model, from `fm.patch`.
         lr: Inner learning rate, positive, or a `fm.LearnedRate`. Default 1e-2.
         steps: Inner steps K, at least 1. Default 5.
-        order: 2 differentiates through the inner gradients, 1 treats them as constants.
+        order: 2 differentiates through the inner gradients, 1 treats them as constants. Default 2.
         optimizer: ``"sgd" | "momentum" | "adam" | "adamw" |
             "rmsprop" | "adagrad"`` or a rule object; a `fm.LearnedOptimizer` learns as well.
+            Default ``"sgd"``.
         memory: ``"unroll"`` keeps the graph of all K steps; ``"recompute"`` keeps the fast weights
             of all steps and one step's graph, of half the tasks at a time (of all under dropout);
             ``"auto"`` measures a few small episodes for every new input shape and
             chooses by the free memory (or `memory_budget`): ``"unroll"``; on a CPU chunks of it
             where they are large, which compute nothing twice; ``"recompute"`` with the graphs of
             as many of the last steps kept as fit; or fewer tasks at a time. A pass that runs out
-            of memory is done again with less. All give the same numbers.
+            of memory is done again with less. All give the same numbers. Default ``"auto"``.
         task_chunk: Tasks differentiated at once: None (all), an integer of at least 1, or
             ``"auto"``. Chunks give the same numbers; under dropout each draws its own masks. They
-            take their gradients in the forward pass: evaluate under ``torch.no_grad()``.
+            take their gradients in the forward pass: evaluate under ``torch.no_grad()``. Default
+            None.
         loss_fn: ``"classification"``, ``"token_classification"``, ``"causal_lm"``,
             ``"masked_lm"``, ``"seq2seq_lm"``, ``"regression"`` or a callable
             ``(outputs, batch) -> [T]`` that treats tasks separately; `batch` is the support or
             query mapping. One that learns is an `nn.Module`; its parameters are meta-parameters.
+            Default ``"classification"``.
             Losses of words form no logits where the layer that makes them is frozen.
         clip_norm: Bound on each task's inner gradient norm, positive, or None.
         truncate: Differentiate through the last this many inner gradients only, 0 to K; None for
@@ -225,6 +231,70 @@ class GradientLearner(MetaModule):
 
     def _run(self, loop: InnerLoop, batch: TaskBatch, plan: MemoryPlan) -> MetaOutput:
         return run_episode(loop, self.patched.initial(batch.num_tasks), batch, plan)
+
+    def _with_ways(self, batch: TaskBatch) -> TaskBatch:
+        """The batch with each task's number of classes, where the algorithm has to know it."""
+        return batch
+
+    # -- for services ------------------------------------------------------------------------
+
+    def adapt(
+        self,
+        support: Mapping[str, Tensor],
+        ways: Tensor | Sequence[int] | int | None = None,
+        *,
+        steps: int | None = None,
+    ) -> TaskParams:
+        """Fast weights of T tasks by this learner's rule and rates, without a graph.
+
+        Args:
+            support: Model inputs and ``labels``, each ``[T, N, ...]``.
+            ways: Number of classes of each task, int64 ``[T]`` or one for all, when fewer than the
+                head has.
+            steps: Inner steps, when other than the learner's.
+
+        Returns:
+            Detached fast weights for :meth:`predict`. A task whose loss or gradient becomes NaN or
+            Inf keeps those from before that step; under ``torch.no_grad()`` a call of the learner
+            says which did.
+
+        Raises:
+            TypeError, ValueError: As for a call.
+        """
+        batch = self._with_ways(TaskBatch(support, support, ways))
+        self.check(batch)
+        start = self.patched.initial(batch.num_tasks)
+        return self._adapted(start, batch, self.inner_loop(steps))
+
+    def _adapted(self, start: TaskParams, batch: TaskBatch, loop: InnerLoop) -> TaskParams:
+        """Fast weights after the inner loop on the support sets."""
+        chunk = None if self.task_chunk == "auto" else self.task_chunk
+        with computing(self.device, self.compute_dtype):
+            return adapted(loop, start, with_ways(batch)[0], chunk).params
+
+    def predict(
+        self,
+        params: TaskParams,
+        *,
+        ways: Tensor | Sequence[int] | int | None = None,
+        **inputs: Tensor,
+    ) -> Tensor:
+        """Logits ``[T, Q, ..., C]`` of query inputs ``[T, Q, ...]``, in the learner's
+        `compute_dtype`.
+
+        Args:
+            params: From :meth:`adapt`, or ``out.params``.
+            ways: Number of classes of each task, int64 ``[T]`` or one for all: logits beyond are
+                ``-inf``.
+            inputs: The model's inputs.
+
+        Differentiable as ``patched(params, **inputs)``; use ``torch.no_grad()`` to serve.
+        """
+        with computing(self.device, self.compute_dtype):
+            out = self.patched(params, **inputs)
+        return mask_ways(getattr(out, "logits", out), ways)
+
+    # -- checks ------------------------------------------------------------------------------
 
     def check(self, batch: TaskBatch) -> None:
         """Raise one clear sentence for a batch that this learner cannot take."""

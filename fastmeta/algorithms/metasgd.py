@@ -14,8 +14,14 @@ class MetaSGD(GradientLearner):
 
     Args:
         patched: The model, from `fm.patch`.
-        lr: Initial value of every rate, or a `fm.LearnedRate` (``per="layer"``...).
+        lr: Initial value of every rate, positive, or a `fm.LearnedRate` (``per="layer"``...).
+            Default 1e-2.
         **settings: As for `fm.MAML`.
+
+    Raises:
+        TypeError, ValueError: As for `fm.MAML`.
+
+    Differentiable as `fm.MAML`.
 
     Source: Li et al. 2017, https://arxiv.org/abs/1707.09835
     """

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastmeta.algorithms.comparison import positive
 from fastmeta.algorithms.embedding import Embedding
@@ -15,11 +14,10 @@ from fastmeta.algorithms.learner import GradientLearner, warn_of_nothing
 from fastmeta.algorithms.pooled import PooledClassifier
 from fastmeta.batch import TaskBatch
 from fastmeta.engine.checks import check_classes, check_support_of_queries
-from fastmeta.engine.episode import MetaOutput, adapt_tasks, with_ways
+from fastmeta.engine.episode import MetaOutput
 from fastmeta.engine.inner import InnerLoop
-from fastmeta.engine.losses import mask_ways
 from fastmeta.engine.prototype_head import PrototypeHead
-from fastmeta.patching import Head, Patched, TaskParams, patch
+from fastmeta.patching import Head, Patched, patch
 from fastmeta.patching.head import classifying_head
 
 
@@ -42,7 +40,7 @@ class ProtoMAML(GradientLearner):
         **settings: As for `fm.MAML`; the loss is classification.
 
     Raises:
-        TypeError: `model` is no module, or a setting is of the wrong type.
+        TypeError: `model` is no module, or as for `fm.MAML`.
         ValueError: The specification adapts no linear head with a bias, or a setting is out of
             range.
 
@@ -150,29 +148,6 @@ class ProtoMAML(GradientLearner):
             return batch  # for `check` to say what is wrong
         ways = (batch.support["labels"].amax(1) + 1).clamp_min(1)
         return TaskBatch(batch.support, batch.query, ways)
-
-    # -- for services ------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def adapt(self, support: Mapping[str, Tensor], ways: Tensor | int | None = None) -> TaskParams:
-        """Fast weights of T tasks, to be kept and used again by :meth:`predict`.
-
-        Args:
-            support: Model inputs and ``labels``, each ``[T, N, ...]``.
-            ways: Number of classes of each task, int64 ``[T]`` or one for all.
-        """
-        batch = self._with_ways(TaskBatch(support, support, ways))
-        self.check(batch)
-        start = self.patched.initial(batch.num_tasks)
-        loop = self.inner_loop()
-        return adapt_tasks(loop, start, with_ways(batch)[0], "unroll").params
-
-    def predict(
-        self, params: TaskParams, *, ways: Tensor | int | None = None, **inputs: Tensor
-    ) -> Tensor:
-        """Logits ``[T, Q, C]`` of query inputs ``[T, Q, ...]``; ``-inf`` beyond a task's `ways`."""
-        out = self.patched(params, **inputs)
-        return mask_ways(getattr(out, "logits", out), ways)
 
 
 def _are_classes(batch: TaskBatch) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastmeta import ops
 from fastmeta.algorithms.metric_learner import MetricLearner
 from fastmeta.batch import IGNORE_INDEX
+from fastmeta.engine.checks import at_least_1
 from fastmeta.patching import Patched
 
 PARTS = ("query", "mean", "difference", "product")
@@ -27,18 +28,19 @@ class RelationNet(MetricLearner):
 
     Args:
         model: The model that embeds, a transformers model or one from `fm.patch`.
-        hidden: Width of the hidden layer, at least 1.
+        hidden: Width of the hidden layer, at least 1. Default 128.
         parts: What r reads, any of ``"query"``, ``"mean"``, ``"difference"``, ``"product"``; the
-            paper concatenates the first two.
+            paper concatenates the first two. Default: all four.
         loss: ``"cross_entropy"`` of the logits, or ``"mse"``, the paper's: ``sigmoid(logits)``
             against 1 for the query's class and 0 for the task's others, mean of the squares.
+            Default ``"cross_entropy"``.
         **settings: `pooling`, `projection`, `normalize` and `seed`, as for `ProtoNet`.
 
     Raises:
         TypeError: `model` is no module.
         ValueError: A setting is out of range, or the model does not tell its hidden size.
 
-    Differentiable to the meta-parameters.
+    Differentiable once to the meta-parameters.
 
     Source: Sung et al. 2018, https://arxiv.org/abs/1711.06025
     """
@@ -52,8 +54,7 @@ class RelationNet(MetricLearner):
         loss: str = "cross_entropy",
         **settings: Any,
     ) -> None:
-        if isinstance(hidden, bool) or not isinstance(hidden, int) or hidden < 1:
-            raise ValueError(f"hidden must be an integer of at least 1, got {hidden!r}")
+        at_least_1("hidden", hidden)
         parts = (parts,) if isinstance(parts, str) else tuple(parts)
         if not parts or not set(parts) <= set(PARTS):
             raise ValueError(f"parts must be some of {', '.join(PARTS)}, got {parts!r}")

@@ -26,8 +26,13 @@ class Reptile(GradientLearner):
     Args:
         patched: The model, from `fm.patch`.
         use_query: Adapt on support and query together while training, as the paper does with all
-            of a task's data; evaluation (``learner.eval()`` or no grad) adapts on the support set.
-        **settings: As for `fm.MAML`; `order` is 1.
+            of a task's data (the default); under ``torch.no_grad()`` it adapts on the support set.
+        **settings: As for `fm.MAML`; `order` is 1, and rates, optimizer and loss do not learn.
+
+    Raises:
+        TypeError, ValueError: As for `fm.MAML`; something but initial values would learn.
+
+    The loss is differentiable once.
 
     Source: Nichol et al. 2018, https://arxiv.org/abs/1803.02999
     """
@@ -36,6 +41,12 @@ class Reptile(GradientLearner):
         if settings.setdefault("order", 1) != 1:
             raise ValueError(f"Reptile is first-order: order must be 1, got {settings['order']!r}")
         super().__init__(patched, **settings)
+        learned = [n for n, p in self._own().items() if p.requires_grad]
+        if learned:
+            raise ValueError(
+                "Reptile learns initial values only: expected a number as lr, and an optimizer and "
+                f"a loss_fn that are frozen (requires_grad_(False)); {learned[0]!r} would learn"
+            )
         self.use_query = use_query
 
     def _run(self, loop: InnerLoop, batch: TaskBatch, plan: MemoryPlan) -> MetaOutput:

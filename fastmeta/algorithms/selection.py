@@ -73,12 +73,12 @@ def select_models(
     Candidates of one model, number of steps and optimizer run in one batch: the candidate is a
     task axis, with a learning rate and initial values per task.
 
-    ===============  ================================================================
+    ================  ================================================================
     ``"validation"``  most right answers on rows held out of the support set (equal ones: the
                       smaller loss); the candidates are then adapted to the whole support set
     ``"medoid"``      smallest mean distance to the others: the candidate they agree with most
     ``"farthest"``    largest mean distance to the others: the one that differs most
-    ===============  ================================================================
+    ================  ================================================================
 
     Args:
         patched: The model, from `fm.patch`, whose head is the tasks' classifier.
@@ -86,7 +86,7 @@ def select_models(
         candidates: M of them, at least 1; see `Candidate.grid`.
         query: Inputs ``[T, Q, ...]`` to predict, and to compare predictions on; with ``labels``
             only to leave out rows of -100. Without it predictions are compared on the support set.
-        criterion: As above.
+        criterion: As above. Default ``"validation"``, which needs two examples of some class.
         validation: A labelled set ``[T, V, ...]``, or the share of each class's support rows to
             hold out, the last ones, in (0, 1): at least one row of classes of two or more.
         compare: ``"probabilities"``, ``"logits"``, ``"predictions"`` (classes, as one-hot rows) or
@@ -97,7 +97,8 @@ def select_models(
         p: Order of ``"minkowski"``.
         ways: Number of classes of each task, int64 ``[T]`` or one for all, when fewer than the head
             has.
-        task_chunk: Tasks times candidates adapted at once, at least 1, or None for all.
+        task_chunk: Tasks times candidates adapted at once, at least 1, or None for all. Where a
+            linear head alone adapts, one operator adapts all.
 
     Returns:
         A `Selection`. Of equal candidates the first is chosen. A candidate that becomes NaN or Inf
@@ -123,7 +124,8 @@ def select_models(
         ways = ways_of(ways, tasks, patched.device)
         extra = {WAYS: ways}
     models = [c.patched or patched for c in candidates]
-    one_layout = all(m.layout.shapes == patched.layout.shapes for m in models)
+    one_model = all(m is models[0] for m in models)
+    one_layout = all(models[0].layout.difference(m.layout) is None for m in models)
     if compare == "parameters" and not one_layout:
         raise ValueError(
             "parameters can be compared between candidates of one specification; "
@@ -152,10 +154,10 @@ def select_models(
     # Predictions to hand out, and rows to compare on.
     rows = support if query is None else query
     logits, counted = run.logits(params, rows), _counted(rows)
-    own = mask_ways_of(logits, ways, 0.0)
+    own = mask_ways(logits, ways, 0.0)
     finite = torch.where(counted[:, None, :, None], own, 0.0).isfinite()
     diverged = diverged | ~finite.flatten(2).all(2)
-    probabilities = mask_ways_of(logits, ways, float("-inf")).softmax(-1)
+    probabilities = mask_ways(logits, ways).softmax(-1)
     packed = torch.stack([q.packed for q in params], 1) if one_layout else None
     if compare == "parameters":
         distances = candidate_distances(packed, metric, p)
@@ -179,7 +181,7 @@ def select_models(
         scores=scores.masked_fill(diverged, float("nan")),
         distances=distances,
         diverged=diverged,
-        params=None if packed is None else TaskParams(patched.layout, packed[at, index]),
+        params=TaskParams(models[0].layout, packed[at, index]) if one_model else None,
         all_params=params,
         validation_losses=losses,
     )
@@ -214,21 +216,13 @@ def _choose(criterion: str, scores: Tensor, losses: Tensor | None, diverged: Ten
     if losses is not None:  # most right answers; of equal ones the smaller loss
         best = scores.masked_fill(diverged, -1).amax(1, keepdim=True)
         order = losses.masked_fill((scores != best) | diverged, float("inf"))
-    else:
-        order = scores if criterion == "medoid" else -scores
-        order = order.masked_fill(diverged, float("inf"))
+        return (order <= order.amin(1, keepdim=True)).to(torch.int64).argmax(1)
+    order = scores if criterion == "medoid" else -scores
+    order = order.masked_fill(diverged, float("inf"))
     # sums of the same distances in another order differ by rounding
     size = order.abs().masked_fill(order.isinf(), 0).amax(1, keepdim=True)
     slack = _ROUNDING * torch.finfo(order.dtype).eps * size
     return (order <= order.amin(1, keepdim=True) + slack).to(torch.int64).argmax(1)
-
-
-def mask_ways_of(logits: Tensor, ways: Tensor | None, value: float) -> Tensor:
-    """Logits ``[T, M, Q, C]`` with `value` for classes a task does not have."""
-    if ways is None:
-        return logits
-    beyond = torch.arange(logits.shape[-1], device=logits.device) >= ways.view(-1, 1, 1, 1)
-    return logits.masked_fill(beyond, value)
 
 
 def _counted(rows: Mapping[str, Tensor]) -> Tensor:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastmeta.algorithms.hypernetwork import HyperNetwork
 from fastmeta.algorithms.learner import GradientLearner
+from fastmeta.algorithms.protomaml import ProtoMAML
 from fastmeta.batch import TaskBatch
 from fastmeta.engine.checks import above_0, at_least_1
+from fastmeta.engine.conditions import computing
 from fastmeta.engine.episode import MetaOutput, with_ways, zero_loss
 from fastmeta.engine.inner import InnerLoop, Support, inner_step, model_inputs, task_losses
 from fastmeta.engine.losses import scores
@@ -30,6 +34,18 @@ class _Position:
     active: Tensor
     step: int
 
+    def map(self, fn: Callable[[Tensor], Tensor]) -> _Position:
+        """The position with `fn` applied to every tensor."""
+        return _Position(fn(self.params), tuple(map(fn, self.state)), fn(self.active), self.step)
+
+    def select(self, index: Tensor) -> _Position:
+        """That of the tasks at `index`."""
+        return self.map(lambda t: t.index_select(0, index))
+
+
+_Prefixes = tuple[PrefixCache | None, PrefixCache | None]
+"""Of support and query set."""
+
 
 class _Unrolls(MetaModule):
     """What both share: a batch of tasks whose inner loops go on from call to call."""
@@ -38,10 +54,15 @@ class _Unrolls(MetaModule):
         super().__init__()
         if not isinstance(learner, GradientLearner):
             raise TypeError(f"expected a learner such as fm.MAML, got {type(learner).__name__}")
-        if not any(True for _ in learner.rule.parameters()):
+        if not any(p.requires_grad for p in learner.rule.parameters()):
             raise ValueError(
                 "expected a learner whose optimizer learns, such as fm.LearnedOptimizer(), got "
                 f"{type(learner.rule).__name__}"
+            )
+        if isinstance(learner, HyperNetwork | ProtoMAML):
+            raise ValueError(
+                "expected a learner that starts from the model's own weights, such as fm.MAML, got "
+                f"{type(learner).__name__}"
             )
         self.learner = learner
         self.horizon = at_least_1("horizon", horizon)
@@ -50,8 +71,9 @@ class _Unrolls(MetaModule):
             raise ValueError(
                 f"horizon must be a multiple of truncation={truncation}, got {horizon}"
             )
+        self.train(learner.training)
         self.batch: TaskBatch | None = None
-        self.prefixes: tuple[PrefixCache | None, PrefixCache | None] = (None, None)
+        self.prefixes: _Prefixes = (None, None)
 
     @property
     def device(self) -> torch.device:
@@ -90,20 +112,12 @@ class _Unrolls(MetaModule):
         self.restart()
         if progress:
             batch = TaskBatch(**progress["batch"]).to(self.device)
-            self._begin(self._loop(), batch)  # the frozen prefix
+            with self._computing():
+                self._begin(self._loop(), batch)  # the frozen prefix
             self.batch = batch
             device = self.device
-            self._set_positions(
-                [
-                    _Position(
-                        p["params"].to(device),
-                        tuple(s.to(device) for s in p["state"]),
-                        p["active"].to(device),
-                        p["step"],
-                    )
-                    for p in progress["positions"]
-                ]
-            )
+            positions = [_Position(**p) for p in progress["positions"]]
+            self._set_positions([p.map(lambda t: t.to(device)) for p in positions])
 
     def forward(self, batch: TaskBatch, *, steps: int | None = None) -> MetaOutput:
         """Take the next window of inner steps of the tasks in hand.
@@ -113,19 +127,22 @@ class _Unrolls(MetaModule):
             steps: For evaluation, inner steps when other than the learner's.
 
         Returns:
-            A `MetaOutput` of the window; under ``torch.no_grad()`` or in evaluation mode
-            ``learner(batch)``.
+            A `MetaOutput` of the window; under ``torch.no_grad()`` that of ``learner(batch)``.
         """
-        if not torch.is_grad_enabled() or not self.training:
+        if not torch.is_grad_enabled():
             return self.learner(batch, steps=steps)
-        if self.batch is None:
-            self.learner.check(batch)
-            self.batch = batch
-            self._start(self._loop(), batch)
-        out = self._window(self._loop(), self.batch)
+        with self._computing():
+            if self.batch is None:
+                self.learner.check(batch)
+                self.batch = batch
+                self._start(self._loop(), batch)
+            out = self._window(self._loop(), self.batch)
         if self._positions()[0].step >= self.horizon:
             self.restart()
         return out
+
+    def _computing(self) -> AbstractContextManager:
+        return computing(self.device, self.learner.compute_dtype)
 
     def _loop(self) -> InnerLoop:
         return self.learner.inner_loop(self.truncation)
@@ -134,20 +151,33 @@ class _Unrolls(MetaModule):
         """Every task at its initial values, and the frozen prefix run once."""
         with torch.no_grad():
             start = self.patched.init(batch.num_tasks)
-            self.prefixes = tuple(
-                self.patched.record_prefix(start, model_inputs(s), widths=loop.widths)
-                for s in with_ways(batch)
-            )
+            self.prefixes = self._prefixes(loop, batch, start)
             params = start.packed.contiguous()
             active = torch.ones(batch.num_tasks, dtype=torch.bool, device=params.device)
             return _Position(params, loop.rule.init(params), active, 0)
 
+    def _prefixes(self, loop: InnerLoop, batch: TaskBatch, params: TaskParams) -> _Prefixes:
+        support, query = (
+            self.patched.record_prefix(params, model_inputs(s), widths=loop.widths)
+            for s in with_ways(batch)
+        )
+        return support, query
+
     def _advance(
-        self, loop: InnerLoop, batch: TaskBatch, at: _Position
+        self,
+        loop: InnerLoop,
+        batch: TaskBatch,
+        at: _Position,
+        prefixes: _Prefixes,
+        tasks: Tensor | None = None,
     ) -> tuple[_Position, list[Tensor], list[Tensor], Any]:
-        """One window on: query losses after every step, support losses before, last outputs."""
+        """One window on: query losses after every step, support losses before, last outputs.
+
+        Args:
+            tasks: Which of the learner's tasks these are, int64 ``[T]``; None: all.
+        """
         support, query = with_ways(batch)
-        given = Support(support, self.prefixes[0])
+        given = Support(support, prefixes[0], tasks)
         packed, state, active = at.params, at.state, at.active
         if torch.is_grad_enabled():
             packed = packed.detach().requires_grad_()  # for gradients that are differentiated
@@ -158,7 +188,7 @@ class _Unrolls(MetaModule):
                 create_graph=torch.is_grad_enabled() and loop.create_graph(step),
             )  # fmt: skip
             params = TaskParams(self.patched.layout, packed)
-            after, outputs = task_losses(loop, params, query, self.prefixes[1])
+            after, outputs = task_losses(loop, params, query, prefixes[1])
             active = active & torch.isfinite(after.detach())
             found.append(after)
             before.append(losses)
@@ -199,7 +229,8 @@ class TruncatedUnroll(_Unrolls):
 
     Args:
         learner: A learner whose optimizer learns, such as ``fm.MAML(patched,
-            optimizer=fm.LearnedOptimizer(), order=1)``.
+            optimizer=fm.LearnedOptimizer(), order=1)``. Its `memory` and `task_chunk` hold where
+            it is evaluated: a window's graph is kept whole.
         horizon: Inner steps of a task, a multiple of `truncation`.
         truncation: Inner steps of a call, at least 1.
 
@@ -218,15 +249,29 @@ class TruncatedUnroll(_Unrolls):
         self.at = self._begin(loop, batch)
 
     def _window(self, loop: InnerLoop, batch: TaskBatch) -> MetaOutput:
-        at, found, before, outputs = self._advance(loop, batch, self.at)
+        at, found, before, outputs = self._advance(loop, batch, self.at, self.prefixes)
         losses = torch.stack(found).mean(0)
-        good = at.active
-        if bool(good.any()):
-            loss = losses[good].mean()
+        if bool(at.active.all()):
+            loss = losses.mean()
         else:
-            loss = zero_loss(list(self.parameters()))
+            losses = losses.detach()
+            loss = self._of_sound(loop, batch, at.active)
         self.at = replace(at, params=at.params.detach(), state=tuple(s.detach() for s in at.state))
         return self._output(loss, losses, before, outputs, at)
+
+    def _of_sound(self, loop: InnerLoop, batch: TaskBatch, sound: Tensor) -> Tensor:
+        """The loss of sound tasks alone, run again: no NaN may be in their graph."""
+        while bool(sound.any()):
+            index = sound.nonzero().flatten()
+            own = batch.select(index)
+            at = self.at.select(index)
+            prefixes = self._prefixes(loop, own, TaskParams(self.patched.layout, at.params))
+            at, found, *_ = self._advance(loop, own, at, prefixes, index)
+            if bool(at.active.all()):
+                return torch.stack(found).mean()
+            # Other dropout masks, another task lost: fewer tasks each time, so this ends.
+            sound = sound.index_copy(0, index, at.active)
+        return zero_loss(list(self.parameters()))
 
     def _positions(self) -> list[_Position]:
         return [self.at]
@@ -277,7 +322,8 @@ class PES(_Unrolls):
         self.sums: list[list[Tensor]] = []
 
     def _start(self, loop: InnerLoop, batch: TaskBatch) -> None:
-        self.particles = [self._begin(loop, batch) for _ in range(2 * self.pairs)]
+        start = self._begin(loop, batch)
+        self.particles = [start.map(torch.clone) for _ in range(2 * self.pairs)]
         self.sums = [[torch.zeros_like(p) for p in self.parameters()] for _ in range(self.pairs)]
 
     def _window(self, loop: InnerLoop, batch: TaskBatch) -> MetaOutput:
@@ -294,7 +340,8 @@ class PES(_Unrolls):
                     with torch.no_grad():
                         for p, c, d in zip(own, center, draw, strict=True):
                             p.copy_(c + sign * d)
-                        results = self._advance(loop, batch, self.particles[particle])
+                        at = self.particles[particle]
+                        results = self._advance(loop, batch, at, self.prefixes)
                     self.particles[particle] = results[0]
                     windows.append(torch.stack(results[1]).mean(0))
                 # a task counts while both particles of the pair are sound

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -115,14 +115,24 @@ def adapt(
     if ways is not None:
         support = {**support, WAYS: ways_of(ways, tasks, patched.device)}
     check_sets(patched, loop.loss_fn, {"support": support})
-    with torch.no_grad(), computing(patched.device, compute_dtype):
+    with computing(patched.device, compute_dtype):
         start = patched.initial(tasks) if params is None else params
-        pieces = [
-            adapt_tasks(loop, start.select(s), {k: v[s] for k, v in support.items()}, "unroll")
-            for s in split(slice(0, tasks), task_chunk)
-        ]
+        whole = adapted(loop, start, support, task_chunk)
+    return Adapted(whole.params, torch.stack(whole.losses), ~whole.active)
+
+
+@torch.no_grad()
+def adapted(
+    loop: InnerLoop, start: TaskParams, support: Mapping[str, Tensor], task_chunk: int | None
+) -> Trajectory:
+    """The inner loop of T tasks, so many at a time, without a graph and with detached results."""
+    places = torch.arange(start.num_tasks, device=start.device)
+    pieces = []
+    for s in split(slice(0, start.num_tasks), task_chunk):
+        inputs = {k: v[s] for k, v in support.items()}
+        pieces.append(adapt_tasks(loop, start.select(s), inputs, "unroll", places[s]))
     whole = Trajectory.joined(pieces)
-    return Adapted(whole.params.detach(), torch.stack(whole.losses), ~whole.active)
+    return replace(whole, params=whole.params.detach())
 
 
 def plain_loop(
@@ -134,8 +144,8 @@ def plain_loop(
     loss_fn: str | LossFn,
     clip_norm: float | None,
     task_chunk: int | None,
-    compile: bool | str,
-    compile_cache: str | Path | None,
+    compile: bool | str = False,
+    compile_cache: str | Path | None = None,
 ) -> InnerLoop:
     """An inner loop without meta-gradient; every setting is checked, as for :func:`adapt`."""
     if not isinstance(patched, Patched):

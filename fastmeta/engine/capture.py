@@ -28,6 +28,7 @@ from fastmeta.engine.by_signature import BySignature
 from fastmeta.engine.conditions import no_cast_is_kept
 from fastmeta.engine.graph_function import GraphFunction
 from fastmeta.engine.inner import InnerLoop, Support, gradient
+from fastmeta.engine.losses import LossFn
 from fastmeta.engine.tape_family import Family
 from fastmeta.patching import Patched
 from fastmeta.patching.packing import by_copies
@@ -210,8 +211,7 @@ def signature(
     fixed = (
         *more,
         loop.patched.training,
-        _hashable(loop.loss_fn),
-        tuple(id(b) for b in loop.loss_fn.buffers()) if isinstance(loop.loss_fn, nn.Module) else (),
+        _told_by(loop.loss_fn),
         loop.proximal,
         autocast,
         _backend.requested(),
@@ -225,6 +225,18 @@ def signature(
     return Signature(fixed, tuple(n for t in operands for n in (*t.shape, *t.stride())))
 
 
+def _told_by(loss_fn: LossFn) -> Hashable:
+    """What tells one loss from another: itself and, of a module, modes and buffers."""
+    try:
+        hash(loss_fn)
+        own: Hashable = loss_fn
+    except TypeError:
+        own = _Itself(loss_fn)
+    if not isinstance(loss_fn, nn.Module):
+        return own
+    return own, tuple(m.training for m in loss_fn.modules()), tuple(map(id, loss_fn.buffers()))
+
+
 class _Itself:
     """In place of what has no hash: equal to the same object alone."""
 
@@ -236,14 +248,6 @@ class _Itself:
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Itself) and other.value is self.value
-
-
-def _hashable(value: object) -> Hashable:
-    try:
-        hash(value)
-    except TypeError:
-        return _Itself(value)
-    return value
 
 
 def traced_support(support: Support, stored: list[Tensor], given: Iterator[Tensor]) -> Support:

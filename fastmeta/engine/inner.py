@@ -207,7 +207,7 @@ class Trajectory:
 
 
 def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What of a task set goes to the model."""
+    """A task set without its tasks' numbers of classes, which are the loss's alone."""
     return {k: v for k, v in batch.items() if k != WAYS}
 
 

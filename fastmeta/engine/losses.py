@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,15 +23,17 @@ WAYS = "ways"
 """Key under which a task set carries its tasks' numbers of classes, ``[T]``."""
 
 
-def mask_ways(logits: Tensor, ways: Tensor | int | None) -> Tensor:
-    """Logits ``[T, N, ..., C]`` with the classes a task does not have at -inf."""
+def mask_ways(
+    logits: Tensor, ways: Tensor | Sequence[int] | int | None, value: float = float("-inf")
+) -> Tensor:
+    """Logits ``[T, N, ..., C]`` with `value` for the classes that a task does not have."""
     if ways is None:
         return logits
     ways = ways_of(ways, logits.shape[0], logits.device)
     beyond = torch.arange(logits.shape[-1], device=logits.device) >= ways.view(
         -1, *(1,) * (logits.dim() - 1)
     )
-    return logits.masked_fill(beyond, float("-inf"))
+    return logits.masked_fill(beyond, value)
 
 
 def classification(outputs: Any, batch: Mapping[str, Tensor]) -> Tensor:

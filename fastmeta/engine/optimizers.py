@@ -205,7 +205,7 @@ class Momentum(FusedRule):
 
     def __post_init__(self) -> None:
         _check(self, at_least_0=("weight_decay",), below_1=("momentum", "dampening"))
-        if self.nesterov and (self.momentum == 0 or self.dampening != 0):
+        if self.nesterov and (_is_0(self.momentum) or not _is_0(self.dampening)):
             raise ValueError(
                 "nesterov needs a momentum above 0 and a dampening of 0, "
                 f"got momentum={self.momentum} and dampening={self.dampening}"
@@ -361,6 +361,11 @@ def resolve_rule(optimizer: str | UpdateRule) -> UpdateRule:
             f"optimizer must be one of {sorted(RULES)} or a rule object, got {optimizer!r}"
         )
     return RULES[optimizer]()
+
+
+def _is_0(setting: object) -> bool:
+    """Of numbers; what a tensor holds is the operator's to check."""
+    return not isinstance(setting, Tensor) and setting == 0
 
 
 def _each(setting: object) -> list[Tensor]:

@@ -40,8 +40,11 @@ class LearnedRate:
                 raise ValueError(f"a learned rate is per {', '.join(AXES)}; got {axis!r}")
         if "layer" in axes and "param" in axes:
             raise ValueError("a learned rate per 'param' already varies per 'layer': give one")
-        if "task" in axes and not (self.num_tasks and self.num_tasks >= 1):
-            raise ValueError("a learned rate per 'task' needs num_tasks of at least 1")
+        if "task" in axes and not (isinstance(self.num_tasks, int) and self.num_tasks >= 1):
+            raise ValueError(
+                "a learned rate per 'task' needs num_tasks, an integer of at least 1, got "
+                f"{self.num_tasks!r}"
+            )
         check_rate(self.init)
         object.__setattr__(self, "per", axes)
 

@@ -1,5 +1,5 @@
-"""Meta-gradients in the memory of one inner step of half the tasks, whatever K is; exactly the
-same numbers.
+"""Meta-gradients in the memory of one inner step's graph, of half the tasks, and of all steps' fast
+weights; exactly the same numbers.
 
 Forward runs first-order steps and keeps only the fast weights and optimizer state of each.
 Backward walks the steps from last to first, rebuilds one step's graph, and applies its
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastmeta.engine.conditions import Conditions, versions
 from fastmeta.engine.inner import InnerLoop, Support, Trajectory, inner_step
-from fastmeta.patching.prefix import is_random
+from fastmeta.patching.prefix import has_dropout
 
 SLICES = 2
 """Tasks are recomputed in at least this many slices: then a step's graph is small beside the fast
@@ -30,7 +30,7 @@ def slices(loop: InnerLoop, tasks: int) -> list[slice]:
     All of them under dropout: slices would draw other masks than the same tasks unrolled. And where
     the device may not be asked, as which positions are padding is known of whole sets.
     """
-    random = loop.patched.training and is_random(loop.patched.model)
+    random = loop.patched.training and has_dropout(loop.patched.model)
     size = tasks if random or not loop.asks else max(1, tasks // SLICES)
     return [slice(i, min(i + size, tasks)) for i in range(0, tasks, size)]
 

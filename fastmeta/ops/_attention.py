@@ -14,8 +14,18 @@ import torch
 from torch import Tensor
 
 from fastmeta import _backend
-from fastmeta._autograd import Function, each, needs_autograd, unfold
-from fastmeta._library import Op, define, dispatched
+from fastmeta._autograd import (
+    Function,
+    bits,
+    chosen,
+    dense,
+    each,
+    needs_autograd,
+    placed,
+    unfold,
+)
+from fastmeta._backend import by_reference
+from fastmeta._library import define
 from fastmeta.reference import attention as reference
 from fastmeta.reference.attention import Setting, empty_like
 
@@ -24,11 +34,6 @@ _SETTING = "Tensor? places, float scale, int lower, int upper, float dropout_p, 
 
 def _forward(q, k, v, mask, seed, places, *numbers):
     return reference.forward(q, k, v, mask, seed, Setting(*numbers, places=places))
-
-
-def _fake_forward(q, k, v, *others):
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return empty_like(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=dtype)
 
 
 def _wanted(needs: int, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -58,13 +63,6 @@ _DOUBLE_BACKWARD = define(
 )
 
 
-def by_reference(op: Op, device: torch.device) -> bool:
-    """Whether autograd is to differentiate the reference: asked for, or no kernel is there."""
-    if _backend.use_reference():
-        return True
-    return _backend.requested() == "auto" and not dispatched(op.name, device.type)
-
-
 def attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, seed: Tensor | None, setting: Setting
 ) -> Tensor:
@@ -88,11 +86,6 @@ def _too_wide(q: Tensor, v: Tensor) -> bool:
     shared = torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin
     most = 256 if shared >= 227 * 1024 else 128
     return widest > (most // 2 if q.dtype == torch.float64 else most)
-
-
-def _dense(t: Tensor | None) -> Tensor | None:
-    """The same values with adjacent entries in the last axis, as kernels take them."""
-    return t if t is None or t.shape[-1] <= 1 or t.stride(-1) == 1 else t.contiguous()
 
 
 def takes_places(q: Tensor) -> bool:
@@ -121,17 +114,13 @@ def _fold(batch: int, dims: tuple, mask_at: int, args: tuple) -> list[Tensor | N
     return [*folded, args[mask_at + 1]]
 
 
-def _bits(flags) -> int:
-    return sum(bool(flag) << i for i, flag in enumerate(flags))
-
-
 class _Attend(Function):
     """``(q, k, v, mask, seed, setting)`` -> ``(out, lse)`` by the kernel."""
 
     @staticmethod
     def forward(q, k, v, mask, seed, setting):
         kernel = _backend.kernel(_ATTENTION, q.device.type)
-        return kernel(*map(_dense, (q, k, v)), mask, seed, *_arguments(setting))
+        return kernel(*map(dense, (q, k, v)), mask, seed, *_arguments(setting))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -148,10 +137,10 @@ class _Attend(Function):
         if ctx.needs_input_grad[3]:
             found = reference.gradients(d_out, q, k, v, mask, seed, ctx.setting)
             return *_only(ctx.needs_input_grad[:4], found), None, None
-        needs = _bits(ctx.needs_input_grad[:3])
+        needs = bits(ctx.needs_input_grad[:3])
         args = (d_out, q, k, v, lse, mask, seed, ctx.setting, needs)
         function = _Gradients.call if needs_autograd(d_out, q, k, v, mask) else _Gradients.forward
-        return *_spread(function(*args), needs, 3), None, None, None
+        return tuple(placed(function(*args), needs, range(3), 6))
 
     @staticmethod
     def vmap(info, in_dims, *args):
@@ -160,12 +149,6 @@ class _Attend(Function):
         folded = _fold(info.batch_size, in_dims, 3, args)
         results = _Attend.call(*folded, args[5])
         return tuple(unfold(r, info.batch_size) for r in results), (0, 0)
-
-
-def _spread(found: tuple, needs: int, count: int) -> list[Tensor | None]:
-    """The wanted results at their places."""
-    there = iter(found)
-    return [next(there) if needs >> i & 1 else None for i in range(count)]
 
 
 def _only(wanted: tuple[bool, ...], found) -> tuple[Tensor | None, ...]:
@@ -178,9 +161,9 @@ class _Gradients(Function):
     @staticmethod
     def forward(d_out, q, k, v, lse, mask, seed, setting, needs):
         kernel = _backend.kernel(_BACKWARD, q.device.type)
-        given = map(_dense, (d_out, q, k, v))
+        given = map(dense, (d_out, q, k, v))
         results = kernel(*given, lse.contiguous(), mask, seed, *_arguments(setting), needs)
-        return tuple(r for i, r in enumerate(results) if needs >> i & 1)
+        return chosen(results, needs)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -194,19 +177,18 @@ class _Gradients(Function):
         found: list[Tensor | None] = [None] * 9
         if all(c is None for c in cotangents):
             return tuple(found)
-        a, b, c = _spread(cotangents, ctx.needs, 3)
+        a, b, c = placed(cotangents, ctx.needs, range(3), 3)
         wanted = ctx.needs_input_grad
         if wanted[5]:
             *found[:4], found[5] = reference.second(
                 a, b, c, d_out, q, k, v, mask, seed, ctx.setting
             )
             return _only(wanted, found)
-        needs = _bits(wanted[:4])
+        needs = bits(wanted[:4])
         args = (a, b, c, d_out, q, k, v, lse, mask, seed, ctx.setting, needs)
         tensors = (a, b, c, d_out, q, k, v, mask)
         function = _Second.call if needs_autograd(*tensors) else _Second.forward
-        found[:4] = _spread(function(*args), needs, 4)
-        return tuple(found)
+        return tuple(placed(function(*args), needs, range(4), 9))
 
     @staticmethod
     def vmap(info, in_dims, *args):
@@ -224,9 +206,9 @@ class _Second(Function):
     @staticmethod
     def forward(a, b, c, d_out, q, k, v, lse, mask, seed, setting, needs):
         kernel = _backend.kernel(_DOUBLE_BACKWARD, q.device.type)
-        given = map(_dense, (a, b, c, d_out, q, k, v))
+        given = map(dense, (a, b, c, d_out, q, k, v))
         results = kernel(*given, lse.contiguous(), mask, seed, *_arguments(setting), needs)
-        return tuple(r for i, r in enumerate(results) if needs >> i & 1)
+        return chosen(results, needs)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -10,8 +10,18 @@ import torch
 from torch import Tensor
 
 from fastmeta import _backend
-from fastmeta._autograd import Function, batch_rows, needs_autograd
-from fastmeta._library import define, dispatched
+from fastmeta._autograd import (
+    Function,
+    batch_rows,
+    bits,
+    chosen,
+    needs_autograd,
+    placed,
+    pull_back,
+    tasks_of,
+)
+from fastmeta._backend import by_reference
+from fastmeta._library import define
 from fastmeta.reference import head_inner_loop as reference
 
 _ROWS = "Tensor features, Tensor labels, Tensor weight, Tensor? bias, Tensor? lr"
@@ -60,20 +70,13 @@ def run(tensors: tuple, numbers: tuple) -> tuple[Tensor, Tensor | None, Tensor, 
     takes them.
     """
     features, _, weight, bias, lr, _, _ = tensors
-    if _by_reference(features):
+    if by_reference(_FORWARD, features.device):
         return reference.head_inner_loop(*tensors, *numbers)[:4]
     if needs_autograd(features, weight, bias, lr):
         found = _HeadInnerLoop.call(*tensors, *numbers)
     else:
         found = _raw(*tensors, *numbers, keep_steps=False)
     return found[0], found[1] if bias is not None else None, found[2], found[3]
-
-
-def _by_reference(features: Tensor) -> bool:
-    if _backend.use_reference():
-        return True
-    served = dispatched(_FORWARD.name, features.device.type)
-    return not served and _backend.requested() == "auto"
 
 
 def _raw(features, labels, weight, *rest, keep_steps: bool):
@@ -104,26 +107,22 @@ class _HeadInnerLoop(Function):
     def backward(ctx, v_weight, v_bias, *_):
         tensors, kept = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
         weight, bias = tensors[2:4]
-        found: list[Tensor | None] = [None] * 13
         if v_weight is None and v_bias is None:
-            return tuple(found)
+            return (None,) * 13
         if v_weight is None:
             v_weight = torch.zeros_like(weight, memory_format=torch.contiguous_format)
         if bias is None:
             v_bias = None
         elif v_bias is None:
             v_bias = torch.zeros_like(bias, memory_format=torch.contiguous_format)
-        positions = (0, 2, 3, 4)
-        needs = sum(1 << i for i, at in enumerate(positions) if ctx.needs_input_grad[at])
+        places = (0, 2, 3, 4)
+        needs = bits(ctx.needs_input_grad[at] for at in places)
         results = _backward(v_weight, v_bias, *tensors, *kept, *ctx.numbers, needs)
-        wanted = [at for i, at in enumerate(positions) if needs >> i & 1]
-        for at, result in zip(wanted, results, strict=True):
-            found[at] = result
-        return tuple(found)
+        return tuple(placed(results, needs, places, 13))
 
     @staticmethod
     def vmap(info, in_dims, *args):
-        tasks = _tasks(args[0], in_dims[0])
+        tasks = tasks_of(args[0], in_dims[0])
         folded = _fold(info.batch_size, tasks, args[:7], in_dims[:7])
         results = _HeadInnerLoop.call(*folded, *args[7:])
         return _unfold(results, info.batch_size, tasks)
@@ -147,26 +146,21 @@ class _HeadBackward(Function):
             *(v_weight, v_bias, features, labels, weight, bias, lr, *kept),
             *(lr_value, momentum, weight_decay, steps, gram, exact, needs),
         )
-        return tuple(r for i, r in enumerate(results) if needs >> i & 1)
+        return chosen(results, needs)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs[:9])
         ctx.numbers, ctx.needs = inputs[12:-1], inputs[-1]
-        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, *cotangents):
         v_weight, v_bias, features, labels, weight, bias, lr, ways, active = ctx.saved_tensors
         given = (v_weight, v_bias, features, weight, bias, lr)
-        places = [i for i, t in enumerate(given) if t is not None]
-        slots = [i for i, bit in zip((2, 3, 4, 5), range(4), strict=True) if ctx.needs >> bit & 1]
+        slots = chosen((2, 3, 4, 5), ctx.needs)
 
-        def product(*there):
+        def product(*full):
             """The vector-Jacobian product of the reference: what forward computes."""
-            full: list[Tensor | None] = [None] * 6
-            for i, t in zip(places, there, strict=True):
-                full[i] = t
 
             def loop(*inputs):
                 now = list(full)
@@ -180,33 +174,16 @@ class _HeadBackward(Function):
             _, pull = torch.func.vjp(loop, *(full[i] for i in slots))
             return pull(full[0] if bias is None else (full[0], full[1]))
 
-        there = [given[i] for i in places]
-        with torch.enable_grad():
-            results, pull = torch.func.vjp(product, *there)
-            pulled = pull(
-                tuple(
-                    torch.zeros_like(r) if c is None else c
-                    for c, r in zip(cotangents, results, strict=True)
-                )
-            )
-        found: list[Tensor | None] = [None] * 19
-        positions = (0, 1, 2, 4, 5, 6)  # of `given` among the arguments
-        for i, gradient in zip(places, pulled, strict=True):
-            if ctx.needs_input_grad[positions[i]]:
-                found[positions[i]] = gradient
-        return tuple(found)
+        places = (0, 1, 2, 4, 5, 6)  # of `given` among the arguments
+        wanted = [ctx.needs_input_grad[at] for at in places]
+        return tuple(placed(pull_back(product, given, cotangents, wanted), 0b111111, places, 19))
 
     @staticmethod
     def vmap(info, in_dims, *args):
-        tasks = _tasks(args[0], in_dims[0])
+        tasks = tasks_of(args[0], in_dims[0])
         folded = _fold(info.batch_size, tasks, args[:12], in_dims[:12])
         results = _HeadBackward.call(*folded, *args[12:])
         return _unfold(results, info.batch_size, tasks)
-
-
-def _tasks(tensor: Tensor, dim: int | None) -> int:
-    """T of a ``[T, ...]`` tensor that carries a vmapped axis at ``dim``."""
-    return tensor.shape[1 if dim == 0 else 0]
 
 
 def _fold(batch: int, tasks: int, tensors, dims) -> list[Tensor | None]:

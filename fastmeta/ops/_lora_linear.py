@@ -16,10 +16,18 @@ import torch
 from torch import Tensor
 
 from fastmeta import _backend
-from fastmeta._autograd import Function, batch_rows, each, fold, needs_autograd, unfold
+from fastmeta._autograd import (
+    Function,
+    batch_rows,
+    dense,
+    each,
+    fold,
+    needs_autograd,
+    pull_back,
+    unfold,
+)
 from fastmeta._backend import by_reference
 from fastmeta._library import define
-from fastmeta.ops._pairwise import dense
 from fastmeta.ops.batched_linear import product
 from fastmeta.reference import lora_linear as reference
 
@@ -247,25 +255,19 @@ class _Second(Function):
     @staticmethod
     def backward(ctx, *cotangents):
         *given, offsets = ctx.saved_tensors
-        places = [i for i, t in enumerate(given) if t is not None and t.is_floating_point()]
-        places = [i for i in places if i != 8]  # scales of a quantised weight
-        bits = (_DY, _X, _W, _A, _B)
-        wanted = [i for i, bit in enumerate(bits) if ctx.needs & bit]
+        weight = slice(7, 9) if given[8] is not None else slice(0)  # of few bits: no derivative
+        fixed, given[weight] = given[weight], [None] * len(given[weight])
+        wanted = [i for i, bit in enumerate((_DY, _X, _W, _A, _B)) if ctx.needs & bit]
 
-        def second(*there):
-            full = list(given)
-            for i, t in zip(places, there, strict=True):
-                full[i] = t
+        def second(*full):
+            full = list(full)
+            full[weight] = fixed
             results = _second_of_reference(*full, offsets, ctx.scale, ctx.bias_rows, ctx.bf16)
             return tuple(results[i] for i in wanted)
 
-        with torch.enable_grad(), _as_rounded(ctx.bf16):
-            _, pull = torch.func.vjp(second, *(given[i] for i in places))
-            pulled = pull(cotangents)
-        found: list[Tensor | None] = [None] * 17
-        for i, gradient in zip(places, pulled, strict=True):
-            found[i] = gradient if ctx.needs_input_grad[i] else None
-        return tuple(found)
+        with _as_rounded(ctx.bf16):
+            found = pull_back(second, given, cotangents, ctx.needs_input_grad)
+        return *found, *[None] * 6
 
     @staticmethod
     def vmap(info, in_dims, *args):

@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 
 from fastmeta import _backend
-from fastmeta._autograd import Function, fold, needs_autograd, pull_back, unfold
+from fastmeta._autograd import (
+    Function,
+    chosen,
+    dense,
+    fold,
+    needs_autograd,
+    placed,
+    pull_back,
+    unfold,
+)
 from fastmeta._backend import by_reference
 from fastmeta._library import define
 from fastmeta.reference import pairwise as reference
@@ -75,11 +84,6 @@ def pairwise_sums(x: Tensor, y: Tensor, kind: int, p: float = 2.0) -> Tensor:
     return function.forward(x, y, kind, p)
 
 
-def dense(t: Tensor) -> Tensor:
-    """The same values with adjacent coordinates, as kernels take them."""
-    return t if t.shape[-1] <= 1 or t.stride(-1) == 1 else t.contiguous()
-
-
 class _Sums(Function):
     """``(x, y, kind, p)`` by the kernel."""
 
@@ -109,8 +113,7 @@ def weighted(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of ``(w * sums).sum()`` with respect to x and y, those that are wanted."""
     function = _Weighted.call if needs_autograd(w, x, y) else _Weighted.forward
-    found = iter(function(w, x, y, sums, kind, p, needs))
-    return (next(found) if needs & _X else None), (next(found) if needs & _Y else None)
+    return tuple(placed(function(w, x, y, sums, kind, p, needs), needs, range(2), 2))
 
 
 class _Weighted(Function):
@@ -121,7 +124,7 @@ class _Weighted(Function):
         results = _backend.kernel(_BACKWARD, x.device.type)(
             w.contiguous(), dense(x), dense(y), sums, kind, p, needs
         )
-        return tuple(r for r, bit in zip(results, (_X, _Y), strict=True) if needs & bit)
+        return chosen(results, needs)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -132,9 +135,7 @@ class _Weighted(Function):
     @staticmethod
     def backward(ctx, *cotangents):
         w, x, y, sums = ctx.saved_tensors
-        given = iter(cotangents)
-        a = next(given) if ctx.needs & _X else None
-        b = next(given) if ctx.needs & _Y else None
+        a, b = placed(cotangents, ctx.needs, range(2), 2)
         needs = _W * ctx.needs_input_grad[0]
         if ctx.kind not in (ABSOLUTE, MAXIMUM):  # whose second derivative is zero
             needs += _X * ctx.needs_input_grad[1] + _Y * ctx.needs_input_grad[2]

@@ -16,7 +16,17 @@ import torch
 from torch import Tensor
 
 from fastmeta import _backend, _checks
-from fastmeta._autograd import Function, fold, needs_autograd, unfold
+from fastmeta._autograd import (
+    Function,
+    bits,
+    chosen,
+    dense,
+    fold,
+    needs_autograd,
+    placed,
+    pull_back,
+    unfold,
+)
 from fastmeta._backend import by_reference
 from fastmeta._library import define
 from fastmeta.ops import _pairwise
@@ -66,6 +76,7 @@ _FORWARD = define(
     f"prototypical({_TENSORS}, {_METRIC}) -> (Tensor, Tensor, Tensor)", _loss_reference
 )
 _QUERY, _PROTOTYPES, _SCALE = 1, 2, 4  # bits of `needs`
+_PLACES = (0, 2, 4)  # of those among the tensors
 _BACKWARD = define(
     f"prototypical_backward(Tensor v_loss, Tensor logits, {_TENSORS}, {_METRIC}, int needs) "
     "-> (Tensor, Tensor, Tensor)",
@@ -158,16 +169,7 @@ def _pull_gradient(v_loss, tensors, metric, needs: int, cotangents) -> list[Tens
         _, pull = torch.func.vjp(losses, *(given[i] for i in wanted))
         return pull(v_loss)
 
-    with torch.enable_grad():
-        results, pull = torch.func.vjp(gradients, v_loss, query, prototypes, scale)
-        return list(
-            pull(
-                tuple(
-                    torch.zeros_like(r) if c is None else c
-                    for c, r in zip(cotangents, results, strict=True)
-                )
-            )
-        )
+    return pull_back(gradients, (v_loss, query, prototypes, scale), cotangents, (True,) * 4)
 
 
 class _Prototypical(Function):
@@ -187,18 +189,14 @@ class _Prototypical(Function):
 
     @staticmethod
     def backward(ctx, v_loss, *_):
-        found: list[Tensor | None] = [None] * 8
         if v_loss is None:
-            return tuple(found)
+            return (None,) * 8
         *tensors, logits = ctx.saved_tensors
-        places = [at for at in (0, 2, 4) if ctx.needs_input_grad[at]]
-        needs = sum(1 << (at // 2) for at in places)
+        needs = bits(ctx.needs_input_grad[at] for at in _PLACES)
         recorded = needs_autograd(v_loss, tensors[0], tensors[2], tensors[4])
         function = _Gradient.call if recorded else _Gradient.forward
         results = function(v_loss, logits, *tensors, *ctx.metric, needs)
-        for at, result in zip(places, results, strict=True):
-            found[at] = result
-        return tuple(found)
+        return tuple(placed(results, needs, _PLACES, 8))
 
     @staticmethod
     def vmap(info, in_dims, *args):
@@ -214,25 +212,18 @@ class _Gradient(Function):
         tensors = _prepared(query, labels, prototypes, present, scale)
         kernel = _backend.kernel(_BACKWARD, query.device.type)
         results = kernel(v_loss.contiguous(), logits, *tensors, kind, p, root, needs)
-        return tuple(r for i, r in enumerate(results) if needs >> i & 1)
+        return chosen(results, needs)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(inputs[0], *inputs[2:7])
         ctx.metric, ctx.needs = inputs[7:10], inputs[10]
-        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, *cotangents):
         v_loss, *tensors = ctx.saved_tensors
-        found: list[Tensor | None] = [None] * 11
-        for at, gradient in zip(
-            (0, 2, 4, 6),
-            _pull_gradient(v_loss, tensors, ctx.metric, ctx.needs, cotangents),
-            strict=True,
-        ):
-            found[at] = gradient
-        return tuple(found)
+        pulled = _pull_gradient(v_loss, tensors, ctx.metric, ctx.needs, cotangents)
+        return tuple(placed(pulled, 0b1111, (0, 2, 4, 6), 11))
 
     @staticmethod
     def vmap(info, in_dims, *args):
@@ -242,9 +233,9 @@ class _Gradient(Function):
 
 def _prepared(query, labels, prototypes, present, scale) -> tuple[Tensor | None, ...]:
     return (
-        _pairwise.dense(query),
+        dense(query),
         labels.contiguous(),
-        _pairwise.dense(prototypes),
+        dense(prototypes),
         None if present is None else present.contiguous(),
         scale.contiguous(),
     )
@@ -267,17 +258,13 @@ class _ManyClasses(Function):
 
     @staticmethod
     def backward(ctx, v_loss, *_):
-        found: list[Tensor | None] = [None] * 9
         if v_loss is None:
-            return tuple(found)
+            return (None,) * 9
         tensors, gradients = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
         recorded = needs_autograd(v_loss, tensors[0], tensors[2], tensors[4])
         function = _ScaledGradient.call if recorded else _ScaledGradient.forward
         results = function(v_loss, *tensors, *gradients, *ctx.metric, ctx.needs)
-        places = [at for i, at in enumerate((0, 2, 4)) if ctx.needs >> i & 1]
-        for at, result in zip(places, results, strict=True):
-            found[at] = result
-        return tuple(found)
+        return tuple(placed(results, ctx.needs, _PLACES, 9))
 
     @staticmethod
     def vmap(info, in_dims, *args):
@@ -302,7 +289,6 @@ class _ScaledGradient(Function):
     @staticmethod
     def backward(ctx, *cotangents):
         v_loss, query, labels, prototypes, present, scale = ctx.saved_tensors
-        found: list[Tensor | None] = [None] * ctx.count
         # a task's mean loss is the sum over chunks of rows of theirs, each over the whole count
         count = _counted(labels, prototypes.shape[1])
         sums = None
@@ -310,18 +296,15 @@ class _ScaledGradient(Function):
             part = (query[:, rows], labels[:, rows], prototypes, present, scale)
             share = _counted(part[1], prototypes.shape[1]) / count
             given = list(cotangents)
-            if ctx.needs & _QUERY and given[0] is not None:
+            if ctx.needs & _QUERY:
                 given[0] = given[0][:, rows]
-            pulled = _pull_gradient(v_loss * share, part, ctx.metric, ctx.needs, given)
+            pulled = _pull_gradient(v_loss * share, part, ctx.metric, ctx.needs, tuple(given))
             pulled[0] = pulled[0] * share
             pulled[1] = torch.nn.functional.pad(
                 pulled[1], (0, 0, rows.start, query.shape[1] - rows.stop)
             )
             sums = pulled if sums is None else [a + b for a, b in zip(sums, pulled, strict=True)]
-        if sums is not None:
-            for at, gradient in zip((0, 1, 3, 5), sums, strict=True):
-                found[at] = gradient
-        return tuple(found)
+        return tuple(placed(sums or (), 0b1111 if sums else 0, (0, 1, 3, 5), ctx.count))
 
     @staticmethod
     def vmap(info, in_dims, *args):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastmeta import _backend
-from fastmeta._autograd import Function, batch_rows, needs_autograd
+from fastmeta._autograd import Function, batch_rows, bits, needs_autograd, placed, tasks_of
 from fastmeta._library import Op, define, dispatched
 from fastmeta.reference import inner_update as reference
 
@@ -200,8 +200,8 @@ class _Update(Function):
         need = ctx.needs_input_grad
         found: list[Tensor | None] = [None] * 13
         straight = need[1] and not ctx.decays  # then the Jacobian in params is the identity
-        bits = (need[1] and ctx.decays, *need[2:5], False, False, False, need[5], need[8])
-        needs = sum(1 << i for i, bit in enumerate(bits) if bit)
+        wanted = (need[1] and ctx.decays, *need[2:5], False, False, False, need[5], need[8])
+        needs = bits(wanted)
         if straight:
             found[1] = v[0]
         if v[0] is None:
@@ -209,14 +209,14 @@ class _Update(Function):
             v[0] = torch.zeros(shape, dtype=dtype, device=device)
         if needs:
             results = iter(_backward(rule, *v, *ctx.saved_tensors, *ctx.constants, needs))
-            for i, bit in zip((1, 2, 3, 4, 0, 0, 0, 5, 8), bits, strict=True):
-                if bit:
+            for i, flag in zip((1, 2, 3, 4, 0, 0, 0, 5, 8), wanted, strict=True):
+                if flag:
                     found[i] = next(results)
         return tuple(found)
 
     @staticmethod
     def vmap(info, in_dims, rule, params, *rest):
-        tasks = _tasks(params, in_dims[1])
+        tasks = tasks_of(params, in_dims[1])
         tensors, constants = (params, *rest[:7]), rest[7:]
         folded = _fold(info.batch_size, tasks, tensors, in_dims[1:9], expand_rates=False)
         results = _Update.call(rule, *folded, *constants)
@@ -255,18 +255,14 @@ class _Backward(Function):
         *numbers, grads_dtype, needed = ctx.constants
         given = iter(cotangents)
         c = [next(given) if needed >> bit & 1 else None for bit in (0, 1, 2, 3, _LR, _HYPERS)]
-        found: list[Tensor | None] = [None] * 17
         need = ctx.needs_input_grad
         # argument positions of: params, grads, s1, s2, v0, v1, v2, lr, hypers
         positions = (4, 5, 6, 7, 1, 2, 3, 8, 11)
-        needs = sum(1 << i for i, position in enumerate(positions) if need[position])
+        needs = bits(need[position] for position in positions)
         if needs and any(x is not None for x in c):
             args = (*tensors[:7], *c, *tensors[7:], *numbers, grads_dtype, needs)
-            results = iter(_double_backward(ctx.rule, *args))
-            for i, position in enumerate(positions):
-                if needs >> i & 1:
-                    found[position] = next(results)
-        return tuple(found)
+            return tuple(placed(_double_backward(ctx.rule, *args), needs, positions, 17))
+        return (None,) * 17
 
     @staticmethod
     def vmap(info, in_dims, rule, *args):
@@ -304,13 +300,13 @@ class _DoubleBackward(Function):
 def _vmap_derivative(function: type[Function], streams: int, info, in_dims, rule: Rule, args):
     """A vmapped axis as more tasks. args: the streams ``[T, P]`` (for the double backward then
     c_lr and c_hypers), lr, offsets, active, hypers, constants."""
-    batch, tasks = info.batch_size, _tasks(args[0], in_dims[1])
+    batch, tasks = info.batch_size, tasks_of(args[0], in_dims[1])
     end = len(args) - 5  # lr_value, values, flags, grads_dtype, needs
     lr, hypers, needs = args[end - 4], args[end - 1], args[-1]
     sums = (needs >> _LR & 3) != 0
     shared = {  # one row for all tasks: its gradients are summed again below
-        _LR: lr is not None and _tasks(lr, in_dims[1 + end - 4]) == 1,
-        _HYPERS: hypers is not None and _tasks(hypers, in_dims[1 + end - 1]) == 1,
+        _LR: lr is not None and tasks_of(lr, in_dims[1 + end - 4]) == 1,
+        _HYPERS: hypers is not None and tasks_of(hypers, in_dims[1 + end - 1]) == 1,
     }
     folded = _fold(
         batch,
@@ -329,11 +325,6 @@ def _vmap_derivative(function: type[Function], streams: int, info, in_dims, rule
     return tuple(results), (0,) * len(results)
 
 
-def _tasks(tensor: Tensor, dim: int | None) -> int:
-    """T of a ``[T, ...]`` tensor that carries a vmapped axis at ``dim``."""
-    return tensor.shape[1 if dim == 0 else 0]
-
-
 def _fold(batch: int, tasks: int, tensors, dims, *, expand_rates: bool, streams: int = 4) -> tuple:
     """Turn a vmapped axis into more tasks. After the streams come rates ``[1 or T, C]``, except
     offsets (third from last) and active (bool ``[T]``, second from last)."""
@@ -342,7 +333,7 @@ def _fold(batch: int, tasks: int, tensors, dims, *, expand_rates: bool, streams:
     folded = []
     for i, (t, dim) in enumerate(zip(tensors, dims, strict=True)):
         rate = streams <= i < len(tensors) - 3 or i == len(tensors) - 1
-        untouched = rate and t is not None and dim is None and _tasks(t, dim) == 1
+        untouched = rate and t is not None and dim is None and tasks_of(t, dim) == 1
         if i == len(tensors) - 3 or (untouched and not expand_rates):
             folded.append(t)
         else:

@@ -6,13 +6,14 @@ step of a small transformer that was a tenth of the time.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastmeta import _backend
-from fastmeta._autograd import Function, needs_autograd, pull_back
+from fastmeta._autograd import Function, needs_autograd, pull_back, second_derivative
 from fastmeta._checks import describe
 from fastmeta._library import define
 from fastmeta.reference import activations as reference
@@ -160,14 +161,7 @@ class _Second(Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple:
-        def second(g, d, x):
-            def gradient(d, x):
-                _, pull = torch.func.vjp(lambda x: reference.activation(x, ctx.kind), x)
-                return pull(d)[0]
-
-            _, pull = torch.func.vjp(gradient, d, x)
-            return pull(g)
-
+        second = partial(second_derivative, partial(reference.activation, kind=ctx.kind))
         found = pull_back(second, ctx.saved_tensors, cotangents, ctx.needs_input_grad)
         return *found, None
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastmeta import _backend
-from fastmeta._autograd import Function, fold, needs_autograd, pull_back, unfold
+from fastmeta._autograd import Function, dense, fold, needs_autograd, pull_back, unfold
 from fastmeta._checks import describe
 from fastmeta._library import define
 from fastmeta.reference import layer_norm as reference
@@ -126,18 +126,13 @@ def norm_rows(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, rms: b
     return _Norm.forward(x, weight, bias, eps, rms)[0]
 
 
-def _dense(v: Tensor | None) -> Tensor | None:
-    """Vectors with adjacent entries, as kernels take them."""
-    return v if v is None or v.shape[1] <= 1 or v.stride(1) == 1 else v.contiguous()
-
-
 class _Norm(Function):
     """``(x, weight, bias, eps, rms)``: y, and the statistics for the gradient."""
 
     @staticmethod
     def forward(x, weight, bias, eps, rms):
         kernel = _backend.kernel(_FORWARD, x.device.type)
-        return kernel(x.contiguous(), _dense(weight), _dense(bias), eps, rms)
+        return kernel(x.contiguous(), dense(weight), dense(bias), eps, rms)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -170,7 +165,7 @@ class _Gradient(Function):
     @staticmethod
     def forward(dy, x, weight, stats, eps, rms):
         kernel = _backend.kernel(_BACKWARD, x.device.type)
-        return kernel(dy.contiguous(), x.contiguous(), _dense(weight), stats, rms)
+        return kernel(dy.contiguous(), x.contiguous(), dense(weight), stats, rms)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -203,8 +198,8 @@ class _Second(Function):
     def forward(u, gw, gb, dy, x, weight, stats, eps, rms):
         kernel = _backend.kernel(_DOUBLE_BACKWARD, x.device.type)
         u = u if u is None else u.contiguous()
-        given = (dy.contiguous(), x.contiguous(), _dense(weight), stats, rms)
-        return kernel(u, _dense(gw), _dense(gb), *given)
+        given = (dy.contiguous(), x.contiguous(), dense(weight), stats, rms)
+        return kernel(u, dense(gw), dense(gb), *given)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:

@@ -48,6 +48,7 @@ def patch(model: nn.Module, spec: Spec, *, seed: int = 0) -> Patched:
         The patched model: ``patched(params, input_ids=[T, N, L], ...)``.
 
     Raises:
+        TypeError: `model` is no module, or patched already; `spec` is no specification.
         ValueError: The specification names nothing in this model, or parameters of mixed dtype
             or device.
     """
@@ -70,8 +71,12 @@ class Patched(MetaModule):
 
     def __init__(self, model: nn.Module, spec: Spec, *, seed: int = 0) -> None:
         super().__init__()
-        if not isinstance(model, nn.Module) or isinstance(model, Patched):
+        if not isinstance(model, nn.Module):
             raise TypeError(f"expected a torch.nn.Module to patch, got {model!r}")
+        if isinstance(model, Patched):
+            raise TypeError(
+                "expected a model, got one that is patched already: combine specifications with +"
+            )
         # Of torch.compile's wrapper what it wraps: it would compile the code of another structure.
         model = getattr(model, "_orig_mod", model)
         if not isinstance(spec, Spec):

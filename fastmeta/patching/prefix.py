@@ -95,8 +95,11 @@ def install_in(structure: nn.Module, names: Iterable[str]) -> None:
 
 def is_random(module: nn.Module) -> bool:
     """Whether the module may draw random numbers when it runs in its present mode."""
-    if not any(m.training for m in module.modules()):
-        return False
+    return any(m.training for m in module.modules()) and has_dropout(module)
+
+
+def has_dropout(module: nn.Module) -> bool:
+    """Whether the module may draw random numbers in training mode."""
     for m in module.modules():
         if isinstance(m, torch.nn.modules.dropout._DropoutNd) and m.p > 0:
             return True

@@ -155,12 +155,7 @@ class Head(Spec):
     """The task head: every parameter outside the model's backbone."""
 
     def resolve(self, model: nn.Module) -> Iterator[Request]:
-        prefix = getattr(model, "base_model_prefix", "")
-        names = _parameter_names(model)
-        if prefix and isinstance(getattr(model, prefix, None), nn.Module):
-            found = [n for n in names if not n.startswith(prefix + ".")]
-        else:
-            found = [n for n in names if n.split(".")[0] in HEAD_NAMES]
+        found = _in_head(model, _parameter_names(model))
         if not found:
             raise ValueError(
                 f"{type(model).__name__} has no head to adapt; load it with one "
@@ -178,10 +173,15 @@ class LoRA(Spec):
     A starts uniform as in the paper's code, B at zero, so an unadapted task is the model itself.
 
     Args:
-        r: Rank, at least 1.
-        alpha: Scale numerator.
+        r: Rank, at least 1. Default 8.
+        alpha: Numerator of the scale, positive. Default 16.
         targets: Module names to extend: the last part of the name (``"query"``), a dotted ending
-            or a glob over whole names; ``"all-linear"`` takes every linear layer but the head.
+            or a glob over whole names; ``"all-linear"``, the default, takes every linear layer but
+            those of the head, as `fm.Head` finds it.
+
+    Raises:
+        ValueError: `r` or `alpha` out of range; a target that names no linear layer (raised by
+            `fm.patch`).
 
     Source: Hu et al. 2022, https://arxiv.org/abs/2106.09685
     """
@@ -189,9 +189,9 @@ class LoRA(Spec):
     def __init__(
         self, r: int = 8, alpha: float = 16.0, targets: str | Sequence[str] = "all-linear"
     ) -> None:
-        if not isinstance(r, int) or r < 1:
+        if not isinstance(r, int) or isinstance(r, bool) or r < 1:
             raise ValueError(f"the LoRA rank r must be an integer of at least 1, got {r!r}")
-        if not alpha > 0:
+        if not isinstance(alpha, int | float) or not alpha > 0:
             raise ValueError(f"LoRA's alpha must be positive, got {alpha!r}")
         self.r = r
         self.alpha = float(alpha)
@@ -202,7 +202,7 @@ class LoRA(Spec):
         chosen: set[str] = set()
         for target in self.targets:
             if target == "all-linear":
-                matches = {n for n in linears if n.split(".")[0] not in HEAD_NAMES}
+                matches = set(linears) - set(_in_head(model, linears))
             else:
                 matches = {
                     n
@@ -236,14 +236,14 @@ class Prefix(Spec):
     """Soft prefix: per-task key and value vectors in front of every self-attention.
 
     Args:
-        length: Number of prefix positions, at least 1.
+        length: Number of prefix positions, at least 1. Default 16.
 
     Source: Li and Liang 2021, https://arxiv.org/abs/2101.00190 (keys and values directly, as in
     P-tuning v2, https://arxiv.org/abs/2110.07602).
     """
 
     def __init__(self, length: int = 16) -> None:
-        if not isinstance(length, int) or length < 1:
+        if not isinstance(length, int) or isinstance(length, bool) or length < 1:
             raise ValueError(f"the prefix length must be an integer of at least 1, got {length!r}")
         self.length = length
 
@@ -252,6 +252,14 @@ class Prefix(Spec):
 
     def __repr__(self) -> str:
         return f"Prefix(length={self.length})"
+
+
+def _in_head(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """Those of these names that lie outside the model's backbone."""
+    backbone = getattr(model, "base_model_prefix", "")
+    if backbone and isinstance(getattr(model, backbone, None), nn.Module):
+        return [n for n in names if not n.startswith(backbone + ".")]
+    return [n for n in names if n.split(".")[0] in HEAD_NAMES]
 
 
 def _parameter_names(model: nn.Module) -> list[str]:
