@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -44,8 +45,28 @@ def autocast(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if t is None else t.to(dtype) for t in (x, *others))
 
 
+def outside_autocast(function: Callable) -> Callable:
+    """The function with autocast off: products within are in the dtype of what it is given."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not torch._C._is_any_autocast_enabled():
+            return function(*args, **kwargs)
+        with torch._C._DisableAutocast():
+            return function(*args, **kwargs)
+
+    return run
+
+
 class Function(torch.autograd.Function):
-    """``torch.autograd.Function`` with :meth:`call`, a cheaper ``apply``."""
+    """``torch.autograd.Function`` with :meth:`call`, a cheaper ``apply``. Its passes run outside of
+    autocast: a kernel reads one dtype, and one product in another would be read as garbage."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in ("forward", "backward"):
+            if name in vars(cls):
+                setattr(cls, name, staticmethod(outside_autocast(getattr(cls, name))))
 
     @classmethod
     def call(cls, *args: Any) -> Any:

@@ -49,7 +49,7 @@ def derivatives(x, KIND: tl.constexpr):
         return x * s, s + x * (v1 * s1), 2 * (v1 * s1) + x * (v1 * v1 * s2 + v2 * s1)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit
 def activation_kernel(
     x, d, g, to, to_x, N,
     KIND: tl.constexpr, ORDER: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,

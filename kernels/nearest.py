@@ -9,7 +9,7 @@ from torch import Tensor
 from fastmeta.kernels._common import launch, power_of_2
 
 
-@triton.jit(do_not_specialize=["M", "k", "first"])
+@triton.jit(do_not_specialize=["k", "first"])
 def select_kernel(
     values, indices, sums, offset, M, k, first, v_n, i_n, s_n, s_m,
     ALPHA: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr,

@@ -10,7 +10,7 @@ from fastmeta.kernels._common import accumulator, launch, power_of_2
 from fastmeta.kernels.pairwise import SQUARES, pair_programs, rows_at, sums_of, tile_of
 
 
-@triton.jit(do_not_specialize=["N", "M"])
+@triton.jit(do_not_specialize=["N"])
 def squares_kernel(
     dots, x, y, xx, yy, N, M, D, d_b, d_n, d_m, x_b, x_n, y_b, y_n, xx_b, xx_n, yy_b, yy_n,
     ACC: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,

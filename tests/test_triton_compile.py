@@ -254,12 +254,14 @@ def check(
 
 
 def assert_vectors(launch: Launch, binary, what: str) -> None:
-    """Rows of 640 or 512 contiguous, aligned numbers are loaded 8 or 16 bytes at a time."""
+    """Rows of 640 or 512 contiguous, aligned numbers are loaded 8 or 16 bytes at a time, and so is
+    what has no rows."""
     wide = any(
         isinstance(a, torch.Tensor) and a.dim() == 3 and a.shape[2] >= 512 for a in launch.args
     )
     reads_rows = launch.name in ("sums_kernel", "loss_kernel", "class_gather_kernel")
-    if wide and reads_rows:
+    elementwise = launch.name in ("activation_kernel", "dropout_kernel")
+    if (wide and reads_rows) or elementwise:
         assert re.search(r"ld\.global[\w.:]*\.v[24]\.", binary.asm["ptx"]), what
 
 

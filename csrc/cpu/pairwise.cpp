@@ -29,6 +29,9 @@ constexpr int kCancels = 32;
 
 // dots x y^T -> |x|^2 + |y|^2 - 2 dots.
 void squares(Tensor dots, Tensor x, Tensor y, Tensor xx, Tensor yy) {
+  for (const Tensor& t : {dots, y, xx, yy}) {
+    STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), "fastmeta: expected tensors of one dtype");
+  }
   const int64_t N = x.size(1), M = y.size(1), D = x.size(2);
   with_dtype(x, [&](auto zero) {
     using A = decltype(zero);

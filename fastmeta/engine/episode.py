@@ -199,9 +199,10 @@ def _replay(
     """The episode of all tasks with the gradient of its losses' sum, by a CUDA graph."""
     recorded = replace(loop, replays=None, asks=False)
 
-    def step(own: TaskBatch, index: Tensor, start: TaskParams):
-        run = _runner(recorded, own, plan, index)
-        results, gradients = with_gradient(run, slice(0, own.num_tasks), plan.mode, start, weights)
+    def step(loop: InnerLoop, own: TaskBatch, index: Tensor, start: TaskParams):
+        run, whole = _runner(loop, own, plan, index), slice(0, own.num_tasks)
+        weights = [*loop.added_parameters(), *loop.shared]
+        results, gradients = with_gradient(run, whole, plan.mode, start, weights)
         return results._replace(params=results.params.packed), gradients
 
     mode = (plan.mode, plan.keep)

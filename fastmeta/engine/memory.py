@@ -329,11 +329,31 @@ def _measure(
     return meter
 
 
+_graphs = False
+
+
+def note_graphs() -> None:
+    """From now on there are CUDA graphs, which keep free blocks to themselves."""
+    global _graphs
+    _graphs = True
+
+
+def _kept_by_graphs(device: torch.device) -> int:
+    """Free bytes in blocks that CUDA graphs alone may use."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return sum(
+        s["total_size"] - s["allocated_size"]
+        for s in torch.cuda.memory_snapshot()
+        if s["device"] == index and tuple(s["segment_pool_id"]) != (0, 0)
+    )
+
+
 def free_bytes(device: torch.device) -> int:
     """Bytes that can still be allocated on the device; of a host's, this process's share."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free - (_kept_by_graphs(device) if _graphs else 0)
     available = _meminfo()
     limit, used = _cgroup("memory.max"), _cgroup("memory.current")
     if limit is not None and used is not None:

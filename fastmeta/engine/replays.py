@@ -12,6 +12,7 @@ import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -19,11 +20,12 @@ from torch import Tensor
 
 from fastmeta import _backend
 from fastmeta.batch import TaskBatch
+from fastmeta.engine.aliases import aliased
 from fastmeta.engine.by_signature import BySignature
 from fastmeta.engine.conditions import Conditions, no_cast_is_kept
 from fastmeta.engine.graphs import masks_unread
 from fastmeta.engine.inner import InnerLoop, model_inputs
-from fastmeta.engine.memory import is_out_of_memory
+from fastmeta.engine.memory import is_out_of_memory, note_graphs
 from fastmeta.patching import Patched, TaskParams
 from fastmeta.patching.initial_params import InitialParams
 from fastmeta.patching.unpadded import Tokens
@@ -33,13 +35,13 @@ WHOLE = "cudagraph"
 _MOST = 64
 """Graphs of one learner; more signatures than this run without."""
 
-_WAITED = "called a synchronizing CUDA operation"
-"""Torch's warning."""
+_REFUSED = "called a synchronizing CUDA operation", "AccumulateGrad node's stream does not match"
+"""Torch's warnings."""
 
 Found = tuple[Sequence[Tensor], list[Tensor | None]]
 """Results, and the gradient of their losses' sum."""
-Step = Callable[[TaskBatch, Tensor, TaskParams], Found]
-"""``(batch, places of its tasks, initial fast weights) -> found``."""
+Step = Callable[[InnerLoop, TaskBatch, Tensor, TaskParams], Found]
+"""``(loop, batch, places of its tasks, initial fast weights) -> found``."""
 
 
 def replays_of(patched: Patched, compile: bool | str) -> Replays | None:
@@ -65,7 +67,8 @@ class Replays(BySignature):
         failed = "a meta-step could not be recorded and runs without a CUDA graph"
         super().__init__(_MOST, failed, is_out_of_memory)
         self.one_at_a_time = threading.Lock()  # a graph has one batch's memory
-        self.pool = None
+        self.own: tuple[Hashable, InnerLoop] | None = None
+        self.pool, self.stream = None, None  # graphs share memory where they share both
 
     def __reduce__(self):
         return Replays, ()  # graphs hold the memory of one process
@@ -88,6 +91,8 @@ class Replays(BySignature):
             start: Initial fast weights; those of all tasks are read where they are too.
             weights: What else a gradient is taken of; read where they are.
         """
+        if _Recorded.broken:
+            return None
         tokens = _tokens(loop, batch)
         key = _signature(loop, mode, batch, tokens, start, weights)
         with self.one_at_a_time, torch.cuda.device(start.device):
@@ -98,15 +103,33 @@ class Replays(BySignature):
         self, loop: InnerLoop, batch: TaskBatch, start: TaskParams, step: Step
     ) -> _Recorded:
         if self.pool is None:
-            self.pool = torch.cuda.graph_pool_handle()
-        return _Recorded(loop, batch, start, step, self.pool)
+            self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        return _Recorded(self._own(loop), batch, start, step, self.pool, self.stream)
+
+    def _own(self, loop: InnerLoop) -> InnerLoop:
+        """The loop on leaves that no other graph knows."""
+        key = _places_of(loop)
+        if self.own is None or self.own[0] != key:
+            self.own = key, aliased(loop)
+        own = self.own[1]
+        own.patched.train(loop.patched.training)
+        return replace(loop, patched=own.patched, rates=own.rates, head=own.head)
 
 
 class _Recorded:
     """A meta-step of one signature: the memory it reads, its graph, and what that writes."""
 
+    broken = False
+    """Whether a recording failed, which leaves torch's own state broken: there are no others."""
+
     def __init__(
-        self, loop: InnerLoop, batch: TaskBatch, start: TaskParams, step: Step, pool: object
+        self,
+        loop: InnerLoop,
+        batch: TaskBatch,
+        start: TaskParams,
+        step: Step,
+        pool: object,
+        stream: torch.cuda.Stream,
     ) -> None:
         with torch.no_grad():
             self.batch = batch.map(torch.clone)
@@ -115,23 +138,23 @@ class _Recorded:
         self.places = torch.arange(batch.num_tasks, device=start.device)
 
         def run() -> tuple[Found, Tensor]:
-            results, gradients = step(self.batch, self.places, self.start)
+            results, gradients = step(loop, self.batch, self.places, self.start)
             losses, *_, active, _ = results
             return (results, gradients), (active & torch.isfinite(losses)).all()
 
         self.graph = torch.cuda.CUDAGraph()
         with no_cast_is_kept(), masks_unread():
             conditions = Conditions(loop.patched, start.device)
-            stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 run()  # compiles kernels, makes workspaces
-                with _waits_raise():  # here: a recording that fails leaves torch's own state broken
+                with _waits_raise():  # here, as a recording must not fail
                     run()
             torch.cuda.current_stream().wait_stream(stream)
             conditions.finish()
             if conditions.random is not None:
                 raise RuntimeError("it draws random numbers, which a graph would draw again")
+            _Recorded.broken = True
             with (
                 torch.cuda.stream(torch.cuda.current_stream()),  # again, should a recording fail
                 torch.cuda.graph(  # torch's own stream stays on the device that it was made for
@@ -139,6 +162,8 @@ class _Recorded:
                 ),
             ):
                 self.found, self.finite = run()
+            _Recorded.broken = False
+        note_graphs()
 
     def replay(
         self, batch: TaskBatch, tokens: Sequence[Tokens | None], start: TaskParams
@@ -194,7 +219,7 @@ def _signature(
     weights: Sequence[Tensor],
 ) -> Hashable:
     """Everything that a recording fixes."""
-    device, model = start.device.type, loop.patched.model
+    device = start.device.type
     weights = [*weights, *(start.tensors() if _alike(start) else [])]
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     return (
@@ -208,22 +233,33 @@ def _signature(
         tuple(batch.query),
         tuple(None if each is None else each.width for each in tokens),
         tuple((t.shape, t.dtype) for t in _values(batch, tokens, start)),
-        tuple((t.data_ptr(), t.requires_grad) for t in [*weights, *model.parameters()]),
-        tuple(t.data_ptr() for t in model.buffers()),
+        tuple((t.data_ptr(), t.requires_grad) for t in weights),
+        _places_of(loop),
     )
+
+
+def _places_of(loop: InnerLoop) -> Hashable:
+    """Where the loop's weights and buffers lie, and which of them learn."""
+    modules = [m for m in (loop.patched.model, loop.rates, loop.head) if m is not None]
+    weights = [p for m in modules for p in m.parameters()] + loop.patched.slots.initial
+    buffers = [b for m in modules for b in m.buffers()]
+    return tuple((t.data_ptr(), t.requires_grad) for t in [*weights, *buffers])
 
 
 @contextmanager
 def _waits_raise() -> Iterator[None]:
-    """Raise at the end where anything within has waited for the device; other threads may."""
-    before = torch.cuda.get_sync_debug_mode()
+    """Raise at the end where anything within has waited for the device, or for a gradient's stream;
+    other threads may."""
+    before, always = torch.cuda.get_sync_debug_mode(), torch.is_warn_always_enabled()
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
+        torch.set_warn_always(True)
         try:
             yield
         finally:
             torch.cuda.set_sync_debug_mode(before)
+            torch.set_warn_always(always)
     for warning in seen:
-        if _WAITED in str(warning.message):
+        if any(known in str(warning.message) for known in _REFUSED):
             raise RuntimeError(f"it {warning.message}")

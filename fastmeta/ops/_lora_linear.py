@@ -265,9 +265,7 @@ class _Second(Function):
             results = _second_of_reference(*full, offsets, ctx.scale, ctx.bias_rows, ctx.bf16)
             return tuple(results[i] for i in wanted)
 
-        with _as_rounded(ctx.bf16):
-            found = pull_back(second, given, cotangents, ctx.needs_input_grad)
-        return *found, *[None] * 6
+        return *pull_back(second, given, cotangents, ctx.needs_input_grad), *[None] * 6
 
     @staticmethod
     def vmap(info, in_dims, *args):

@@ -78,10 +78,17 @@ def pairwise_sums(x: Tensor, y: Tensor, kind: int, p: float = 2.0) -> Tensor:
     few = min(x.shape[1], y.shape[1]) <= FEW
     if kind == PRODUCT and not few:
         return x @ y.mT
-    function = _SquaresByProducts if kind == SQUARES and not few and x.shape[2] > 4 else _Sums
+    products = kind == SQUARES and not few and x.shape[2] > 4 and not rounds_products(x)
+    function = _SquaresByProducts if products else _Sums
     if needs_autograd(x, y):
         return function.call(x, y, kind, p)
     return function.forward(x, y, kind, p)
+
+
+def rounds_products(x: Tensor) -> bool:
+    """Whether torch's matrix products round what they multiply: a user may let a GPU take TF32."""
+    tf32 = x.device.type == "cuda" and x.dtype == torch.float32
+    return tf32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 class _Sums(Function):

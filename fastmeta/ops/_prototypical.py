@@ -358,7 +358,7 @@ def _in_chunks(query, labels, prototypes, present, scale, metric: Metric, needs:
         there = None if present is None else present[some]
         for rows in chunks:
             x, cx, target = query[some, rows], centred[0][some, rows], labels[some, rows]
-            if kind == SQUARES:
+            if kind == SQUARES and not _pairwise.rounds_products(x):
                 sums = _pairwise.squares_by_products(x, y, cx, cy)
             elif kind == PRODUCT:
                 sums = x @ y.mT

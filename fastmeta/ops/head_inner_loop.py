@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from fastmeta import _checks
+from fastmeta._autograd import outside_autocast
 from fastmeta._checks import describe
 from fastmeta.ops import _head
 
 IGNORED = -100
 
 
+@outside_autocast
 def head_inner_loop(
     features: Tensor,
     labels: Tensor,

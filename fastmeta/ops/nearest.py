@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastmeta import _backend
-from fastmeta._autograd import needs_autograd
+from fastmeta._autograd import needs_autograd, outside_autocast
 from fastmeta._backend import by_reference
 from fastmeta._library import define
 from fastmeta.ops import _pairwise
@@ -44,6 +44,7 @@ _SELECT = define(
 )
 
 
+@outside_autocast
 def nearest(
     x: Tensor,
     y: Tensor,
@@ -142,7 +143,8 @@ def _certified(x: Tensor, y: Tensor, k: int) -> tuple[Tensor, Tensor]:
     found, exact = names.gather(1, by_value)[:, :k], exact[:, :k]
     if kept == rows and bool((found >= 0).all()):
         return found, _squares_to(x, y, found)
-    error = torch.finfo(x.dtype).eps * (8 + width**0.5) * (xx + yy.max())
+    eps = 2.0**-10 if _pairwise.rounds_products(x) else torch.finfo(x.dtype).eps
+    error = eps * (8 + width**0.5) * (xx + yy.max())
     doubtful = ~(exact[:, -1] < approximate[:, -1] + xx - error)
     again = doubtful.nonzero().flatten()
     if len(again):

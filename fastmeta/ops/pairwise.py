@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastmeta import _backend, _checks
+from fastmeta._autograd import outside_autocast
 from fastmeta._checks import describe
 from fastmeta.ops import _pairwise
 from fastmeta.reference import pairwise as reference
@@ -25,6 +26,7 @@ METRICS = (
 )
 
 
+@outside_autocast
 def pairwise_distance(
     x: Tensor,
     y: Tensor,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastmeta import _checks
+from fastmeta._autograd import outside_autocast
 from fastmeta._checks import describe
 from fastmeta.ops import _classes, _prototypical
 from fastmeta.ops.pairwise import (
@@ -23,6 +24,7 @@ from fastmeta.reference.pairwise import PRODUCT, unit_rows
 IGNORED = -100
 
 
+@outside_autocast
 def class_means(
     features: Tensor, labels: Tensor, num_classes: int | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -63,6 +65,7 @@ def _means(features: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tens
     return sums / counts.clamp_min(1).to(sums.dtype).unsqueeze(-1), counts
 
 
+@outside_autocast
 def prototypical_loss(
     query: Tensor,
     query_labels: Tensor,
@@ -127,6 +130,7 @@ def prototypical_loss(
     return loss, accuracy
 
 
+@outside_autocast
 def prototypical_logits(
     query: Tensor,
     query_labels: Tensor,

@@ -8,10 +8,12 @@ kernels themselves have tests of their own. Time and memory are not modelled.
 
 from __future__ import annotations
 
+import gc
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +49,7 @@ def set_up() -> None:
     torch.cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
     torch.cuda.mem_get_info = lambda device=None: (64 << 30, 80 << 30)
     torch.cuda.memory_reserved = torch.cuda.memory_allocated = lambda device=None: 0
+    torch.cuda.memory_snapshot = list
     torch.cuda.Stream = torch.cuda.current_stream = _Stream
     torch.cuda.stream = torch.cuda.device = lambda of: nullcontext()
     torch.cuda.get_sync_debug_mode = lambda: 0
@@ -280,11 +283,32 @@ def _recorded(
 ) -> Iterator[None]:
     mode = _get_current_dispatch_mode()
     mode.graph = graph
-    try:
-        yield
-    finally:
-        mode.graph = None
+    with patch.object(torch.autograd, "grad", _fresh_leaves_only(torch.autograd.grad)):
+        try:
+            yield
+        finally:
+            mode.graph = None
     graph.forget()
+
+
+def _fresh_leaves_only(grad):
+    """`torch.autograd.grad` as a recording allows it: weights of a graph that was there before have
+    nodes on its stream."""
+    for t in gc.get_objects():
+        if issubclass(type(t), Tensor) and t.requires_grad and t.is_leaf:
+            _node(t).metadata["before"] = True  # forgotten with a node that nobody holds
+
+    def checked(outputs, inputs, *args, **kwargs):
+        inputs = [inputs] if isinstance(inputs, Tensor) else inputs
+        if any("before" in _node(t).metadata for t in inputs if t.is_leaf):
+            raise RuntimeError("a gradient of a leaf whose node is on another stream")
+        return grad(outputs, inputs, *args, **kwargs)
+
+    return checked
+
+
+def _node(leaf: Tensor) -> torch.autograd.graph.Node:
+    return torch.autograd.graph.get_gradient_edge(leaf).node
 
 
 def _recording() -> bool:

@@ -132,6 +132,18 @@ def test_other_losses(name: str) -> None:
         assert len(there.replays.steps) == 1 and None not in there.replays.steps.values()
 
 
+def test_graphs_that_live_meanwhile() -> None:
+    """Nodes of their weights are on another stream than a recording."""
+    with gpu():
+        here, there = pair(oracle.tiny_bert(), ADAPTERS, lr=RATE)
+        kept = []
+        for batch in (BATCHES[0], BATCHES[0][:2]):
+            oracle.assert_close(step(there, batch), step(here, batch))
+            kept.append(there(batch.to(there.device)))
+        assert len(there.replays.steps) == 2 and None not in there.replays.steps.values()
+        kept[0].loss.backward()
+
+
 def test_weights_that_changed_are_read() -> None:
     with gpu():
         here, there = pair(oracle.tiny_bert(), ADAPTERS)
