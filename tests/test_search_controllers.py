@@ -18,6 +18,7 @@ from fastmeta.search import (
     pareto_front,
 )
 from fastmeta.search.lstm import leave_one_out
+from fastmeta.search.relaxed import Relaxation
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +130,8 @@ def test_a_policy_that_reads_the_task_proposes_for_it(space):
     assert all(controller.best_guess(task).optimizer == name for name, task in tasks.items())
     with pytest.raises(ValueError, match="task embeddings of width 4, got 3"):
         controller.propose(1, torch.zeros(3))
+    controller.policy.double()  # embeddings come from the model, and go where the policy is
+    assert controller.best_guess(tasks["adam"]).optimizer == "adam"
 
 
 def test_relaxed_choices_have_exact_second_order_gradients():
@@ -172,6 +175,50 @@ def test_whole_parts_are_the_model_itself():
     found = float(controller.objective(evaluator, batch).detach())
     single = evaluator.evaluate([space.proposal()], batch)[0]
     assert found == pytest.approx(sum(single.losses) / len(single.losses), rel=1e-9)
+
+
+@pytest.mark.parametrize("family", ["modernbert", "gpt2"])
+def test_expected_arithmetic_of_layers_whose_parts_are_not_known(family):
+    model = oracle.FAMILIES[family]()
+    controller = DifferentiableController(Space(model, layers=[2, 1], lr=[0.1, 0.2]))
+    arithmetic = Relaxation(controller.space, controller.shares()).arithmetic()
+    arithmetic.backward()
+    (grad,) = (p.grad for p in controller.logits if p.grad is not None)
+    assert float(arithmetic.detach()) == pytest.approx(0.75)
+    assert bool(grad.isfinite().all()) and bool(grad.all())
+
+
+def test_a_range_of_steps_is_not_relaxed():
+    """The inner loop takes the expected number of steps; rewards teach the distribution."""
+    model, tokenizer = oracle.tiny_bert(num_layers=2)
+    batch = oracle.batch_of(tokenizer, tasks=1)
+    found = []
+    for steps in (Range(1, 3, integer=True), [2]):
+        space = Space(model, layers=[2, 1], lr=0.1, steps=steps)
+        controller = DifferentiableController(space)
+        loss = controller.objective(fm.search.Evaluator(space), batch)
+        loss.backward()
+        found.append((loss.detach(), controller.logits[0].grad))
+        if isinstance(steps, Range):
+            assert controller.logits[1].grad is None
+            proposals = [space.proposal(steps=n) for n in (1, 2, 3)]
+            controller.observe(proposals, [1.0, 0.0, 0.0])
+            assert int(controller.shares()["steps"].argmax()) == 0
+    for mine, other in zip(*found, strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+def test_what_was_not_chosen_gets_no_credit(space):
+    small = Space(
+        space.model, optimizer=["sgd", "adam"], batch_size=[None, 2],
+        conditions=[When("batch_size", "optimizer", "sgd")],
+    )  # fmt: skip
+    controller = DifferentiableController(small)
+    adam, sgd = small.proposal(optimizer="adam"), small.proposal(batch_size=2)
+    controller.observe([adam] * 3 + [sgd, small.proposal()], [1.0, 1.0, 1.0, 0.0, 0.0])
+    shares = controller.shares()
+    assert bool(shares["optimizer"][1] > 0.5)
+    assert torch.equal(shares["batch_size"], torch.full((2,), 0.5, dtype=torch.float64))
 
 
 def test_pareto_front():
@@ -240,3 +287,5 @@ def test_a_conditioned_search_learns_what_suits_which_tasks():
     torch.testing.assert_close(
         fm.search.task_embedding(found.evaluator, first, batch.ways[:1]), embedding[:1]
     )
+    with pytest.raises(ValueError, match="weights name one of flops"):  # before any task is read
+        fm.search.run_conditioned(space, None, weights={"flop": 1.0}, progress=False)

@@ -8,7 +8,7 @@ import torch
 
 import fastmeta as fm
 from fastmeta.search.importance import ordered_copy
-from fastmeta.search.passes import FrozenPass
+from fastmeta.search.passes import FrozenPass, LivePass
 from fastmeta.testing.float64 import keep_float64
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
@@ -118,6 +118,15 @@ def test_heads_and_poolings_of_sentence_encoders(sentences):
     assert len(evaluator._features[batch]) == 2  # architectures whose features are remembered
     again = losses(evaluator.evaluate(candidates, batch))
     torch.testing.assert_close(again, found, **EXACT)
+    some = [candidates[i] for i in (1, 3, 4, 0)]  # by their first adapted layer in no order
+    expected = [evaluator.features([p], batch.support)[0] for p in some]
+    for mine, own in zip(evaluator.features(some, batch.support), expected, strict=True):
+        torch.testing.assert_close(mine, own, **EXACT)
+    frozen = FrozenPass(
+        evaluator.net, {k: v for k, v in batch.support.items() if k != "labels"}, some
+    )
+    with pytest.raises(ValueError, match=r"by their first adapted layer, got \[3, 0, 0, 3\]"):
+        LivePass(frozen, range(4))
 
 
 def test_tasks_of_unequal_size_and_candidates_that_diverge(sentences):
@@ -159,6 +168,22 @@ def test_ordering_by_importance_changes_no_result(setting):
     assert ((out * before).diff() <= 1e-12).all()
 
 
+def test_heads_that_share_a_norm_keep_their_order():
+    """OLMo 2's norms are over the queries and keys of all heads, each with a weight of its own."""
+    with keep_float64():
+        torch.manual_seed(0)
+        model = oracle.disturbed(oracle.FAMILIES["olmo2"]())
+        space = fm.search.Space(model, widths=[1.0, 0.5], lora=[0, 2])
+        inputs = {k: v[0] for k, v in oracle.rows_of().support.items() if k != "labels"}
+        with torch.no_grad():
+            ordered = ordered_copy(model, space.anatomy, inputs)
+            torch.testing.assert_close(ordered(**inputs).logits, model(**inputs).logits, **EXACT)
+        query = [m.model.layers[0].self_attn.q_proj.weight for m in (model, ordered)]
+        assert torch.equal(*query) and space.anatomy.layers[0].width == 48
+        with pytest.raises(ValueError, match=r"attention heads of Olmo2.* cannot be narrowed"):
+            fm.search.Space(model, heads=[4, 2])
+
+
 @pytest.mark.parametrize("family", ["distilbert", "roberta", "electra", "llama"])
 def test_families(family):
     import transformers as tf
@@ -198,3 +223,33 @@ def test_families(family):
         found = losses(evaluator.evaluate(candidates, batch))
         for candidate, mine in zip(candidates, found, strict=True):
             torch.testing.assert_close(mine, oracle.alone(evaluator, candidate, batch), **EXACT)
+
+
+@pytest.mark.parametrize(
+    ("family", "target"),
+    [("deberta", "query_proj"), ("opt", "q_proj"), ("bloom", "query_key_value"), ("gpt2", None)],
+)
+def test_searching_families_that_call_their_layers_in_other_ways(family, target):
+    """Tuples with more than states, rows of tokens, biases by head, weights that are transposed."""
+    with keep_float64():
+        torch.manual_seed(0)
+        model = oracle.disturbed(oracle.FAMILIES[family]())
+        terms = {} if target is None else {"lora": {target: [2, 0]}}
+        space = fm.search.Space(model, layers="each", steps=1, lr=[0.05, 0.2], **terms)
+        batch, cost = oracle.rows_of(), fm.search.CostModel(space, rounds=1)
+        found = fm.search.run(
+            space, batch, controller="random", evaluations=4, population=4, cost=cost,
+            progress=False,
+        )  # fmt: skip
+        assert found.baseline.cost["relative_flops"] == 1
+        for some in ([space.proposal({"layer.0": False}), space.proposal()], [None]):
+            some = [p or space.proposal({"layer.0": False, "lr": 0.2}) for p in some]
+            mine = losses(fm.search.Evaluator(space).evaluate(some, batch))
+            for candidate, values in zip(some, mine, strict=True):
+                alone = oracle.alone(found.evaluator, candidate, batch)
+                torch.testing.assert_close(values, alone, **EXACT)
+
+
+def test_layers_with_something_between_them_are_refused():
+    with pytest.raises(ValueError, match=r"DebertaV2.* has a convolution between them"):
+        fm.search.Space(oracle.FAMILIES["deberta"](conv_kernel_size=3))

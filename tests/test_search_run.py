@@ -1,34 +1,30 @@
-"""`fm.search.run`, its state, and what it writes."""
+"""`fm.search.run`: costs, budgets, rewards, and its state."""
 
 from __future__ import annotations
-
-import json
-from pathlib import Path
 
 import pytest
 import search_oracle as oracle
 import torch
-import transformers
+from search_oracle import make_space, run
 
 import fastmeta as fm
-from fastmeta.cli import main
-from fastmeta.search import CostModel, Evaluator, Range, SearchError, SearchInterrupted, Space
+from fastmeta.search import (
+    CostModel,
+    Evaluator,
+    Evolution,
+    Range,
+    SearchError,
+    SearchInterrupted,
+    Space,
+    When,
+)
+from fastmeta.search.budget import Budget
 
 
 @pytest.fixture(scope="module")
 def parts():
     model, tokenizer = oracle.tiny_bert()
     return model, tokenizer, oracle.batch_of(tokenizer)
-
-
-def make_space(model, **more):
-    settings = {"layers": [1, 2, 3], "widths": [1.0, 0.5], "lora": [0, 2], "steps": [1, 2]}
-    return Space(model, lr=Range(0.05, 0.5, log=True), **(settings | more))
-
-
-def run(space, batch, **more):
-    return fm.search.run(space, batch, **({"evaluations": 12, "population": 4,
-                                           "progress": False} | more))  # fmt: skip
 
 
 # -- cost ----------------------------------------------------------------------------------------
@@ -61,6 +57,27 @@ def test_latency_comes_from_a_table_of_sizes(parts):
     again = CostModel(space, rounds=1)
     again.load_state_dict(cost.state_dict())
     assert again(two) == cost(two)
+
+
+def test_latency_of_a_decoder_is_measured_without_a_cache():
+    space = Space(oracle.FAMILIES["llama"]().eval(), heads=[4, 2], widths=[1.0, 0.5])
+    cost = CostModel(space, rounds=1)
+    assert cost(space.proposal(heads=2, width=24))["latency"] > 0
+    caches = [v for v in cost._call[1].values() if hasattr(v, "get_seq_length")]
+    assert all(c.get_seq_length() == 0 for c in caches)
+    assert space.model.config.use_cache
+
+
+def test_a_budget_knows_what_conditions_leave_open(parts):
+    space = Space(
+        parts[0], layers=[3, 2], widths=[1.0, 0.25], conditions=[When("width", "layers", 3)]
+    )
+    cost = CostModel(space, latency=False)
+    least = cost(space.proposal(width=32))["relative_flops"]  # of three narrow layers
+    assert least < cost(space.proposal(layers=2))["relative_flops"]
+    Budget(space, cost, {"relative_flops": 1.01 * least})
+    with pytest.raises(SearchError, match=f"the smallest one has {least:.4g}"):
+        Budget(space, cost, {"relative_flops": 0.99 * least})
 
 
 # -- running and going on ------------------------------------------------------------------------
@@ -97,6 +114,40 @@ def test_an_interrupted_search_goes_on_as_if_it_had_not_been(parts, tmp_path):
     assert again.rewards == whole.rewards and again.best.proposal == whole.best.proposal
     with pytest.raises(SearchError, match="is of a search with seed=0, got 1"):
         run(space, batch, out=tmp_path / "b", resume=True, seed=1, **settings)
+
+
+def test_only_the_same_search_goes_on(parts, tmp_path):
+    model, tokenizer, batch = parts
+    settings = {"controller": "evolution", "evaluations": 4, "out": tmp_path, "tournament": 4}
+    run(make_space(model), batch, **settings)
+    settings |= {"evaluations": 8, "resume": True}
+    other = oracle.batch_of(tokenizer, shots=2)
+    assert other.num_tasks == batch.num_tasks
+    for space, tasks, more, message in (
+        (make_space(model), other, {}, "with tasks="),
+        (make_space(model, lora_scale=20.0), batch, {}, "with lora_scale=2.0, got 20.0"),
+        (make_space(oracle.tiny_bert(seed=1)[0]), batch, {}, "with model="),
+        (make_space(model), batch, {"tournament": 8}, "with settings="),
+    ):
+        with pytest.raises(SearchError, match="is of a search " + message):
+            run(space, tasks, **(settings | more))
+    with pytest.raises(ValueError, match="resume and overwrite exclude each other"):
+        run(make_space(model), batch, overwrite=True, **settings)
+    assert len(run(make_space(model), batch, **settings).scores) > 4
+    before = (tmp_path / "search.pt").read_bytes()
+    settings |= {"resume": False, "overwrite": True}
+    with pytest.raises(SearchError, match="no candidate meets the budget"):
+        run(make_space(model), batch, budget={"relative_flops": 0.01}, **settings)
+    assert (tmp_path / "search.pt").read_bytes() == before
+    run(make_space(model), other, **settings)
+    assert (tmp_path / "search.pt").read_bytes() != before
+
+
+def test_a_step_may_be_larger_than_what_evolution_remembers(parts):
+    space = Space(parts[0], layers=[1, 2, 3], lr=Range(0.05, 0.5, log=True), steps=1)
+    settings = {"evaluations": 40, "population": 40}
+    assert len(run(space, parts[2], controller="evolution", **settings).rewards) == 40
+    run(space, parts[2], controller=Evolution(space, population=8), **settings)
 
 
 def test_a_damaged_state_is_named(parts, tmp_path):
@@ -169,221 +220,25 @@ def test_successive_halving_stops_the_worse_ones(parts):
     )
 
 
-# -- the winner ----------------------------------------------------------------------------------
-
-
-def gated_logits(evaluator, proposal, inputs) -> torch.Tensor:
-    """Logits of a candidate inside the supernet, before adaptation."""
-    from fastmeta.search.passes import FrozenPass, LivePass
-
-    rows = {k: v.unsqueeze(0) for k, v in inputs.items()}
-    gates = LivePass(FrozenPass(evaluator.net, rows, [proposal]), [0])
-    with torch.no_grad():
-        return evaluator.net(evaluator.net.start([proposal], 1), prefix_cache=gates, **rows)[0]
-
-
-@pytest.mark.parametrize("kind", ["stock", "per layer"])
-@pytest.mark.parametrize("head", ["model", "sentence"])
-def test_the_export_is_an_ordinary_checkpoint(parts, tmp_path, kind, head):
-    model, tokenizer, batch = parts
-    if head == "sentence":
-        encoder = oracle.tiny_bert()[0].bert
-        encoder.pooler = None  # as load_encoder leaves it
-        model = fm.models.SentenceClassifier(encoder, 5, 10.0).double()
-    stock = kind == "stock"
-    more = {} if stock else {"heads": [4, 2], "layers": "each", "uniform": False}
-    space = make_space(model, **more)
-    evaluator = Evaluator(space)
-    values = {"layers": 2, "width": 64, "rank.query": 2}
-    if not stock:
-        values = {"layer.1": False, "heads.0": 2, "width.2": 64, "rank.value": 2}
-    proposal = space.proposal(values)
-    folder = fm.search.export(evaluator, proposal, tmp_path / "winner", tokenizer=tokenizer)
-    inputs = {k: v[0] for k, v in batch.support.items() if k != "labels"}
-    expected = gated_logits(evaluator, proposal, inputs)
-    settings = {"dtype": torch.float64, "trust_remote_code": not stock}
-    if head == "sentence":
-        loaded = fm.models.SentenceClassifier.from_pretrained(folder, 5, **settings).double()
-    else:
-        auto = transformers.AutoModelForSequenceClassification
-        loaded = auto.from_pretrained(folder, **settings)
-        assert type(loaded).__name__.removeprefix("Pruned") == "BertForSequenceClassification"
-    with torch.no_grad():
-        logits = loaded.eval()(**inputs).logits
-    torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
-    layers = next(m for n, m in loaded.named_modules() if n.endswith("encoder.layer"))
-    assert len(layers) == 2
-    assert layers[1].intermediate.dense.weight.shape == (64, 32)
-    assert layers[0].attention.self.query.weight.shape == ((32 if stock else 16), 32)
-    cost = CostModel(space, latency=False)(proposal)
-    assert sum(p.numel() for p in loaded.parameters()) == cost["parameters"]
-    about = json.loads((folder / "search.json").read_text())
-    assert (about["needs_code"] is None) == stock
-
-
-def test_heads_are_gone_where_the_configuration_names_their_size(tmp_path):
-    config = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=4, pad_token_id=0, num_labels=3,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = transformers.LlamaForSequenceClassification(config).double().eval()
-    space = Space(model, heads=[4, 2], widths=[1.0, 0.5], layers=[1, 2], lora={"q_proj": [2]})
-    evaluator, proposal = Evaluator(space), space.proposal(heads=2, width=24)
-    folder = fm.search.export(evaluator, proposal, tmp_path / "winner")
-    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(
-        folder, dtype=torch.float64
-    ).eval()
-    inputs = {"input_ids": torch.arange(1, 13).view(2, 6)}
-    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    with torch.no_grad():
-        logits = loaded(**inputs).logits
-    expected = gated_logits(evaluator, proposal, inputs)
-    torch.testing.assert_close(logits, expected, rtol=1e-6, atol=1e-6)
-    assert loaded.model.layers[0].self_attn.q_proj.weight.shape == (16, 32)
-
-
-# -- healing -------------------------------------------------------------------------------------
-
-TEXTS = fm.data.builtin("train").texts
-
-
-@pytest.mark.parametrize("head", ["model", "sentence"])
-def test_healing_brings_a_pruned_model_back_to_the_whole_one(parts, head):
-    whole, tokenizer, _ = parts
-    if head == "sentence":
-        whole = fm.models.SentenceClassifier(whole.bert, 5, 10.0).double()
-    before = {n: p.clone() for n, p in whole.named_parameters()}
-    space = Space(whole, layers=[2, 3], lr=0.1)
-    evaluator = Evaluator(space)
-    settings = {"steps": 30, "batch_size": 8, "lr": 3e-3, "progress": False}
-    found = []
-    for seed in (0, 0, 1):
-        pruned = fm.search.prune(evaluator.net.model, space.anatomy, space.proposal(layers=2))
-        fixed = pruned.classifier.weight.clone()
-        losses = fm.search.heal(pruned, whole, TEXTS, tokenizer, seed=seed, **settings)
-        assert len(losses) == 30 and sum(losses[-5:]) < 0.7 * sum(losses[:5])
-        assert torch.equal(pruned.classifier.weight, fixed)
-        assert not any(p.requires_grad or p.grad is not None for p in pruned.parameters())
-        found.append(losses)
-    assert found[0] == found[1] != found[2]
-    assert all(torch.equal(p, before[n]) for n, p in whole.named_parameters())
-
-
-def test_an_export_heals(parts, tmp_path):
+def test_rewards_of_stopped_candidates_compare_with_those_of_the_others(parts):
+    """Easy tasks first: who goes on to harder ones must not look worse for it."""
     model, tokenizer, _ = parts
-    space = Space(model, layers=[2, 3], lr=0.1)
-    evaluator, proposal = Evaluator(space), space.proposal(layers=2)
-    healing = {"steps": 2, "batch_size": 4, "progress": False}
-    folder = fm.search.export(
-        evaluator, proposal, tmp_path / "winner", tokenizer=tokenizer, texts=TEXTS, **healing
-    )
-    auto = transformers.AutoModelForSequenceClassification
-    loaded = dict(auto.from_pretrained(folder, dtype=torch.float64).named_parameters())
-    expected = fm.search.prune(evaluator.net.model, space.anatomy, proposal)
-    fm.search.heal(expected, model, TEXTS, tokenizer, **healing)
-    for name, p in expected.named_parameters():
-        assert torch.equal(loaded[name], p), name
+    space = make_space(model, lora=None)
+    ease = {2: 0.6, 3: 0.1}  # by the number of tasks
 
+    class Judge(Evaluator):
+        def _rung(self, scores, batch):
+            for s in scores:
+                quality = 0.1 * sum(s.proposal.kept) * sum(s.proposal.widths) / (3 * 128)
+                s.accuracies += [ease[batch.num_tasks] + quality] * batch.num_tasks
+                s.losses += [0.0] * batch.num_tasks
 
-def test_errors_of_healing(parts, tmp_path):
-    model, tokenizer, _ = parts
-    space = Space(model, layers=[2, 3], lr=0.1)
-    evaluator, proposal = Evaluator(space), space.proposal()
-    for given, message in [
-        ({"texts": TEXTS}, "needs their tokenizer"),
-        ({"steps": 5}, "steps: settings of healing, which needs texts"),
-        ({"texts": [], "tokenizer": tokenizer}, "at least one text"),
-        ({"texts": TEXTS, "tokenizer": tokenizer, "steps": 0}, "steps must be an integer"),
-        ({"texts": TEXTS, "tokenizer": tokenizer, "lr": -1.0}, "lr must be a finite number"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            fm.search.export(evaluator, proposal, tmp_path / "winner", **given)
-        assert not (tmp_path / "winner").exists()
-
-
-# -- the command ---------------------------------------------------------------------------------
-
-TINY = ("--model=builtin:hidden=32,layers=2", "--tasks=2", "--shots=1", "--queries=1", "--quiet")
-SMALL = ("--evaluations=8", "--population=4", "--finalists=2", "--heal=2")
-
-
-def test_the_command_searches_and_its_recipe_trains(tmp_path, capsys):
-    out = tmp_path / "search"
-    assert main(["search", *TINY, *SMALL, f"--out={out}", "--budget=relative_flops=0.8"]) == 0
-    said = capsys.readouterr().out
-    assert "candidates" in said and "whole model" in said and "winner" in said
-    assert (out / "pareto.png").read_bytes()[:4] == b"\x89PNG"
-    assert "whole model" in (out / "table.txt").read_text()
-    recipe = out / "winner" / "recipe.yaml"
-    run = tmp_path / "run"
-    trained = ["train", f"--config={recipe}", "--steps=1", "--tasks=2", f"--out={run}", "--quiet"]
-    assert main([*trained, "--ways=3"]) == 0
-    capsys.readouterr()
-    assert main(["search", *TINY, *SMALL, f"--out={out}"]) == 2
-    assert "already holds a search" in capsys.readouterr().err
-    (out / "search.pt").write_bytes(b"gone")
-    again = ["search", *TINY, *SMALL, f"--out={out}", "--budget=relative_flops=0.8", "--resume"]
-    assert main(again) == 2
-    assert "is damaged" in capsys.readouterr().err
-
-
-def test_the_command_reads_a_file(tmp_path, capsys):
-    config = tmp_path / "space.yaml"
-    config.write_text(
-        "evaluations: 4\npopulation: 4\ncontroller: random\ntasks: 4\nkeep: 0.5\npooling: null\n"
-        "space:\n  layers: [1, 2]\n  lora: {query: [0, 2]}\n  lr: {low: 1e-2, high: 1, log: true}\n"
-        "  optimizer: [sgd, adam]\n  weight_decay: [0, 1e-2]\n"
-        "  conditions: [{decision: weight_decay, parent: optimizer, values: adam}]\n"
-    )
-    arguments = ["search", TINY[0], *TINY[2:], f"--config={config}", f"--out={tmp_path / 'out'}"]
-    assert main(arguments) == 0
-    assert "0.01 to 1, logarithmic" in capsys.readouterr().out
-    assert (tmp_path / "out" / "winner" / "config.json").is_file()
-
-
-@pytest.mark.parametrize(
-    ("flags", "text", "message"),
-    [
-        (["--controller=lstn"], "", "got 'lstn' (did you mean 'lstm'?)"),
-        (["--budget=relative_flops=0.001"], "", "no candidate meets the budget relative_flops"),
-        (["--budget=relative_flops"], "", "expected a number"),
-        (["--data=/nowhere"], "", "data '/nowhere': no such folder"),
-        ([], "space: {layer: each}", "space: unknown key 'layer' (did you mean 'layers'"),
-        ([], "space: {layers: []}", "space: the space is empty: layers has no value"),
-        ([], "space: {lora: {qeury: [2]}}", "LoRA target 'qeury' matches no linear layer"),
-        ([], "spaces: {}", "unknown key 'spaces'"),
-        (["--evaluations=0"], "", "evaluations: expected an integer of at least 1, got 0"),
-        (["--heal=-1"], "", "heal: expected an integer of at least 0, got -1"),
-    ],
-)
-def test_the_command_says_what_is_wrong(tmp_path, capsys, flags, text, message):
-    file: list[str] = []
-    if text:
-        Path(tmp_path, "space.yaml").write_text(text)
-        file = [f"--config={tmp_path / 'space.yaml'}"]
-    out = tmp_path / "out"
-    assert main(["search", *TINY, *SMALL, *file, f"--out={out}", *flags]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("fastmeta: error: ") and message in said and said.count("\n") == 1
-    assert not out.exists()
-
-
-def test_other_families_keep_their_stock_class(tmp_path):
-    config = transformers.DistilBertConfig(
-        vocab_size=64, dim=32, n_layers=3, n_heads=4, hidden_dim=48, num_labels=3, pad_token_id=0
-    )
-    torch.manual_seed(0)
-    model = transformers.DistilBertForSequenceClassification(config).double().eval()
-    space = Space(model, widths=[1.0, 0.5], layers=[1, 2, 3], lora={"q_lin": [2]})
-    evaluator, proposal = Evaluator(space), space.proposal(layers=2, width=24)
-    folder = fm.search.export(evaluator, proposal, tmp_path / "winner")
-    auto = transformers.AutoModelForSequenceClassification
-    loaded = auto.from_pretrained(folder, dtype=torch.float64).eval()
-    inputs = {"input_ids": torch.arange(1, 13).view(2, 6)}
-    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    with torch.no_grad():
-        logits = loaded(**inputs).logits
-    expected = gated_logits(evaluator, proposal, inputs)
-    torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
-    assert loaded.config.n_layers == 2 and loaded.config.hidden_dim == 24
+    rungs = [oracle.batch_of(tokenizer, tasks=n) for n in ease]
+    found = run(space, rungs, controller="random", evaluator=Judge(space), keep=0.5)
+    rewards = list(zip(found.scores, found.rewards, strict=True))
+    stopped = [(s, r) for s, r in rewards if s.stopped]
+    going_on = [(s, r) for s, r in rewards if not s.stopped]
+    assert stopped and going_on
+    assert all(r == s.accuracy for s, r in going_on)
+    for s, r in stopped:
+        assert all(b >= r - 1e-12 for a, b in going_on if a.accuracies[0] >= s.accuracies[0])

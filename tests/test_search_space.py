@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from collections import Counter
 
 import pytest
 import search_oracle as oracle
 
 import fastmeta as fm
-from fastmeta.search import Range, Space, When
+from fastmeta.search import Decision, Range, Space, When
+from fastmeta.search.run import whole_model
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +67,39 @@ def test_ranges_keep_their_scale():
     assert Range(1, 9, integer=True).at(0.5) == 5
 
 
+def test_integers_of_a_range_are_equally_likely():
+    rng = random.Random(0)
+    drawn = Counter(Range(5, 8, integer=True).at(rng.random()) for _ in range(4000))
+    assert sorted(drawn) == [5, 6, 7, 8] and all(850 < n < 1150 for n in drawn.values())
+    drawn = Counter(Range(1, 3, log=True, integer=True).at(rng.random()) for _ in range(4000))
+    for n, count in drawn.items():
+        assert count / 4000 == pytest.approx(math.log((n + 1) / n) / math.log(4), abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "log"),
+    [((5, 8), False), ((5, 20), False), ((1, 10), False), ((-3, 300), False), ((1, 9), True),
+     ((1, 1000), True)],
+)  # fmt: skip
+def test_an_integer_belongs_to_the_option_it_was_drawn_from(bounds, log):
+    rng, domain = random.Random(0), Range(*bounds, log=log, integer=True)
+    steps = Decision("steps", domain)
+    assert steps.options == min(8, bounds[1] - bounds[0] + 1)
+    for option in range(steps.options):
+        values = [steps.option(option, rng) for _ in range(100)]
+        assert {steps.number(v) for v in values} == {option}
+        assert all(v in domain for v in values)
+    assert all(domain.at(domain.share(v)) == v for v in range(bounds[0], bounds[1] + 1))
+
+
+def test_the_whole_model_is_described_by_its_own_decisions(bert):
+    space = Space(bert, layers=[1, 3], heads=[1, 4], widths=[0.5, 1.0], lr=[0.1, 0.2])
+    assert whole_model(space).key == space.proposal(layers=3, heads=4, width=128).key
+    each = Space(bert, layers="each", heads=[1, 4], widths=[64, 128], uniform=False)
+    parts = {f"{k}.{i}": v for k, v in (("heads", 4), ("width", 128)) for i in range(3)}
+    assert whole_model(each) == each.proposal(parts)
+
+
 ERRORS = [
     (lambda m: Space(m, layers=[]), "the space is empty: layers has no value to choose from"),
     (lambda m: Space(m, layers=[4]), "layers must be integers from 1 to 3, got 4"),
@@ -81,6 +116,11 @@ ERRORS = [
     (lambda m: Space(m, lora=[2], adapted_layers=[5]), "adapted_layers must be integers from 1"),
     (lambda m: Space(m, optimizer="sdg"), "optimizer must be one of ['adagrad', 'adam'"),
     (lambda m: Space(m, lr=0.0), "lr must be above 0, got 0.0"),
+    (lambda m: Space(m, lora=[2], adapted_layers=0), "adapted_layers must be at least 1, got 0"),
+    (lambda m: Space(m, lora=[2], adapted_layers=[]), "adapted_layers has no value to choose from"),
+    (lambda m: Space(m, steps=[2.5, 5]), "steps must be integers, got [2.5, 5]"),
+    (lambda m: Range(1.2, 4, integer=True), "needs integers as bounds, got 1.2 and 4"),
+    (lambda m: Space(m, steps=Range(1, 4, integer=True)).proposal(steps=2.5), "got 2.5"),
     (lambda m: Space(m, lr=Range(1, 0.5)), "a range needs low < high, got 1 and 0.5"),
     (lambda m: Space(m, steps=[0]), "steps must be at least 1, got 0"),
     (lambda m: Space(m, steps=Range(1, 4)), "a range of steps must be one of integers"),

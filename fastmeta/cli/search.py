@@ -106,8 +106,6 @@ def run(arguments: argparse.Namespace) -> int:
         space = fm.search.Space(model, **space_table)
     batches, valid = _tasks(given, data, tokenizer)
     print(space, flush=True)
-    if arguments.overwrite:
-        _clear(out)
     asked: list[bool] = []
     names = ("controller", "evaluations", "population", "budget", "weights", "keep", "finalists")
     try:
@@ -120,10 +118,13 @@ def run(arguments: argparse.Namespace) -> int:
                 seed=given["seed"],
                 out=out,
                 resume=arguments.resume,
+                overwrite=arguments.overwrite,
                 progress=not arguments.quiet,
                 stop=lambda: bool(asked),
             )
     except fm.search.SearchInterrupted as stopped:
+        if arguments.overwrite:  # its state is the new search's by now
+            _clear_results(out)
         print(f"fastmeta: {stopped}; go on with --resume", file=sys.stderr)
         return INTERRUPTED
     healing: dict[str, Any] = {}
@@ -143,18 +144,17 @@ def _write(found: fm.search.Result, out: Path, **settings: Any) -> None:
     with whole_file(out / "pareto.png") as temporary:
         found.plot(temporary)
     winner = out / "winner"
-    shutil.rmtree(winner, ignore_errors=True)
-    found.export(winner, **settings)
+    found.export(winner, overwrite=True, **settings)
     print(
         f"search in {out}: {NAME}, table.txt, pareto.png; the winner's checkpoint in {winner}, "
         f"its recipe: fastmeta train --config {winner / 'recipe.yaml'}"
     )
 
 
-def _clear(out: Path) -> None:
-    """Remove an earlier search's files, and nothing else."""
+def _clear_results(out: Path) -> None:
+    """Remove what an earlier search found, and nothing else."""
     shutil.rmtree(out / "winner", ignore_errors=True)
-    for name in (NAME, "table.txt", "pareto.png"):
+    for name in ("table.txt", "pareto.png"):
         (out / name).unlink(missing_ok=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from numbers import Real
 
@@ -69,14 +70,30 @@ def cost_model(
 
 def smallest_candidates(space: Space) -> list[Proposal]:
     """Candidates of which one is the cheapest, whatever is counted."""
-    least = {
-        d.name: min(d.domain)
+    domains = {d.name: d.domain for d in space.decisions}
+    sizes = [n for n in domains if n == "layers" or n.partition(".")[0] in ("heads", "width")]
+    layers = [n for n in domains if n.startswith("layer.")]
+    alone = [{name: name == only for name in layers} for only in (layers or [None])]
+    least = {n: min(domains[n]) for n in sizes}
+    # A size may be free only under some values of other decisions: all of these are tried.
+    parents = {
+        w.parent
         for d in space.decisions
-        if d.name == "layers" or d.name.partition(".")[0] in ("heads", "width")
+        if d.name in (*sizes, *layers)
+        for w in d.conditions
+        if w.parent.partition(".")[2] != d.name.partition(".")[2] or w.parent not in layers
     }
-    layers = [d.name for d in space.decisions if d.name.startswith("layer.")]
+    values = [[(n, v) for v in domains[n]] for n in sorted(parents)]
     found = [
-        space.proposal(least | {name: name == only for name in layers})
-        for only in (layers or [None])
+        space.proposal(least | kept | dict(pairs))
+        for kept in alone
+        for pairs in itertools.product(*values)
     ]
     return [p for p in found if any(p.kept)]
+
+
+def check_weights(cost: CostModel, weights: Mapping[str, float]) -> None:
+    """Refuse weights of unknown costs, before anything is evaluated."""
+    for name in weights:
+        if name not in cost.names():
+            raise ValueError(f"weights name one of {', '.join(cost.names())}, got {name!r}")

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from fastmeta.batch import IGNORE_INDEX, TaskBatch, ways_of
 from fastmeta.ops import class_means
-from fastmeta.search.budget import Budget, by_cost, cost_model
+from fastmeta.search.budget import Budget, by_cost, check_weights, cost_model
 from fastmeta.search.cost import CostModel
 from fastmeta.search.evaluation import Evaluator
 from fastmeta.search.lstm import LSTMController
@@ -110,13 +110,14 @@ def run_conditioned(
 
     Raises:
         SearchError: A budget that nothing can meet.
-        ValueError: Fewer than two candidates.
+        ValueError: Fewer than two candidates, weights of unknown costs.
     """
     if candidates < 2:
         raise ValueError(f"candidates must be at least 2, got {candidates}")
     bounds, weights = by_cost("budget", budget), by_cost("weights", weights)
     if cost is None:
         cost = cost_model(space, bounds, weights)
+    check_weights(cost, weights)
     within = Budget(space, cost, bounds)
     evaluator = evaluator or Evaluator(space, seed=seed)
     found: Conditioned | None = None

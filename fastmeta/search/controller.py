@@ -84,9 +84,20 @@ class Controller:
                 return proposal
         raise ValueError(f"of {_TRIES} candidates drawn none is within the budget")
 
+    def gather(
+        self, count: int, more: Callable[[], Sequence[Proposal]], tries: int
+    ) -> list[Proposal]:
+        """Those of `more` candidates that are allowed, asked `tries` times, then random ones."""
+        found: list[Proposal] = []
+        for _ in range(tries):
+            if len(found) >= count:
+                break
+            found += [p for p in more() if self.permits(p)]
+        return found[:count] + [self.draw() for _ in range(count - len(found))]
+
 
 class RandomSearch(Controller):
-    """Candidates drawn uniformly, each at most once while the space has others."""
+    """Candidates drawn uniformly; one that was proposed before is drawn again up to 50 times."""
 
     def __init__(self, space: Space, **settings: Any) -> None:
         super().__init__(space, **settings)
@@ -120,7 +131,9 @@ class Evolution(Controller):
 
     Args:
         space, seed, allowed: As for `Controller`.
-        population: Candidates remembered, at least 2; the first that many are random.
+        population: Candidates remembered, at least 2; new ones are random until half of them are
+            there. `fm.search.run` calls a step's candidates its population, so that this one is set
+            by giving it the object: ``controller=Evolution(space, population=64)``.
         tournament: How many of them compete to be the parent, at least 1.
         mutations: Decisions changed in a child: one, and each further one with this probability.
 
@@ -148,10 +161,8 @@ class Evolution(Controller):
         self.alive: deque[tuple[Proposal, float]] = deque(maxlen=population)
 
     def propose(self, count: int, context: Tensor | None = None) -> list[Proposal]:
-        young = max(0, min(count, self.population - len(self.alive)))
-        if len(self.alive) >= self.population // 2:
-            young = 0
-        return [self.draw() for _ in range(young)] + [self._child() for _ in range(count - young)]
+        new = self.draw if len(self.alive) < self.population // 2 else self._child
+        return [new() for _ in range(count)]
 
     def observe(self, proposals, rewards, context=None) -> None:
         self.alive.extend(zip(proposals, rewards, strict=True))

@@ -9,9 +9,8 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import nn
 
-from fastmeta.search.anatomy import Layer
+from fastmeta.search.anatomy import Layer, matrices
 from fastmeta.search.gates import Sizes
 from fastmeta.search.proposal import Proposal
 from fastmeta.search.pruning import narrow
@@ -86,31 +85,27 @@ class CostModel:
             if sizes is None:
                 continue
             layer = self.space.anatomy.layers[number]
-            flops += self._flops(number, layer, sizes)
+            flops += self._flops(layer, sizes)
             parameters += self._layer_parameters[number] - self._gone(layer, sizes)
             if self._measures:
                 seconds += self._seconds(sizes)
         found = {"flops": flops, "parameters": parameters}
         return found | ({"latency": seconds} if self._measures else {})
 
-    def _linears(self, layer: Layer) -> dict[str, nn.Linear]:
-        module = self.space.model.get_submodule(layer.name)
-        return {n: m for n, m in module.named_modules() if isinstance(m, nn.Linear)}
-
-    def _flops(self, number: int, layer: Layer, sizes: Sizes) -> float:
+    def _flops(self, layer: Layer, sizes: Sizes) -> float:
         cuts = layer.sizes(*sizes)
         products = 0
-        for name, linear in self._linears(layer).items():
+        for name, whole in matrices(self.space.model.get_submodule(layer.name)).items():
             rows, columns = cuts.get(name, (None, None))
-            products += (rows or linear.out_features) * (columns or linear.in_features)
+            products += (rows or whole[0]) * (columns or whole[1])
         attention = 2 * self.tokens * sizes[0] * layer.head_size
         return 2.0 * self.tokens * (products + attention)
 
     def _gone(self, layer: Layer, sizes: Sizes) -> int:
         gone = 0
-        linears = self._linears(layer)
+        module = self.space.model.get_submodule(layer.name)
         for name, (rows, columns) in layer.sizes(*sizes).items():
-            linear = linears[name]
+            linear = module.get_submodule(name)
             left = (rows or linear.out_features) * (columns or linear.in_features)
             gone += linear.weight.numel() - left
             if rows is not None and linear.bias is not None:
@@ -121,7 +116,8 @@ class CostModel:
 
     def _seconds(self, sizes: Sizes) -> float:
         if sizes not in self.table:
-            layer = self.space.anatomy.layers[0]
+            layers = self.space.anatomy.layers
+            layer = next(x for x in layers if x.heads >= sizes[0] and x.width >= sizes[1])
             module = copy.deepcopy(self.space.model.get_submodule(layer.name)).eval()
             narrow(module, layer, *sizes)
             args, kwargs = self._call
@@ -131,6 +127,9 @@ class CostModel:
     def _measure_model(self, whole: list[Sizes]) -> tuple[tuple[tuple, dict], float]:
         """How the lowest layer is called, and the seconds of everything around the layers."""
         model = copy.deepcopy(self.space.model).eval()
+        for module in model.modules():  # a cache would grow with every call that is timed
+            if getattr(getattr(module, "config", None), "use_cache", False):
+                module.config.use_cache = False
         like = next(model.parameters())
         ids = torch.ones(self.rows, self.tokens, dtype=torch.int64, device=like.device)
         calls: list[Any] = []

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 import random
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from fastmeta.engine.optimizers import RULES
 
 BINS = 8
 """Parts into which a policy over choices divides a range."""
@@ -19,7 +22,7 @@ class Range:
     Args:
         low, high: ``low < high``; above 0 where `log`.
         log: Uniform in the logarithm.
-        integer: Whole numbers only, bounds included.
+        integer: Whole numbers only, both bounds included and whole numbers themselves.
     """
 
     low: float
@@ -32,20 +35,38 @@ class Range:
             raise ValueError(f"a range needs low < high, got {self.low} and {self.high}")
         if self.log and self.low <= 0:
             raise ValueError(f"a logarithmic range needs low above 0, got {self.low}")
+        if self.integer:
+            if self.low != int(self.low) or self.high != int(self.high):
+                raise ValueError(
+                    f"a range of integers needs integers as bounds, got {self.low} and {self.high}"
+                )
+            object.__setattr__(self, "low", int(self.low))
+            object.__setattr__(self, "high", int(self.high))
 
     def at(self, share: float) -> float | int:
-        """The number at a share of the way, in [0, 1]."""
-        low, high = (math.log(self.low), math.log(self.high)) if self.log else (self.low, self.high)
-        value = low + share * (high - low)
-        value = math.exp(value) if self.log else value
+        """The number at a share of the way, in [0, 1]; an integer n stands for [n, n + 1)."""
+        value = _between(self.low, self.high + self.integer, share, self.log)
         value = min(max(value, self.low), self.high)
-        return round(value) if self.integer else value
+        return math.floor(value) if self.integer else value
 
     def share(self, value: float) -> float:
-        """The inverse of :meth:`at`."""
+        """The inverse of :meth:`at`; of an integer the middle of its part."""
+        high = self.high + self.integer
+        value = value + 0.5 * self.integer
         if self.log:
-            return math.log(value / self.low) / math.log(self.high / self.low)
-        return (value - self.low) / (self.high - self.low)
+            return math.log(value / self.low) / math.log(high / self.low)
+        return (value - self.low) / (high - self.low)
+
+    def edges(self, count: int) -> list[int]:
+        """The first integer of each of `count` parts, none of them empty, and the one beyond."""
+        beyond = int(self.high) + 1
+        found = [int(self.low)]
+        for i in range(1, count):
+            found.append(max(found[-1] + 1, min(int(self.at(i / count)), beyond - (count - i))))
+        return [*found, beyond]
+
+    def __contains__(self, value: float) -> bool:
+        return self.low <= value <= self.high and (not self.integer or value == int(value))
 
     def __str__(self) -> str:
         return f"{self.low:g} to {self.high:g}{', logarithmic' if self.log else ''}"
@@ -53,6 +74,12 @@ class Range:
     @property
     def size(self) -> float:
         return self.high - self.low + 1 if self.integer else math.inf
+
+
+def _between(low: float, high: float, share: float, log: bool) -> float:
+    if log:
+        return math.exp(math.log(low) + share * (math.log(high) - math.log(low)))
+    return low + share * (high - low)
 
 
 Domain = tuple | Range
@@ -100,7 +127,9 @@ class Decision:
     @property
     def options(self) -> int:
         """How many a policy over choices distinguishes."""
-        return BINS if isinstance(self.domain, Range) else len(self.domain)
+        if isinstance(self.domain, Range):
+            return int(min(BINS, self.domain.size))
+        return len(self.domain)
 
     def free(self, taken: Mapping[str, Any]) -> bool:
         """Whether there is a choice after the earlier decisions."""
@@ -116,18 +145,24 @@ class Decision:
 
     def option(self, number: int, rng: random.Random) -> Any:
         """A value of one option: that value, or a random one of that part of a range."""
-        if isinstance(self.domain, Range):
-            return self.domain.at((number + rng.random()) / BINS)
-        return self.domain[number]
+        if not isinstance(self.domain, Range):
+            return self.domain[number]
+        if self.domain.integer:
+            low, high = self.domain.edges(self.options)[number : number + 2]
+            value = int(_between(low, high, rng.random(), self.domain.log))
+            return max(low, min(value, high - 1))
+        return self.domain.at((number + rng.random()) / BINS)
 
     def number(self, value: Any) -> int:
         """The option that a value belongs to."""
-        if isinstance(self.domain, Range):
-            return min(BINS - 1, max(0, int(self.domain.share(value) * BINS)))
-        return self.domain.index(value)
+        if not isinstance(self.domain, Range):
+            return self.domain.index(value)
+        if self.domain.integer:
+            return bisect_right(self.domain.edges(self.options), value) - 1
+        return min(BINS - 1, max(0, int(self.domain.share(value) * BINS)))
 
     def neighbour(self, value: Any, rng: random.Random) -> Any:
-        """Another value: the next or previous one of ordered values, a near one of a range."""
+        """Any other value of a list; one nearby, perhaps the same, of a range."""
         if isinstance(self.domain, Range):
             share = self.domain.share(value) + rng.gauss(0, 0.15)
             return self.domain.at(min(1.0, max(0.0, share)))
@@ -157,3 +192,31 @@ def as_domain(name: str, given: Any, *, least: float | None = None, above: float
         if above is not None and not (number and value > above):
             raise ValueError(f"{name} must be above {above}, got {value!r}")
     return domain
+
+
+def recipe_domains(
+    lr: Any, optimizer: Any, weight_decay: Any, steps: Any, batch_size: Any
+) -> dict[str, Domain]:
+    """The domains of the inner loop, as `fm.search.Space` takes them.
+
+    Raises:
+        ValueError: A value out of its range.
+    """
+    found: dict[str, Domain] = {"optimizer": as_domain("optimizer", optimizer)}
+    for name in found["optimizer"]:
+        if name not in RULES:
+            raise ValueError(f"optimizer must be one of {sorted(RULES)}, got {name!r}")
+    found["lr"] = as_domain("lr", lr, above=0)
+    found["weight_decay"] = as_domain("weight_decay", weight_decay, least=0)
+    found["steps"] = as_domain("steps", steps, least=1)
+    if isinstance(found["steps"], Range):
+        if not found["steps"].integer:
+            raise ValueError("a range of steps must be one of integers: Range(..., integer=True)")
+    elif not all(isinstance(s, int) for s in found["steps"]):
+        raise ValueError(f"steps must be integers, got {steps!r}")
+    sizes = (None,) if batch_size is None else as_domain("batch_size", batch_size)
+    for size in sizes:
+        if size is not None and not (isinstance(size, int) and size >= 1):
+            raise ValueError(f"batch_size must be None or at least 1, got {size!r}")
+    found["batch_size"] = sizes
+    return found

@@ -15,7 +15,7 @@ from fastmeta.engine.optimizers import RULES
 from fastmeta.patching import TaskParams
 from fastmeta.patching.task_axes import is_input
 from fastmeta.search.controller import Controller
-from fastmeta.search.decisions import Decision
+from fastmeta.search.decisions import Decision, Range
 from fastmeta.search.lstm import leave_one_out
 from fastmeta.search.proposal import Proposal
 from fastmeta.search.relaxed import Relaxation, SoftPass
@@ -41,9 +41,10 @@ class DifferentiableController(Controller):
     Every step adapts one batch of tasks with all parts kept in proportion to their probabilities
     and follows the exact gradient of ``sum_k p(k) L_query(phi_k) + cost_weight C`` to the logits:
     through all inner steps (not by differences), with k the numbers of steps to choose from and C
-    the expected arithmetic over that of the whole model. Optimizer and batch size have no
-    relaxation: their logits follow the rewards of evaluated candidates (REINFORCE, leave-one-out),
-    and the relaxed inner loop takes the most probable optimizer and all support rows.
+    the expected arithmetic over that of the whole model. Optimizer, batch size and a range of steps
+    have no relaxation: their logits follow the rewards of evaluated candidates (REINFORCE,
+    leave-one-out), and the relaxed inner loop takes the most probable optimizer, all support rows
+    and the expected number of steps.
 
     Args:
         space, seed, allowed: As for `Controller`.
@@ -96,24 +97,25 @@ class DifferentiableController(Controller):
         inputs = {k: v for k, v in batch.support.items() if is_input(k)}
         gates = SoftPass(net.layers(net.plan(inputs)), relaxation)
         domains = relaxation.domains
-        steps = domains["steps"]
-        if not isinstance(steps, tuple):
-            steps = (round(float(relaxation.mean("steps").detach())),)
+        if isinstance(domains["steps"], Range):
+            share: dict[int, Any] = {round(float(relaxation.mean("steps").detach())): 1.0}
+        else:
+            share = dict(zip(domains["steps"], relaxation.share("steps"), strict=True))
+        steps = max(share)
         name = domains["optimizer"][int(relaxation.share("optimizer").argmax())]
         loop = InnerLoop(
             patched=net,
             rule=RULES[name](weight_decay=relaxation.mean("weight_decay")),  # type: ignore[call-arg]
             rates=_Rate(relaxation.mean("lr")),  # type: ignore[arg-type]
-            steps=max(steps),
+            steps=steps,
             loss_fn=classification,
-            second_order=max(steps),
+            second_order=steps,
         )
         params = net.init(batch.num_tasks).packed.detach().requires_grad_()
         state = loop.rule.init(params)
         active = torch.ones(len(params), dtype=torch.bool, device=params.device)
-        share = dict(zip(steps, relaxation.share("steps"), strict=False))
         total = self.cost_weight * relaxation.arithmetic()
-        for step in range(max(steps)):
+        for step in range(steps):
             params, state, active, _ = inner_step(
                 loop, step, params, state, Support(support, gates), active, create_graph=True
             )
@@ -139,7 +141,6 @@ class DifferentiableController(Controller):
 
     @torch.no_grad()
     def propose(self, count: int, context: Tensor | None = None) -> list[Proposal]:
-        found: list[Proposal] = []
         shares = self.shares()
 
         def choose(d: Decision) -> Any:
@@ -147,16 +148,14 @@ class DifferentiableController(Controller):
             option = int(torch.multinomial(share, 1, generator=self.generator))
             return d.option(option, self.rng)
 
-        for _ in range(100 * count):
-            if len(found) == count:
-                return found
-            proposal = self.space.decide(choose)
-            if self.permits(proposal):
-                found.append(proposal)
-        return found + [self.draw() for _ in range(count - len(found))]
+        return self.gather(count, lambda: [self.space.decide(choose)], 100 * count)
 
     def observe(self, proposals, rewards, context=None) -> None:
-        places = [i for i, d in enumerate(self.decisions) if d.name in _NOT_RELAXED]
+        places = [
+            i
+            for i, d in enumerate(self.decisions)
+            if d.name in _NOT_RELAXED or (d.name == "steps" and isinstance(d.domain, Range))
+        ]
         if not places:
             return
         advantage = leave_one_out(torch.tensor(rewards, dtype=torch.float32))
@@ -165,7 +164,9 @@ class DifferentiableController(Controller):
             for i in places:
                 d, logs = self.decisions[i], self.logits[i].log_softmax(0)
                 taken = [d.number(p.decisions[d.name]) for p in proposals]
-                total = total - (logs[taken] * advantage.to(logs)).mean()
+                # No credit to what was not chosen.
+                free = logs.new_tensor([d.free(p.decisions) for p in proposals])
+                total = total - (logs[taken] * advantage.to(logs) * free).mean()
             self.optimizer.zero_grad()
             total.backward()
         self.optimizer.step()

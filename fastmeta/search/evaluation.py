@@ -263,9 +263,12 @@ class Evaluator:
         if self._head is None:
             return None
         inputs = {k: v.to(self.net.device) for k, v in _inputs(rows).items()}
-        gates = LivePass(FrozenPass(self.net, inputs, proposals), range(len(proposals)))
-        params = self.net.init(len(proposals) * gates.tasks)
-        flat, units, n = self.net.flatten(params, repeated(inputs, len(proposals)))
+        count = len(proposals)
+        order = sorted(range(count), key=lambda i: proposals[i].first_adapted)
+        frozen = FrozenPass(self.net, inputs, [proposals[i] for i in order])
+        gates = LivePass(frozen, range(count))
+        params = self.net.init(count * gates.tasks)
+        flat, units, n = self.net.flatten(params, repeated(inputs, count))
         tap = Tap()
         with running(Call(params.views, units, n, prefix=gates.stem, gates=gates, tap=tap)):
             out = self.net.plan(inputs).run(flat)
@@ -273,7 +276,8 @@ class Evaluator:
         for name, x, y, version in tap.calls:
             if name == _head_name(self.net) and x.dim() == 2 and y is logits:
                 if y._version == version:
-                    return list(x.view(len(proposals), gates.tasks, n, -1).unbind(0))
+                    found = x.view(count, gates.tasks, n, -1)
+                    return [found[order.index(i)] for i in range(count)]
         return None
 
     def _feature_head(self) -> Patched | None:

@@ -30,6 +30,7 @@ def export(
     *,
     tokenizer: Any = None,
     texts: Sequence[str] | None = None,
+    overwrite: bool = False,
     **healing: Any,
 ) -> Path:
     """Write a candidate to a new folder, whole or not at all.
@@ -47,20 +48,21 @@ def export(
     Args:
         evaluator: Of the search.
         proposal: The candidate.
-        folder: Must not exist, or be empty.
+        folder: Must not exist, or be empty, but for `overwrite`.
         tokenizer: Written beside the model, where given.
         texts: Where given, what is left of the model first learns to give the whole model's states
             on these, see `fm.search.heal`; `tokenizer` is needed.
+        overwrite: Whether a folder that holds something is replaced, once the new one is complete.
         **healing: Settings of `fm.search.heal`.
 
     Returns:
         The folder.
 
     Raises:
-        FileExistsError: `folder` holds something.
+        FileExistsError: `folder` holds something, without `overwrite`.
         ValueError: `texts` without a tokenizer, or `healing` without texts.
     """
-    folder = check_new(folder)
+    folder = Path(folder) if overwrite else check_new(folder)
     if texts is not None and tokenizer is None:
         raise ValueError("healing on texts needs their tokenizer, got tokenizer=None")
     if healing and texts is None:

@@ -12,12 +12,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from fastmeta.patching.bind import install
-from fastmeta.patching.context import Call, current_call
+from fastmeta.patching.context import Call, current_call, running
 from fastmeta.patching.plan import Plan
 from fastmeta.patching.rules import Adapted, linear
 from fastmeta.search.anatomy import Anatomy, Layer
@@ -107,7 +108,7 @@ class Layers:
         self.anatomy = anatomy
         self.frozen = [plan.pristine.get_submodule(layer.name) for layer in anatomy.layers]
         self.live: list[Callable] = []
-        self.tuples: bool | None = None  # whether a layer returns its states in a tuple
+        self._extras: int | None = None  # what a layer returns beside its states; -1: no tuple
         self._cuts: dict[tuple[int, Sizes], Cut | None] = {}
         for number, layer in enumerate(anatomy.layers):
             module = plan.structure.get_submodule(layer.name)
@@ -132,25 +133,40 @@ class Layers:
             self._cuts[key] = Cut(modules) if modules else None
         return self._cuts[key]
 
+    @torch.no_grad()
+    def look(self, hidden: Tensor, args: tuple, kwargs: dict) -> None:
+        """Learn from one run of the lowest layer what layers return: all may be left out."""
+        if self._extras is None:
+            call = current_call()
+            with running(Call([], call.tasks, call.rows)):
+                out = self.frozen[0](hidden, *args, **kwargs)
+            self._extras = len(out) - 1 if isinstance(out, tuple) else -1
+
     def states(self, out: Any) -> Tensor:
         """A layer's output without the tuple around it."""
-        self.tuples = isinstance(out, tuple)
-        return out[0] if self.tuples else out
+        return out[0] if isinstance(out, tuple) else out
 
     def wrap(self, states: Tensor) -> Any:
-        """The states as a layer returns them."""
-        return (states,) if self.tuples else states
+        """The states as a layer returns them, without weights of attention beside them."""
+        return states if self._extras == -1 else (states, *[None] * self._extras)
 
 
-def with_rows(tree: Any, have: int, want: int) -> Any:
+def with_rows(args: tuple, kwargs: dict, have: int, want: int) -> tuple[tuple, dict]:
     """Every tensor of `have` rows with `want` of them; all candidates' rows are alike."""
 
-    def fit(t: Any) -> Any:
-        if not isinstance(t, Tensor) or t.dim() == 0 or t.shape[0] != have or have == want:
+    def fit(t: Any, per_text: int = 1) -> Any:
+        rows, wanted = have * per_text, want * per_text
+        if not isinstance(t, Tensor) or t.dim() == 0 or t.shape[0] != rows or have == want:
             return t
-        return t[:want] if want < have else t.repeat(want // have, *[1] * (t.dim() - 1))
+        return t[:wanted] if want < have else t.repeat(want // have, *[1] * (t.dim() - 1))
 
-    return tree_map(fit, tree)
+    fitted = tree_map(fit, kwargs)
+    alibi, table = kwargs.get("alibi"), kwargs.get("rel_embeddings")
+    if alibi is not None:  # BLOOM's has a row for each head of each text
+        fitted["alibi"] = fit(alibi, alibi.shape[0] // have)
+    if table is not None:  # DeBERTa's has a row for each distance
+        fitted["rel_embeddings"] = table
+    return tree_map(fit, args), fitted
 
 
 def _gated_layer(number: int, original: Callable) -> Callable:

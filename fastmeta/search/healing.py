@@ -32,7 +32,8 @@ def heal(
 
     ``loss = mean(1 - cos(h, h'))`` over the embeddings of a `SentenceClassifier`, over the token
     states of any other model. Adam, whose rate rises over a tenth of the steps and then falls to 0.
-    The head stays as it is.
+    The head stays as it is. Both models run in evaluation mode, without dropout, and get their own
+    modes back.
 
     Args:
         pruned: What `fm.search.prune` or an exported folder gives; its hidden size is the whole
@@ -70,8 +71,11 @@ def heal(
     )
     generator = torch.Generator().manual_seed(seed)
     losses: list[float] = []
+    modes = {part: part.training for model in (whole, pruned) for part in model.modules()}
     body.requires_grad_(True)
     try:
+        for part in modes:
+            part.training = False
         for _ in (bar := trange(steps, desc="healing", disable=not progress)):
             chosen = torch.randint(len(texts), (batch_size,), generator=generator).numpy()
             rows = {k: torch.from_numpy(v).to(device) for k, v in tokens.rows(chosen).items()}
@@ -85,6 +89,8 @@ def heal(
             losses.append(loss.item())
             bar.set_postfix(loss=f"{losses[-1]:.4f}", refresh=False)
     finally:
+        for part, mode in modes.items():
+            part.training = mode
         for p, grad in wanted.items():
             p.grad = None
             p.requires_grad_(grad)

@@ -52,7 +52,8 @@ def _values(model: nn.Module, anatomy: Anatomy, inputs: Mapping[str, Tensor]) ->
         def hook(module: nn.Module, args: tuple) -> None:
             squares = args[0].square()
             if mask is not None:
-                squares = squares * mask.to(squares.dtype).unsqueeze(-1)
+                counted = mask.flatten() if squares.dim() == 2 else mask  # OPT's are [B * L, W]
+                squares = squares * counted.to(squares.dtype).unsqueeze(-1)
             found[name] = squares.flatten(0, -2).sum(0)
 
         return hook

@@ -41,7 +41,7 @@ class Policy(nn.Module):
         """Input and state before the first decision; context ``[D]`` or ``[n, D]``."""
         x = self.first.expand(count, -1)
         if self.read is not None and context is not None:
-            context = F.layer_norm(context.float(), context.shape[-1:])
+            context = F.layer_norm(context, context.shape[-1:])
             x = x + torch.tanh(self.read(context))
         zero = x.new_zeros(count, x.shape[1])
         return x, (zero, zero)
@@ -137,16 +137,11 @@ class LSTMController(Controller):
 
     @torch.no_grad()
     def propose(self, count: int, context: Tensor | None = None) -> list[Proposal]:
-        found: list[Proposal] = []
-        for _ in range(_ROLLS):
-            found += [p for p in self._roll(count, context) if self.permits(p)]
-            if len(found) >= count:
-                return found[:count]
-        return found + [self.draw() for _ in range(count - len(found))]
+        context = self._read(context)
+        return self.gather(count, lambda: self._roll(count, context), _ROLLS)
 
     def _roll(self, count: int, context: Tensor | None) -> list[Proposal]:
         """Candidates of the policy, drawn in one batch."""
-        self._check(context)
         x, state = self.policy.begin(count, context)
         taken: list[dict[str, Any]] = [{} for _ in range(count)]
         learned = {d.name: i for i, d in enumerate(self.decisions)}
@@ -183,7 +178,7 @@ class LSTMController(Controller):
             raise ValueError(
                 f"expected one reward for each of {len(proposals)} candidates, got {len(rewards)}"
             )
-        self._check(context)
+        context = self._read(context)
         taken, free = self._coded(proposals)
         advantage = torch.tensor(rewards, dtype=torch.float32)
         if context is None or context.dim() == 1:
@@ -213,7 +208,7 @@ class LSTMController(Controller):
     def best_guess(self, context: Tensor | None = None, count: int = 32) -> Proposal:
         """The most probable of `count` candidates of the policy, for a new task at once."""
         proposals = self.propose(count, context)
-        logs, _ = self.policy(*self._coded(proposals), context)
+        logs, _ = self.policy(*self._coded(proposals), self._read(context))
         return proposals[int(logs.argmax())]
 
     def _remember(self, proposals: Sequence[Proposal], rewards: Sequence[float]) -> None:
@@ -227,11 +222,15 @@ class LSTMController(Controller):
         free = [[d.free(p.decisions) for d in self.decisions] for p in proposals]
         return torch.tensor(taken), torch.tensor(free)
 
-    def _check(self, context: Tensor | None) -> None:
-        if context is not None and context.shape[-1] != self.context:
+    def _read(self, context: Tensor | None) -> Tensor | None:
+        """Task embeddings as the policy reads them, wherever the model is that gave them."""
+        if context is None:
+            return None
+        if context.shape[-1] != self.context:
             raise ValueError(
                 f"the policy reads task embeddings of width {self.context}, got {context.shape[-1]}"
             )
+        return context.to(self.policy.first)
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {

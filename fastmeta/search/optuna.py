@@ -43,18 +43,16 @@ class OptunaController(Controller):
         self._open: dict[tuple, list[Any]] = {}
 
     def propose(self, count: int, context: Tensor | None = None) -> list[Proposal]:
-        found: list[Proposal] = []
-        for _ in range(100 * count):
-            if len(found) == count:
-                break
-            trial = self.study.ask()
-            proposal = self.space.decide(partial(self._suggest, trial))
-            if self.permits(proposal):
-                self._open.setdefault(proposal.key, []).append(trial)
-                found.append(proposal)
-            else:
-                self.study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
-        return found + [self.draw() for _ in range(count - len(found))]
+        return self.gather(count, self._ask, 100 * count)
+
+    def _ask(self) -> list[Proposal]:
+        trial = self.study.ask()
+        proposal = self.space.decide(partial(self._suggest, trial))
+        if self.permits(proposal):
+            self._open.setdefault(proposal.key, []).append(trial)
+        else:
+            self.study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
+        return [proposal]
 
     def observe(self, proposals, rewards, context=None) -> None:
         for proposal, reward in zip(proposals, rewards, strict=True):

@@ -91,6 +91,7 @@ class FrozenPass(Pass):
     def layer(self, number: int, hidden: Tensor, args: tuple, kwargs: dict) -> Any:
         """One layer for every node that needs it; called in place of the model's own."""
         if number == 0:
+            self.layers.look(hidden, args, kwargs)
             self.first = hidden
             self.levels[0] = hidden.unsqueeze(0)
             self._enter(0)
@@ -133,7 +134,7 @@ class FrozenPass(Pass):
     def _run(self, number: int, states: Tensor, sizes: Sizes, args: tuple, kwargs: dict) -> Tensor:
         """``[n, T * N, L, D]`` through a layer of these sizes."""
         count, have = states.shape[:2]
-        args, kwargs = with_rows((args, kwargs), have, count * have)
+        args, kwargs = with_rows(args, kwargs, have, count * have)
         gates = self.layers.cut(number, sizes)
         with running(Call([], count * self.tasks, self.rows, gates=gates)):
             out = self.layers.frozen[number](states.flatten(0, 1), *args, **kwargs)
@@ -147,6 +148,9 @@ class LivePass(Pass):
         frozen: Their states below.
         chosen: Which candidates of the frozen pass, first adapted layer ascending.
         rows: Which rows of each task, int64 ``[T, b]``, or None for all of them.
+
+    Raises:
+        ValueError: The candidates come in another order.
     """
 
     def __init__(
@@ -155,6 +159,9 @@ class LivePass(Pass):
         self.frozen, self.layers, self.depth = frozen, frozen.layers, frozen.depth
         self.candidates = [frozen.candidates[c] for c in chosen]
         self.entries = [frozen.entries[c] for c in chosen]
+        levels = [level for level, _ in self.entries]
+        if levels != sorted(levels):
+            raise ValueError(f"candidates must come by their first adapted layer, got {levels}")
         self.tasks = frozen.tasks
         device = frozen.first.device
         if rows is None:
@@ -221,7 +228,7 @@ class LivePass(Pass):
         if index is not None:
             tasks = torch.arange(self.tasks, device=index.device)
             units = (index.unsqueeze(1) * self.tasks + tasks).flatten()
-        args, kwargs = with_rows((args, kwargs), every, count * len(self.flat))
+        args, kwargs = with_rows(args, kwargs, every, count * len(self.flat))
         views: Any = Chosen(outer.views, units)
         gates = self.layers.cut(number, sizes)
         with running(Call(views, count * self.tasks, outer.rows, gates=gates)):

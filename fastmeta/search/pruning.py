@@ -57,15 +57,16 @@ def why_not_stock(model: nn.Module, anatomy: Anatomy, shapes: Sequence[tuple | N
     """
     kept = [s for s in shapes if s is not None]
     config = model.config
-    first = anatomy.layers[0]
-    if any(h != first.heads for h, _ in kept):
+    key = _width_key(config)
+    # Not the model's own sizes: it may have been pruned before.
+    if any(h and h != config.num_attention_heads for h, _ in kept):
         if getattr(config, "head_dim", None) is None:
             return "derives the size of a head from the number of heads"
         if len({h for h, _ in kept}) > 1:
             return "has one number of heads for all layers"
-    if any(w != first.width for _, w in kept):
-        if _width_key(config) is None:
-            return "does not name the feed-forward width"
+    if key is None and any(w != anatomy.layers[0].width for _, w in kept):
+        return "does not name the feed-forward width"
+    if key is not None and any(w and w != getattr(config, key) for _, w in kept):
         if len({w for _, w in kept}) > 1:
             return "has one feed-forward width for all layers"
     return None
@@ -79,9 +80,11 @@ def _configure(model: nn.Module, anatomy: Anatomy, proposal: Proposal, count: in
     if types is not None:
         config.layer_types = [t for t, k in zip(types, proposal.kept, strict=True) if k]
     heads, width = next(s for s in proposal.shape if s is not None)
-    if width != first.width:
-        setattr(config, _width_key(config) or "intermediate_size", width)
-    if heads != first.heads and getattr(config, "head_dim", None) is not None:
+    key = _width_key(config)
+    if width and width != (first.width if key is None else getattr(config, key)):
+        setattr(config, key or "intermediate_size", width)
+    named = getattr(config, "head_dim", None) is not None
+    if named and heads and heads != config.num_attention_heads:
         config.num_attention_heads = heads
         config.num_key_value_heads = heads
 

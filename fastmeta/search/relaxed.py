@@ -16,7 +16,8 @@ from torch import Tensor
 from fastmeta.models import SentenceClassifier, pooled
 from fastmeta.patching.context import current_call, running
 from fastmeta.patching.rules import Adapted
-from fastmeta.search.decisions import BINS, Range
+from fastmeta.search.anatomy import matrices
+from fastmeta.search.decisions import Range
 from fastmeta.search.gates import Layers, Replaced
 from fastmeta.search.passes import Pass
 from fastmeta.search.space import Space
@@ -69,28 +70,28 @@ class Relaxation:
 
     def mean(self, name: str) -> Tensor:
         """The expected value of a number: in the logarithm for learning rates."""
-        domain = self.domains[name]
+        domain, shares = self.domains[name], self.share(name)
         if isinstance(domain, Range):
-            domain = tuple(domain.at((i + 0.5) / BINS) for i in range(BINS))
+            count = len(shares)
+            domain = tuple(domain.at((i + 0.5) / count) for i in range(count))
         values = self._like.new_tensor(domain)
-        shares = self.share(name)
-        shares = shares if len(shares) == len(values) else values.new_ones(1)
         return (shares @ values.log()).exp() if name == "lr" else shares @ values
 
     def arithmetic(self) -> Tensor:
         """Expected products of the layers over those of the whole model."""
-        layers = self.space.anatomy.layers
-        total, spent = 0.0, self._like.new_zeros(())
-        for number, layer in enumerate(layers):
-            heads = layer.heads * layer.head_size * (len(layer.projections) + 1)
-            units = layer.width * (len(layer.widening) + 1)
-            total += heads + units
-            part = self._like.new_zeros(())
+        total, spent = 0, self._like.new_zeros(())
+        for number, layer in enumerate(self.space.anatomy.layers):
+            module = self.space.model.get_submodule(layer.name)
+            products = {n: rows * columns for n, (rows, columns) in matrices(module).items()}
+            whole = max(1, sum(products.values()))
+            heads = sum(products[n] for n in (*layer.projections, layer.output) if layer.heads)
+            units = sum(products[n] for n in (*layer.widening, layer.narrowing) if layer.width)
+            part = self._like.new_tensor(whole - heads - units)
             if layer.heads:
                 part = part + heads * self.sizes("heads", number, layer.heads).mean()
             if layer.width:
                 part = part + units * self.sizes("width", number, layer.width).mean()
-            spent = spent + self.kept(number) * part
+            total, spent = total + whole, spent + self.kept(number) * part
         return spent / total
 
 
@@ -109,6 +110,7 @@ class SoftPass(Pass):
         self._parts = [_Parts(relaxation, number) for number in range(len(layers.live))]
 
     def layer(self, number: int, hidden: Tensor, args: tuple, kwargs: dict) -> Any:
+        self.layers.look(hidden, args, kwargs)
         with running(replace(current_call(), gates=self._parts[number])):
             out = self.layers.states(self.layers.live[number](hidden, *args, **kwargs))
         return self.layers.wrap(hidden + self._parts[number].kept * (out - hidden))

@@ -24,12 +24,15 @@ class RowRules(UpdateRule):
         for row, name in enumerate(self.optimizers):
             rows.setdefault(name, []).append(row)
         self.groups: list[tuple[Tensor | None, UpdateRule]] = []
+        self._counts: list[int] = []  # tensors in the state of each group
         for name, members in rows.items():
             index = torch.tensor(members, device=weight_decay.device)
             decay = weight_decay[index]
             setting = decay if bool(decay.any()) else 0.0
             rule = RULES[name](weight_decay=setting)  # type: ignore[call-arg]
             self.groups.append((None if len(rows) == 1 else index, rule))
+            self._counts.append(len(rule.init(torch.empty(1, 1))))
+        self._rows = rows
 
     def init(self, params: Tensor) -> State:
         state: list[Tensor] = []
@@ -40,16 +43,12 @@ class RowRules(UpdateRule):
     def select(self, rows: Sequence[int], state: State) -> tuple[RowRules, State]:
         """The rule and the state of some rows, in this order."""
         rule = RowRules([self.optimizers[r] for r in rows], self.weight_decay[list(rows)])
-        mine = self._states(state)
-        place = {}  # row -> (optimizer, place in its group)
-        for (index, _), name in zip(self.groups, dict.fromkeys(self.optimizers), strict=True):
-            members = range(len(self.optimizers)) if index is None else index.tolist()
-            place |= {row: (name, i) for i, row in enumerate(members)}
-        by_name = dict(zip(dict.fromkeys(self.optimizers), mine, strict=True))
+        mine = dict(zip(self._rows, self._states(state), strict=True))
         chosen: list[Tensor] = []
-        for name in dict.fromkeys(rule.optimizers):
-            kept = [place[r][1] for r in rows if place[r][0] == name]
-            chosen += [t[kept] for t in by_name[name]]
+        for name, places in rule._rows.items():
+            at = {row: i for i, row in enumerate(self._rows[name])}
+            kept = [at[rows[p]] for p in places]
+            chosen += [t[kept] for t in mine[name]]
         return rule, tuple(chosen)
 
     def checked_update(
@@ -81,8 +80,7 @@ class RowRules(UpdateRule):
     def _states(self, state: State) -> list[State]:
         """The state of each group."""
         found, rest = [], list(state)
-        for _, rule in self.groups:
-            count = len(rule.init(torch.empty(1, 1)))
+        for count in self._counts:
             found.append(tuple(rest[:count]))
             rest = rest[count:]
         return found

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from fastmeta.batch import TaskBatch
-from fastmeta.search.budget import Budget, by_cost, cost_model
+from fastmeta.search.budget import Budget, by_cost, check_weights, cost_model
 from fastmeta.search.controller import Controller, Evolution, RandomSearch
 from fastmeta.search.cost import CostModel
 from fastmeta.search.differentiable import DifferentiableController
@@ -23,7 +23,7 @@ from fastmeta.search.pareto import pareto_front
 from fastmeta.search.proposal import Proposal
 from fastmeta.search.report import plot_front, table
 from fastmeta.search.space import Space
-from fastmeta.search.state import NAME, load_state, save_state
+from fastmeta.search.state import NAME, checksum, load_state, save_state
 from fastmeta.training.files import check_writable
 
 CONTROLLERS: dict[str, type[Controller]] = {
@@ -41,9 +41,9 @@ class Result:
 
     Attributes:
         scores: Every candidate in the order of its first evaluation.
-        rewards: Of each of them.
+        rewards: Of each of them, as the controller saw it.
         best: The candidate of the largest reward among those evaluated on all tasks, or of the
-            largest accuracy on the validation tasks among the finalists.
+            largest reward on the validation tasks among the finalists.
         baseline: The whole model with the default recipe, on the same tasks.
         cost: What candidates cost.
         evaluator: What evaluated them.
@@ -102,6 +102,7 @@ def run(
     seed: int = 0,
     out: str | Path | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     progress: bool = True,
     stop: Callable[[], bool] = lambda: False,
     **settings: Any,
@@ -109,7 +110,9 @@ def run(
     """Search a space for the candidate that adapts best to many tasks.
 
     In every step the controller proposes a population, which is evaluated on all tasks in one
-    batch, and learns from its rewards: ``accuracy - sum_k weights[k] cost[k]``.
+    batch, and learns from its rewards: ``accuracy - sum_k weights[k] cost[k]``. The accuracy of a
+    candidate that `keep` stopped is that of the whole model on all tasks, plus what it is better
+    than the whole model on the tasks it saw, so that easier or harder tasks later on say nothing.
 
     Args:
         space: What may be proposed.
@@ -131,9 +134,11 @@ def run(
         seed: Of the controller, the LoRA terms and smaller batches.
         out: Folder of the state, which is written after every step.
         resume: Go on with the state in `out`.
+        overwrite: Whether the state of another search in `out` is replaced, with the first step.
         progress: Show a bar.
         stop: Asked after every step; True ends the search.
-        **settings: Of the controller, where it is given by name.
+        **settings: Of the controller, where it is given by name; those that have a name of this
+            function (`population` of `Evolution`) need the controller itself.
 
     Returns:
         A `Result`.
@@ -156,27 +161,32 @@ def run(
     bounds, weights = by_cost("budget", budget), by_cost("weights", weights)
     if cost is None:
         cost = cost_model(space, bounds, weights)
-    for name in weights:
-        if name not in cost.names():
-            raise ValueError(f"weights name one of {', '.join(cost.names())}, got {name!r}")
+    check_weights(cost, weights)
     folder = None if out is None else check_writable(out)
-    facts = {
-        "space": str(space),
-        "controller": controller if isinstance(controller, str) else type(controller).__name__,
-        "population": population,
-        "budget": bounds,
-        "weights": weights,
-        "keep": keep,
-        "seed": seed,
-        "tasks": [b.num_tasks for b in batches],
-    }
+    facts: dict[str, Any] = {}
+    if folder is not None:
+        facts = {
+            "space": str(space),
+            "lora_scale": space.lora_scale,
+            "model": checksum(space.model.state_dict().values()),
+            "controller": controller if isinstance(controller, str) else type(controller).__name__,
+            "settings": {k: _plain(v) for k, v in sorted(settings.items())},
+            "population": population,
+            "budget": bounds,
+            "weights": weights,
+            "keep": keep,
+            "seed": seed,
+            "tasks": [f"{b.num_tasks} tasks {checksum(b.tensors())}" for b in batches],
+        }
     state = None
     if resume:
         if folder is None:
             raise ValueError("resume needs the folder out")
+        if overwrite:
+            raise ValueError("resume and overwrite exclude each other")
         state = load_state(folder, facts)
         cost.load_state_dict(state["cost"])
-    elif folder is not None and (folder / NAME).exists():
+    elif not overwrite and folder is not None and (folder / NAME).exists():
         raise SearchError(f"{folder} already holds a search: resume it, or choose another folder")
     within = Budget(space, cost, bounds)
     pilot = make_controller(controller, space, seed=seed, allowed=within, **settings)
@@ -191,10 +201,12 @@ def run(
         score.cost = cost(score.proposal)
         return score
 
-    def reward(score: Score) -> float:
-        return score.reward(weights)
-
     baseline = priced(evaluator.evaluate([whole_model(space)], batches)[0])
+
+    def reward(score: Score) -> float:
+        same = baseline.accuracies[: len(score.accuracies)]
+        return score.reward(weights) + (baseline.accuracy - sum(same) / len(same))
+
     known = {s.proposal.key: s for s in records}
     bar = tqdm(total=evaluations, initial=len(records), disable=not progress, desc="candidates")
     with bar:
@@ -228,7 +240,7 @@ def run(
     if valid is not None:
         chosen = [s.proposal for s in done[:finalists]]
         last = [priced(s) for s in evaluator.evaluate(chosen, valid)]
-        last.sort(key=reward, reverse=True)
+        last.sort(key=lambda s: s.reward(weights), reverse=True)
     best = known[last[0].proposal.key] if last else done[0]
     return Result(scores, [reward(s) for s in scores], best, baseline, cost, evaluator, last)
 
@@ -253,18 +265,18 @@ def make_controller(controller: str | Controller, space: Space, **settings: Any)
 
 
 def whole_model(space: Space) -> Proposal:
-    """The unpruned model with the default recipe."""
+    """The unpruned model with the default recipe, which the space itself may not propose."""
     layers = space.anatomy.layers
-    default = space.proposal()
-    whole = replace(
-        default,
-        kept=(True,) * len(layers),
-        heads=tuple(x.heads for x in layers),
-        widths=tuple(x.width for x in layers),
-        pooling=space.anatomy.poolings[0],
-        adapted_layers=min(default.decisions["adapted_layers"], len(layers)),
-    )
-    return whole
+    own: dict[str, Any] = {"layers": len(layers), "pooling": space.anatomy.poolings[0]}
+    own |= {"heads": layers[0].heads, "width": layers[0].width}
+    for i, layer in enumerate(layers):
+        own |= {f"layer.{i}": True, f"heads.{i}": layer.heads, f"width.{i}": layer.width}
+    return space.resolve({n: own.get(n, v) for n, v in space.proposal().decisions.items()})
+
+
+def _plain(setting: Any) -> Any:
+    """A setting as a state can hold it: of an object its class."""
+    return setting if isinstance(setting, int | float | str | None) else type(setting).__name__
 
 
 def _record(score: Score) -> dict[str, Any]:

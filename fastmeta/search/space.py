@@ -10,10 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from fastmeta.engine.optimizers import RULES
 from fastmeta.patching import Head, LoRA, Spec
 from fastmeta.search.anatomy import Anatomy, anatomy_of
-from fastmeta.search.decisions import Decision, Domain, Range, When, as_domain
+from fastmeta.search.decisions import Decision, Domain, Range, When, as_domain, recipe_domains
 from fastmeta.search.proposal import Proposal
 
 _TRIES = 500
@@ -92,7 +91,8 @@ class Space:
         found |= self._size_domains("width", widths)
         found["pooling"] = self._pooling(pooling)
         self.targets = self._targets(lora)
-        found |= self._recipe(adapted_layers, lr, optimizer, weight_decay, steps, batch_size, lora)
+        found |= self._terms(adapted_layers, lora)
+        found |= recipe_domains(lr, optimizer, weight_decay, steps, batch_size)
         names = sorted(found, key=_order)  # stable: the rest as written
         self.decisions = self._with_conditions({n: found[n] for n in names}, conditions)
         self.sample(1, seed=seed)
@@ -116,15 +116,22 @@ class Space:
 
     def _size_domains(self, kind: str, given: Any) -> dict[str, Domain]:
         attribute = "heads" if kind == "heads" else "width"
-        own = {getattr(layer, attribute) for layer in self.anatomy.layers}
-        full = own.pop()
+        own = [getattr(layer, attribute) for layer in self.anatomy.layers]
+        full = own[0]
+        if given is None and len(set(own)) > 1:  # a model that was pruned keeps its sizes
+            return {f"{kind}.{i}": (size,) for i, size in enumerate(own)}
         if given is None:
             return {kind: (full,)}
-        if own or not full:
+        if len(set(own)) > 1:
+            raise ValueError(
+                f"{kind} must be left out for {type(self.model).__name__}, whose layers have "
+                f"unequal ones: {own}"
+            )
+        if not full:
             raise ValueError(
                 f"the {'attention heads' if kind == 'heads' else 'feed-forward layers'} of "
                 f"{type(self.model).__name__} cannot be narrowed: their linear layers are not "
-                "among those that are known"
+                "among those that are known, or share keys, values or a norm"
             )
         values = []
         if isinstance(given, Range):
@@ -186,10 +193,11 @@ class Space:
             found[target] = tuple(inside)
         return found
 
-    def _recipe(self, adapted_layers, lr, optimizer, decay, steps, batch_size, lora):
+    def _terms(self, adapted_layers: Any, lora: Any) -> dict[str, Domain]:
         found: dict[str, Domain] = {}
         count = len(self.anatomy.layers)
-        layers = as_domain("adapted_layers", adapted_layers or count, least=1)
+        given = count if adapted_layers is None else adapted_layers
+        layers = as_domain("adapted_layers", given, least=1)
         if isinstance(layers, Range) or not all(isinstance(n, int) and n <= count for n in layers):
             raise ValueError(
                 f"adapted_layers must be integers from 1 to {count}, got {adapted_layers!r}"
@@ -203,20 +211,6 @@ class Space:
             if isinstance(domain, Range) or not all(isinstance(r, int) for r in domain):
                 raise ValueError(f"the LoRA ranks of {target!r} must be integers, got {ranks!r}")
             found[f"rank.{target}"] = domain
-        found["optimizer"] = as_domain("optimizer", optimizer)
-        for name in found["optimizer"]:
-            if name not in RULES:
-                raise ValueError(f"optimizer must be one of {sorted(RULES)}, got {name!r}")
-        found["lr"] = as_domain("lr", lr, above=0)
-        found["weight_decay"] = as_domain("weight_decay", decay, least=0)
-        found["steps"] = as_domain("steps", steps, least=1)
-        if isinstance(found["steps"], Range) and not found["steps"].integer:
-            raise ValueError("a range of steps must be one of integers: Range(..., integer=True)")
-        sizes = (None,) if batch_size is None else as_domain("batch_size", batch_size)
-        for size in sizes:
-            if size is not None and not (isinstance(size, int) and size >= 1):
-                raise ValueError(f"batch_size must be None or at least 1, got {size!r}")
-        found["batch_size"] = sizes
         return found
 
     def _with_conditions(self, domains: dict[str, Domain], given) -> tuple[Decision, ...]:
@@ -263,13 +257,12 @@ class Space:
         taken: dict[str, Any] = {}
         for d in self.decisions:
             value = given.get(d.name, d.default)
-            if isinstance(d.domain, Range):
-                if not d.domain.low <= value <= d.domain.high:
-                    raise ValueError(f"{d.name} must be within {d.domain}, got {value!r}")
-            elif value not in d.domain:
-                raise ValueError(f"{d.name} must be one of {list(d.domain)}, got {value!r}")
+            if value not in d.domain:
+                ranged = isinstance(d.domain, Range)
+                kinds = f"within {d.domain}" if ranged else f"one of {list(d.domain)}"
+                raise ValueError(f"{d.name} must be {kinds}, got {value!r}")
             taken[d.name] = value if d.free(taken) else d.default
-        return self._resolve(taken)
+        return self.resolve(taken)
 
     def allows(self, proposal: Proposal) -> bool:
         """Whether a candidate keeps a layer and satisfies the constraint."""
@@ -280,7 +273,7 @@ class Space:
         taken: dict[str, Any] = {}
         for d in self.decisions:
             taken[d.name] = choose(d) if d.free(taken) else d.default
-        return self._resolve(taken)
+        return self.resolve(taken)
 
     def draw(self, rng: random.Random) -> Proposal:
         """A candidate, every free decision uniform.
@@ -302,7 +295,8 @@ class Space:
         rng = random.Random(seed)
         return [self.draw(rng) for _ in range(count)]
 
-    def _resolve(self, taken: dict[str, Any]) -> Proposal:
+    def resolve(self, taken: dict[str, Any]) -> Proposal:
+        """The candidate of these values of all decisions, whether or not the space has them."""
         layers = range(len(self.anatomy.layers))
         if self._each:
             kept = tuple(taken[f"layer.{i}"] for i in layers)
