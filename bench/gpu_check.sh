@@ -22,7 +22,7 @@ tests_end=330 deadline=570 # seconds from the start
 kernels=(attention distances lstm lora others)
 learners=(test_learners test_others test_replays)
 benchmarks=(metasteps attention lora updates pairwise entropy lstm)
-parts=(build info tests)
+parts=(build info tests table_values table_other)
 parts+=("${kernels[@]/#/kernels_}" "${learners[@]/#/learners_}" "${benchmarks[@]/#/bench_}")
 [ $# -gt 0 ] && parts=("$@")
 
@@ -33,7 +33,7 @@ part() { # name, seconds at most, second from the start that ends it, command...
   : >"$out/$name.log"
   rm -f "$out/$name.status"
   if [ "$left" -gt 0 ]; then
-    timeout "$((limit < left ? limit : left))" "$@" >"$out/$name.log" 2>&1
+    timeout -s INT -k 15 "$((limit < left ? limit : left))" "$@" >"$out/$name.log" 2>&1
     status=$?
   fi
   echo "$status $((SECONDS - start))" >"$out/$name.status"
@@ -42,7 +42,9 @@ part() { # name, seconds at most, second from the start that ends it, command...
 }
 
 # (the options of pyproject.toml name a plugin that need not be here)
-options=(-o addopts= --import-mode=importlib -m "not slow" -p no:cacheprovider -q --durations=10)
+options=(-o addopts= --import-mode=importlib -m "not slow" -p no:cacheprovider -v --tb=short
+  --durations=10)
+export OMP_NUM_THREADS=2 # many processes share the cores
 run_tests() { # name, pytest's arguments...
   local name=$1
   shift
@@ -69,13 +71,18 @@ import sys
 from fastmeta import _library, info
 print(info.report())
 sys.exit(any(part.state != "loaded" for part in _library.parts()))'
-run_tests tests tests/test_ops.py tests/test_inner_update.py tests/test_inner_update_lists.py \
+for rows in values other; do
+  not=$([ $rows = other ] && echo not)
+  run_tests "table_$rows" tests/test_ops.py -k "cuda and not emulated and $not values" &
+done
+run_tests tests tests/test_inner_update.py tests/test_inner_update_lists.py \
   tests/test_head_inner_loop.py tests/test_cuda_device.py \
   -k "(cuda and not emulated) or cuda_device" &
 for name in "${learners[@]}"; do
   part "learners_$name" "$tests_end" "$tests_end" "$python" tests/gpu "${options[@]}" -k "$name" &
 done
 wait
+unset OMP_NUM_THREADS
 benchmark metasteps 85 compare --rounds 2
 benchmark attention 40 compare_attention
 benchmark lora 25 compare_lora --rounds 5
