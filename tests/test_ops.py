@@ -105,6 +105,32 @@ def test_values_and_gradients(row: OpRow, dtypes, impl):
             torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
+FOLLOW_AUTOCAST = (
+    *("lora_linear", "attention", "batched_linear", "coordinate_lstm", "linear_cross_entropy"),
+)
+
+
+def with_gradients(results: tuple[torch.Tensor, ...], inputs: list[torch.Tensor]):
+    of = [r for r in results if r.requires_grad]
+    return *results, *torch.autograd.grad(of, inputs, [torch.ones_like(r) for r in of])
+
+
+@pytest.mark.parametrize("row", TABLE, ids=lambda row: row.name)
+def test_autocast(row: OpRow, cpu_impl) -> None:
+    """In a region of bfloat16 products of layers are rounded, and nothing else."""
+    for sample in row.samples((torch.float32, torch.float32), "cpu"):
+        plain, lowered = leaves(sample), leaves(sample)
+        expected = outputs_of(sample.call(*plain))
+        with torch.autocast("cpu", torch.bfloat16):
+            found = outputs_of(sample.call(*lowered))
+        pairs = zip(with_gradients(found, lowered), with_gradients(expected, plain), strict=True)
+        for i, (a, e) in enumerate(pairs):
+            if row.name in FOLLOW_AUTOCAST:
+                assert (a - e).norm() <= 0.1 * e.norm() + 1e-5, f"{sample.id} {i}"
+            else:
+                torch.testing.assert_close(a, e, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize(("row", "index"), SMALL)
 def test_finite_differences(row: OpRow, index: int, native_impl):
     name, device = native_impl

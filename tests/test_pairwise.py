@@ -39,38 +39,6 @@ def test_far_from_the_origin(metric, rows):
     torch.testing.assert_close(found.double(), expected, rtol=2e-6, atol=0)
 
 
-AUTOCAST = {
-    **{m: lambda x, y, m=m: pairwise_distance(x, y, m, **METRICS[m]) for m in METRICS},
-    "mahalanobis": lambda x, y: pairwise_distance(
-        x, y, "mahalanobis", precision=torch.eye(8) + 0.1
-    ),
-    "nearest": lambda x, y: nearest(x, y, k=2)[0],
-    "prototypes": lambda x, y: fm.ops.prototypical_loss(
-        x.unsqueeze(0), torch.arange(40).unsqueeze(0), y.unsqueeze(0), torch.arange(40).unsqueeze(0)
-    )[0],
-    "many classes": lambda x, y: fm.ops.prototypical_loss(
-        x.unsqueeze(0), torch.arange(40).unsqueeze(0) % 3, y.unsqueeze(0), None
-    )[0],
-}
-
-
-@pytest.mark.parametrize("impl", ["auto", "reference"])
-@pytest.mark.parametrize("name", AUTOCAST)
-def test_autocast_changes_nothing(name: str, impl: str) -> None:
-    """Distances and their gradients are in the dtype of the points, in a region as outside."""
-    g = torch.Generator().manual_seed(0)
-    points = [torch.randn(40, 8, generator=g) for _ in range(2)]
-    found = []
-    for enabled in (False, True):
-        x, y = (p.clone().requires_grad_() for p in points)
-        with use_impl(impl), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            out = AUTOCAST[name](x, y)
-        grads = torch.autograd.grad(out.sum(), (x, y)) if out.requires_grad else ()
-        found.append([out.detach(), *grads])
-    assert found[1][0].dtype == torch.float32
-    torch.testing.assert_close(found[1], found[0])
-
-
 @pytest.mark.parametrize("width", [3, 64])
 @pytest.mark.parametrize("rows", [5, 70])
 def test_nearly_equal_points(width, rows):
