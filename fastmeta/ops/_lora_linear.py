@@ -87,12 +87,17 @@ def lora_rows(
 ) -> Tensor:
     """``x W^T + bias_t + scale (x A_t^T) B_t^T``, ``[M, N]``, of arguments that fit."""
     given = (x, weight, weight_scale, bias, a, b, offsets, scale, bf16)
-    if by_reference(_FORWARD, x.device):
+    if by_reference(_FORWARD, x.device) or _too_wide(a):
         with _as_rounded(bf16):
             return reference.lora_linear(*given)[0]
     if needs_autograd(x, weight, bias, a, b):
         return _Forward.call(*given)[0]
     return _Forward.forward(*given)[0]
+
+
+def _too_wide(a: Tensor) -> bool:
+    """Whether ranks are larger than a GPU's registers hold."""
+    return a.device.type == "cuda" and a.shape[1] > 128 and _backend.requested() == "auto"
 
 
 class _Forward(Function):

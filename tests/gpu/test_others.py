@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import episode_oracle as oracle
 import metric_oracle as metric
@@ -16,6 +17,7 @@ from standin import gpu, on_cpu, on_gpu
 from torch import Tensor, nn
 
 import fastmeta as fm
+from fastmeta.ops import _lora_linear, _pairwise
 from fastmeta.training import Trainer
 
 BATCH = oracle.as_batch(metric.make_tasks(3))
@@ -84,6 +86,38 @@ def test_fine_tuning(optimizer, settings: dict) -> None:
         return kept | {"losses": torch.cat(losses), "gone": tuner.remove([1]).packed}
 
     on_both(run)
+
+
+@contextmanager
+def tf32() -> Iterator[None]:
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def test_where_kernels_do_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks beyond a GPU's registers; distances by products that are rounded to TF32."""
+    monkeypatch.setattr(_lora_linear._Forward, "call", None)
+    monkeypatch.setattr(_pairwise, "squares_by_products", None)
+    g = torch.Generator().manual_seed(0)
+    x, weight, points = (torch.randn(20, n, generator=g) for n in (8, 8, 6))
+    a, b = torch.randn(2, 130, 8, generator=g), torch.randn(2, 20, 130, generator=g)
+    x, others = x.view(2, 10, 8), points + 1
+    with gpu(), torch.no_grad(), tf32():
+        there = {n: t.to("cuda") for n, t in locals().items() if isinstance(t, Tensor)}
+        found = {
+            "rank": fm.ops.lora_linear(there["x"], there["weight"], None, there["a"], there["b"]),
+            "squares": fm.ops.pairwise_distance(there["points"], there["others"]),
+            "nearest": fm.ops.nearest(there["points"], there["others"], k=3)[0],
+        }
+    expected = {
+        "rank": x @ weight.mT + (x @ a.mT) @ b.mT,
+        "squares": torch.cdist(points, others).square(),
+        "nearest": torch.cdist(points, others).square().topk(3, largest=False).values,
+    }
+    oracle.assert_close(on_cpu(found), expected, 5e-3)
 
 
 def test_select_models() -> None:
