@@ -15,7 +15,7 @@ import fastmeta as fm
 from fastmeta import ops
 from fastmeta.engine import episode
 from fastmeta.engine.tape import Frame
-from fastmeta.ops._adapted_linear import Descent, Gate, adapted_linear, descend
+from fastmeta.patching.adapted_linear import Descent, Gate, adapted_linear, descend
 from fastmeta.patching.fast_weights import FastMatrix, FastTable
 from fastmeta.patching.leaf_params import LeafParams
 

@@ -9,7 +9,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fastmeta import _backend, _library
-from fastmeta.ops import _head, head_inner_loop, use_impl
+from fastmeta.ops import _head_inner_loop, head_inner_loop, use_impl
 from fastmeta.testing.tolerance import assert_within_budget, shake
 
 NAN, INF = float("nan"), float("inf")
@@ -19,7 +19,7 @@ FORMS = pytest.mark.parametrize("gram", [True, False], ids=["gram", "direct"])
 @pytest.fixture
 def form(gram: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels' form, whatever the shape would choose."""
-    monkeypatch.setattr(_head, "prefers_gram", lambda *shape: gram)
+    monkeypatch.setattr(_head_inner_loop, "prefers_gram", lambda *shape: gram)
 
 
 def run_loop(*args, **options):

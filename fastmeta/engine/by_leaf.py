@@ -19,9 +19,9 @@ from fastmeta.engine.captured_leaves import captured_step
 from fastmeta.engine.inner import InnerLoop, Support, Trajectory, model_inputs
 from fastmeta.engine.leaf_step import one_step
 from fastmeta.engine.optimizers import SGD
-from fastmeta.ops._adapted_linear import Gate
 from fastmeta.ops.batched_linear import rounds
 from fastmeta.patching import ParamLayout, TaskParams
+from fastmeta.patching.adapted_linear import Gate
 from fastmeta.patching.fast_weights import FastMatrix, FastTable, Leaf
 from fastmeta.patching.initial_params import InitialParams
 from fastmeta.patching.leaf_params import LeafParams, leaf_slots

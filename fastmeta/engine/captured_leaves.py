@@ -21,8 +21,8 @@ from fastmeta.engine.graph_function import GraphFunction
 from fastmeta.engine.inner import InnerLoop, Support, task_losses
 from fastmeta.engine.leaf_step import one_step
 from fastmeta.engine.recompute import backpropagate
-from fastmeta.ops._adapted_linear import Gate, Gathering
 from fastmeta.patching import TaskParams
+from fastmeta.patching.adapted_linear import Gate, Gathering
 from fastmeta.patching.leaf_params import LeafParams
 
 

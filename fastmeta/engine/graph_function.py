@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastmeta.engine.graphs import Pair
-from fastmeta.ops._adapted_linear import Gathering
+from fastmeta.patching.adapted_linear import Gathering
 
 Landings = Mapping[int, Gathering | None]
 """By place: where the gradient of a tensor gathers; none where autograd brings it."""

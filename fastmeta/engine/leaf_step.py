@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from fastmeta.engine.inner import InnerLoop, Support, task_losses
-from fastmeta.ops._adapted_linear import Gate
 from fastmeta.patching import TaskParams
+from fastmeta.patching.adapted_linear import Gate
 from fastmeta.patching.fast_weights import Leaf
 from fastmeta.patching.leaf_params import LeafParams
 

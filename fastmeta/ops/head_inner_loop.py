@@ -10,7 +10,7 @@ from torch import Tensor
 from fastmeta import _checks
 from fastmeta._autograd import outside_autocast
 from fastmeta._checks import describe
-from fastmeta.ops import _head
+from fastmeta.ops import _head_inner_loop
 
 IGNORED = -100
 
@@ -104,7 +104,7 @@ def head_inner_loop(
         weight = weight.expand(tasks, classes, width)
     if bias is not None and bias.dim() == 1:
         bias = bias.expand(tasks, classes)
-    new_weight, new_bias, losses, taken = _head.run(
+    new_weight, new_bias, losses, taken = _head_inner_loop.run(
         (features, labels, weight, bias, rate, ways, active),
         (lr_value, float(momentum), float(weight_decay), steps, exact, bool(check_finite)),
     )

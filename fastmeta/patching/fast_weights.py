@@ -2,7 +2,7 @@
 
 Where tasks descend by plain SGD from weights that all share, a weight need not be a segment of the
 packed buffer: it is that of all tasks, and what each step's rows add
-(`fastmeta.ops._adapted_linear`). The first step then reads one weight for all tasks. Later ones
+(`fastmeta.patching.adapted_linear`). The first step then reads one weight for all tasks. Later ones
 apply the rows as low-rank factors where they are few, and read each task's own weight, written out,
 where they are many.
 """
@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmeta.ops._adapted_linear import Descent, Gate, Gathering, adapted_linear, descend
 from fastmeta.ops.batched_linear import affine
+from fastmeta.patching.adapted_linear import Descent, Gate, Gathering, adapted_linear, descend
 from fastmeta.patching.words import Words, are_few, collect, take
 
 
