@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel
 from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.utils import cached_file
 
 _HEAD_FILE = "head.safetensors"
 
@@ -72,16 +73,14 @@ class SentenceClassifier(nn.Module):
             path: Whatever `transformers.AutoModel` takes.
             num_labels, scale, pooling: As for the class; a saved head keeps its own scale and
                 pooling.
-            **settings: Passed to `AutoModel.from_pretrained`.
+            **settings: Passed to `AutoModel.from_pretrained`; those that say where files are
+                (`revision`, `subfolder`, `token`, `cache_dir`, ...) hold for the head, too.
         """
         encoder = load_encoder(path, **settings)
         model = cls(encoder, num_labels, scale, pooling)
-        head = Path(path, _HEAD_FILE)
-        if head.is_file():
-            tensors = load_file(head)
-            if "cls" in tensors:
-                model.pooling = "cls" if bool(tensors.pop("cls")) else "mean"
-            model.scale = float(tensors.pop("scale"))
+        tensors = _saved_head(path, settings)
+        if tensors:
+            model.scale, model.pooling = _settings_of(tensors)
             if not bool(tensors["weight"].any() or tensors["bias"].any()):
                 return model  # untrained: as good for any number of classes
             if tensors["weight"].shape != model.classifier.weight.shape:
@@ -89,8 +88,15 @@ class SentenceClassifier(nn.Module):
                     f"the head saved in {path} has {tensors['weight'].shape[0]} classes, "
                     f"expected num_labels={num_labels}"
                 )
-            model.classifier.load_state_dict(tensors)
+            model.classifier.load_state_dict({n: tensors[n] for n in ("weight", "bias")})
         return model
+
+    @staticmethod
+    def saved_settings(path: str | Path) -> tuple[float, str]:
+        """Scale and pooling as ``from_pretrained(path)`` gives them: a saved head's, or the
+        defaults."""
+        tensors = _saved_head(path, {})
+        return _settings_of(tensors) if tensors else (30.0, "mean")
 
     @property
     def config(self) -> Any:
@@ -131,6 +137,25 @@ class SentenceClassifier(nn.Module):
         """Logits ``[B, C]`` as ``output.logits``."""
         features = self.embed(input_ids, attention_mask, **inputs)
         return SequenceClassifierOutput(logits=self.classifier(features))
+
+
+_WHERE = (
+    "cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder",
+)  # fmt: skip
+
+
+def _saved_head(path: str | Path, settings: dict[str, Any]) -> dict[str, Tensor]:
+    """The head that lies beside an encoder; empty where there is none."""
+    where = {k: settings[k] for k in _WHERE if k in settings}
+    quiet = {"_raise_exceptions_for_missing_entries": False}
+    quiet["_raise_exceptions_for_connection_errors"] = False  # the encoder came without any
+    file = cached_file(path, _HEAD_FILE, **where, **quiet)
+    return {} if file is None else load_file(file)
+
+
+def _settings_of(head: dict[str, Tensor]) -> tuple[float, str]:
+    """Scale and pooling; a head of an older version has no pooling but the mean."""
+    return float(head["scale"]), "cls" if bool(head.get("cls", False)) else "mean"
 
 
 def pooled(states: Tensor, attention_mask: Tensor | None, pooling: str) -> Tensor:

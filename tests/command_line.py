@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import fastmeta as fm
+from fastmeta.cli.config import METRIC
 
 TINY = {
     "model": "builtin:hidden=16,layers=1",
@@ -24,8 +25,11 @@ SUPPORT = [("please cancel the alarm", "cancel"), ("play a song", "play"), ("sen
 
 
 def flags(**values) -> list[str]:
-    """`TINY` and `values` as flags."""
-    given = TINY | values
+    """`TINY` and `values` as flags; of `TINY` what the method knows."""
+    method = values.get("method", "maml")
+    idle = {"inner_steps"} if method == "hypernet" else set()
+    idle |= {"inner_steps", "memory"} if method in METRIC else set()
+    given = {k: v for k, v in TINY.items() if k not in idle} | values
     return [f"--{k.replace('_', '-')}={v}" for k, v in given.items() if v is not None]
 
 

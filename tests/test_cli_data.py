@@ -105,3 +105,17 @@ def test_a_file_of_test_classes_serves_any_run(call, lora_run, class_files):
         "eval", "--quiet", "--checkpoint", lora_run, "--episodes", 2, "--test", class_files["test"]
     )
     assert status == 0 and f"test classes of {class_files['test']}" in text
+
+
+def test_classes_that_are_trained_on_and_judged_by_are_counted(call, tmp_path, class_files):
+    data = fm.data.from_jsonl(class_files["train"])
+    own = [data[i] for i in range(60)] + [(f"new {i}", c) for i in range(60) for c in "xyz"]
+    file = write_jsonl(tmp_path / "valid.jsonl", own)
+    out = tmp_path / "run"
+    settings = flags(data=class_files["train"], valid=file, out=out, steps=1)
+    said = f"fastmeta: {file} shares 1 of its 4 classes and 60 of its 240 texts with "
+    said += f"{class_files['train']}, which is trained on\n"
+    status, _, err = call("train", "--quiet", *settings)
+    assert status == 0 and err.count(said) == 1
+    arguments = ["eval", "--quiet", "--checkpoint", out, "--part", "valid", "--episodes", 2]
+    assert call(*arguments)[2].count(said) == 1

@@ -73,6 +73,41 @@ def test_written_prototypes_serve_without_the_library(call, tmp_path) -> None:
         assert float(probabilities.max()) == pytest.approx(row["probability"], abs=1e-4)
 
 
+@pytest.mark.parametrize("spec", ["lora:r=2", "prefix:length=2"])
+def test_a_folder_holds_all_that_was_learned(call, tmp_path, spec: str) -> None:
+    """Base and folder together give the predictions: factors, temperature and settings."""
+    run, folder = tmp_path / "run", tmp_path / "adapted"
+    settings = {"spec": spec, "metric": "cosine", "temperature": 0.5, "normalize": True}
+    settings |= {"outer_lr": 0.1, "steps": 3, "pooling": "cls"}
+    assert call("train", "--quiet", *flags(out=run, method="protonet", **settings))[0] == 0
+    support = write_jsonl(tmp_path / "support.jsonl", SUPPORT)
+    status, text, _ = call(
+        "adapt", "--checkpoint", run, "--support", support, "--out", folder, "--predict", support
+    )
+    assert status == 0
+    about = json.loads((folder / "fastmeta.json").read_text())
+    model = tf.BertForSequenceClassification.from_pretrained(folder / "base")
+    adapts = fm.LoRA(r=2, targets="all-linear") if "lora" in spec else fm.Prefix(2)
+    assert about["spec"] == spec
+    named = ("metric", "temperature", "normalize", "pooling")
+    learner = fm.ProtoNet(
+        fm.patch(model.requires_grad_(False), adapts), **{k: about[k] for k in named}
+    )
+    learner.eval()
+    tensors = load_file(folder / "adapted.safetensors")
+    state = {n: tensors.pop(n).unsqueeze(0) for n in ("prototypes", "counts")}
+    learner.load_state_dict(tensors)
+    tokenizer = tf.AutoTokenizer.from_pretrained(folder / "base")
+    rows = [json.loads(line) for line in text.splitlines()]
+    inputs = tokenizer([row["text"] for row in rows], return_tensors="pt", padding=True)
+    with torch.no_grad():
+        logits = learner.predict(state, **{k: v.unsqueeze(0) for k, v in inputs.items()})
+    found = logits[0].softmax(-1).max(-1)
+    for row, p, label in zip(rows, *found, strict=True):
+        assert row["predicted"] == about["labels"][label]
+        assert float(p) == pytest.approx(row["probability"], abs=2e-6)
+
+
 @pytest.mark.parametrize("method", ["protonet", "protomaml"])
 def test_resume_is_exact(call, tmp_path, method: str) -> None:
     straight, resumed = tmp_path / "a", tmp_path / "b"

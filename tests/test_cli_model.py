@@ -19,7 +19,7 @@ HYPER = {"method": "hypernet", "hyper_latent": 4, "hyper_hidden": 6, "spec": "lo
 METHODS = [
     HYPER,
     HYPER | {"refine_steps": 1, "train_encoder": True, "train": "all", "inner_optimizer": "adam"},
-    SMALL | {"method": "lstmmeta", "learn_lr": "layer"},
+    SMALL | {"method": "lstmmeta", "learn_lr": "layer", "learned_layers": None},
     SMALL | {"method": "learnedopt"},
     UNROLL | {"unroll": "truncated"},
     UNROLL | {"unroll": "pes", "pes_pairs": 1},

@@ -160,6 +160,18 @@ def test_a_new_head_that_does_not_adapt_is_kept(call, files, tmp_path) -> None:
         assert Path(about["base_model"]) == (out / "base" if bases else tmp_path / "encoder")
 
 
+@pytest.mark.parametrize("scale", [30, 10])
+def test_a_pooling_that_the_model_does_not_say_is_kept(call, files, tmp_path, scale) -> None:
+    bert, tokenizer = fm.data.tiny_bert(hidden_size=16, num_layers=1)
+    bert.bert.save_pretrained(tmp_path / "encoder")
+    tokenizer.save_pretrained(tmp_path / "encoder")
+    out = tmp_path / "out"
+    pooling = ["--pooling", "mean", "--pooling-scale", scale, "--epochs", 1, "--quiet"]
+    arguments = ["tune", files[0], "--model", tmp_path / "encoder", "--out", out, *SPEC, *pooling]
+    assert call(*arguments)[0] == 0
+    assert (out / "base").is_dir() == (scale != 30) and not (out / "acme" / "base").exists()
+
+
 def test_a_file_that_is_not_there(fails, tmp_path) -> None:
     said = fails("tune", tmp_path / "acme.jsonl", "--out", tmp_path / "out", *MODEL)
     assert said.startswith(f"{tmp_path / 'acme.jsonl'}: cannot be read")

@@ -222,6 +222,43 @@ def test_whole_tasks_are_ragged_and_keep_their_labels(tokenizer):
     assert equal(next(iter(resumed)), loader.batch(2))
 
 
+def lettered(names):
+    return {
+        n: fd.from_lists([f"{n} c{i % 2} x{i}" for i in range(12)], [i % 2 for i in range(12)])
+        for n in names
+    }
+
+
+def test_a_state_knows_the_order_of_tasks_and_the_tokens(tokenizer, numbered):
+    state = json.loads(json.dumps(fd.TaskDataset(lettered("abc"), tokenizer).state_dict()))
+    fd.TaskDataset(lettered("abc"), tokenizer).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"with names=.*'a', 'b', 'c'.*'c', 'b', 'a'"):
+        fd.TaskDataset(lettered("cba"), tokenizer).load_state_dict(state)
+    other = fd.tiny_tokenizer()
+    other.add_tokens(["c1"])  # which was two
+    with pytest.raises(ValueError, match="other tokens: that of 'a' and 2 more differs"):
+        fd.TaskDataset(lettered("abc"), other).load_state_dict(state)
+    state = fd.Episodes(numbered, tokenizer, 2, 1, 1).state_dict()
+    with pytest.raises(ValueError, match="belongs to batches with tokens="):
+        fd.Episodes(numbered, other, 2, 1, 1).load_state_dict(state)
+    state["settings"].pop("tokens")  # of an older version
+    fd.Episodes(numbered, tokenizer, 2, 1, 1).load_state_dict(state)
+
+
+def test_an_order_of_tasks_is_drawn_once(tokenizer, monkeypatch):
+    import fastmeta.data.task_dataset as module
+
+    loader, draw, turns = fd.TaskDataset(lettered("abcd"), tokenizer), module.sample_episodes, []
+
+    def counted(starts, *args):
+        turns.append(args[-1]) if list(starts) == [0, 4] else None
+        return draw(starts, *args)
+
+    monkeypatch.setattr(module, "sample_episodes", counted)
+    first = [loader._name(i) for i in range(12)]
+    assert turns == [0, 1, 2] and [loader._name(i) for i in (5, 0)] == [first[5], first[0]]
+
+
 def test_permuted_labels_of_whole_tasks(tokenizer):
     data = {"t": fd.from_lists([f"c{i % 3} x{i}" for i in range(30)], [i % 3 for i in range(30)])}
     loader = fd.TaskDataset(data, tokenizer, 1, 1, tasks=50, permute_labels=True)

@@ -67,7 +67,7 @@ def test_tokens_are_those_that_a_prompt_alone_has() -> None:
 def test_long_ones() -> None:
     prompt = ids("hello there", special=True)[:-1]
     room = len(prompt) + 1
-    with pytest.warns(UserWarning, match=f"1 of 2 texts are longer than max_length={room}"):
+    with pytest.warns(UserWarning, match=f"2 of 2 texts are longer than max_length={room}"):
         tokens, given = tokenize_prompted(
             [("hello there", "good day"), "hello there good day"], TOKENIZER, max_length=room
         )
@@ -82,6 +82,11 @@ def test_long_ones() -> None:
     with pytest.raises(DataError) as caught:
         tokenize_prompted([("hello " * 900, "good day")], TOKENIZER)
     assert len(str(caught.value)) < 250
+
+
+def test_long_texts_alone_are_counted_too() -> None:
+    with pytest.warns(UserWarning, match="1 of 3 texts are longer than max_length=6 and lose"):
+        tokenize_prompted(["hello " * 9, "hello", "hello " * 4], TOKENIZER, max_length=6)
 
 
 def test_labels_leave_out_the_prompt() -> None:

@@ -100,6 +100,38 @@ def test_held_out_texts_are_of_every_class_and_seeded():
             data.hold_out(wrong)
 
 
+def test_copies_of_a_text_are_held_out_together():
+    """A text that is there six times is one of four."""
+    texts, labels = ["same"] * 6 + ["b", "c", "d", "same"], ["x"] * 9 + ["y"]
+    data = fd.from_lists(texts, labels)
+    assert data.repeats == 5
+    for seed in range(8):
+        kept, held = data.hold_out(0.5, seed=seed)
+        kept, held = ([t for t, c in part if c == "x"] for part in (kept, held))
+        assert len(set(held)) == len(set(kept)) == 2 and not set(held) & set(kept)
+        left, taken = fd.hold_out(texts[:9], 0.5, seed=seed)
+        assert len(set(taken)) == 2 and not set(left) & set(taken)
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.29, 29), (0.57, 57), (0.999, 99)])
+def test_a_share_is_rounded_down_once(share, count):
+    texts = [str(i) for i in range(100)]
+    assert len(fd.hold_out(texts, share)[1]) == count
+
+
+def test_a_file_that_repeats_texts_says_so(tmp_path):
+    rows = [{"text": t, "label": c} for t, c in ("ax", "ax", "ay", "bx", "bx")]
+    with pytest.warns(UserWarning, match=r"2 of 5 texts repeat another of their class; a task may"):
+        data = fd.from_jsonl(write(tmp_path / "twice.jsonl", *rows))
+    assert data.repeats == 2
+
+
+def test_merged_classes_of_one_name_are_refused():
+    a, b = fd.from_lists(["x"], ["b/c"]), fd.from_lists(["y"], ["c"])
+    with pytest.raises(fd.DataError, match="two classes would be called 'a/b/c'; rename a part"):
+        fd.merge({"a": a, "a/b": b})
+
+
 def test_merge_digest_and_pickle():
     a, b = fd.from_lists(["x", "y"], ["p", "q"]), fd.from_lists(["z"], ["p"])
     both = fd.merge({"a": a, "b": b})

@@ -69,6 +69,22 @@ def test_tokenised_once_per_tokenizer_and_length(tokenizer):
     assert fd.tokenize(data, other).lengths[3] < first.lengths[3]
 
 
+def test_ids_are_those_of_the_tokenizers_present_settings():
+    tokenizer = fd.tiny_tokenizer()
+    data = fd.from_lists(TEXTS, [0, 1, 2, 3])
+    right = fd.tokenize(data, tokenizer, max_length=4).ids.tolist()
+    tokenizer.truncation_side = "left"
+    left = fd.tokenize(data, tokenizer, max_length=4).ids.tolist()
+    assert left != right and left == fd.tokenize(TEXTS, tokenizer, max_length=4).ids.tolist()
+
+
+def test_padding_stays_within_the_models_limit(tokenizer):
+    """A model of ten positions has no eleventh to look up."""
+    packed = fd.tokenize(["hi " * 20, "hi"], tokenizer, max_length=10)
+    assert [packed.rows(np.array([i]))["input_ids"].shape[1] for i in (0, 1)] == [10, 8]
+    assert packed.rows(np.array([0]), multiple=16)["attention_mask"].shape == (1, 10)
+
+
 def test_wrong_tokenizer_arguments(tokenizer):
     with pytest.raises(ValueError, match="expected max_length >= 1, got 0"):
         fd.tokenize(TEXTS, tokenizer, max_length=0)

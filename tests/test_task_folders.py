@@ -171,6 +171,62 @@ def test_models_of_no_kind_are_found_by_their_class(tmp_path):
     }
 
 
+@pytest.mark.parametrize(
+    ("saved", "scale", "pooling", "written"),
+    [
+        (None, 30.0, "mean", False),  # what loading a base without a head gives
+        (None, 10.0, "mean", True),
+        (None, 30.0, "cls", True),
+        (10.1, 10.1, "cls", False),
+        (10.1, 30.0, "cls", True),
+    ],
+)
+def test_a_base_by_name_says_how_to_pool(tmp_path, saved, scale, pooling, written):
+    peft = pytest.importorskip("peft")
+    bert, _ = fm.data.tiny_bert(hidden_size=16, num_layers=1, num_heads=2)
+    if saved is None:
+        bert.bert.save_pretrained(tmp_path / "base")
+    else:
+        fm.models.SentenceClassifier(bert.bert, 3, saved, "cls").save_pretrained(tmp_path / "base")
+    model = fm.models.SentenceClassifier(bert.bert, 3, scale, pooling).eval()
+    patched = fm.patch(model, LORA + fm.Head())
+    start = patched.init(1).packed
+    params = fm.TaskParams(patched.layout, (start + torch.randn_like(start) * 0.2).detach())
+    export_task(patched, params, tmp_path / "task", base=str(tmp_path / "base"))
+    assert (tmp_path / "task" / "base").is_dir() == written
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        read = peft.AutoPeftModel.from_pretrained(
+            tmp_path / "task", num_labels=3, import_allowlist=["fastmeta.models"]
+        ).eval()
+    inputs = {"input_ids": torch.randint(5, 99, (1, 3, 6)), "attention_mask": torch.ones(1, 3, 6)}
+    with torch.no_grad():
+        found = read(**{k: v[0] for k, v in inputs.items()}).logits
+    torch.testing.assert_close(found, logits(patched, params, inputs)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_head_is_found_where_the_encoder_is(tmp_path, monkeypatch):
+    bert, _ = fm.data.tiny_bert(hidden_size=16, num_layers=1, num_heads=2)
+    fm.models.SentenceClassifier(bert.bert, 3, 7.0, "cls").save_pretrained(
+        tmp_path / "whole" / "in"
+    )
+    read = fm.models.SentenceClassifier.from_pretrained
+    found = read(tmp_path / "whole", 3, subfolder="in")
+    assert (found.scale, found.pooling) == (7.0, "cls")
+    asked = {}
+
+    def cached(path, name, **settings):
+        asked.update(settings, path=path)
+        return str(tmp_path / "whole" / "in" / name)
+
+    monkeypatch.setattr(fm.models, "cached_file", cached)  # as of a name on the hub
+    monkeypatch.setattr(fm.models, "load_encoder", lambda path, **settings: bert.bert)
+    found = read("user/name", 3, revision="v2", token="x", dtype=torch.float32)
+    assert (found.scale, found.pooling) == (7.0, "cls")
+    assert {asked.pop(k) for k in list(asked) if k.startswith("_")} == {False}
+    assert asked == {"path": "user/name", "revision": "v2", "token": "x"}
+
+
 def test_export_takes_what_adapt_returns_and_checks_it(tmp_path):
     patched, _ = adapted("bert", LORA)
     inputs = families.inputs("bert", 2, 3)

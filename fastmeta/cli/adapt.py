@@ -12,6 +12,7 @@ from torch import Tensor
 
 import fastmeta as fm
 from fastmeta.cli import checkpointed
+from fastmeta.cli.applies import why_not
 from fastmeta.cli.build import Parts
 from fastmeta.cli.config import METRIC
 from fastmeta.cli.errors import UserError
@@ -25,6 +26,11 @@ SUMMARY = "Adapt a checkpoint to one task from labelled JSONL; write its weights
 KEYS = tuple(
     "model inner_steps refine_steps text_key label_key max_length device threads compile".split()
 )
+_COMPARISON = tuple(
+    "metric metric_p precision temperature learn_temperature normalize projection full_context "
+    "fce_steps relation_hidden relation_loss".split()
+)
+"""Keys that say how a written support set is compared with."""
 _ROWS = 64  # texts predicted at once
 
 
@@ -76,8 +82,13 @@ def _export(parts: Parts, params: fm.TaskParams, folder: str, labels: list[str])
     details = {k: getattr(config, k) for k in ("method", "ways", "pooling", "pooling_scale")}
     own = {id(p) for p in parts.model.parameters()}
     if parts.patched is None or config.method in METRIC:
-        learned = any(id(p) in own for p in parts.learner.parameters())
-        added = {n: t for n, t in parts.learner.state_dict().items() if n.startswith("metric.")}
+        state = parts.learner.state_dict(keep_vars=True)
+        added = {n: t for n, t in state.items() if id(t) not in own}
+        learned = len(added) < len(state)
+        details |= {k: getattr(config, k) for k in _COMPARISON if why_not(config, k) is None}
+        if config.learn_temperature:
+            details.pop("temperature")  # it is among the tensors
+        details |= {"pooling": config.pooling or "mean", "spec": config.spec}
         write, what = export_state, (parts.model, params, added)
     else:
         learned = bool(parts.patched.shared_parameters())
@@ -98,7 +109,7 @@ def adapt(parts: Parts, support: LabelledTexts) -> fm.TaskParams:
     labels = torch.from_numpy(support.labels).to(parts.device)
     examples = {k: v.unsqueeze(0) for k, v in inputs.items()} | {"labels": labels.unsqueeze(0)}
     ways = torch.tensor([len(support.classes)], device=labels.device)
-    with evaluating(parts.learner):
+    with evaluating(parts.learner), parts.precision():
         out = parts.learner(fm.TaskBatch(examples, examples, ways))
     if bool(out.diverged[0]):
         raise UserError("the adaptation diverged: fewer --inner-steps may help")
@@ -112,7 +123,7 @@ def predict(
     rows = []
     metric = parts.patched is None or parts.config.method in METRIC
     run = parts.learner.predict if metric else lambda p, **x: parts.patched(p, **x).logits
-    with evaluating(parts.learner):
+    with evaluating(parts.learner), parts.precision():
         for begin in range(0, len(texts), _ROWS):
             chunk = texts[begin : begin + _ROWS]
             inputs = _inputs(parts, [row["text"] for row in chunk], parts.device)

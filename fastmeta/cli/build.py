@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,12 @@ class Parts:
     @property
     def device(self) -> torch.device:
         return self.learner.device
+
+    def precision(self) -> AbstractContextManager:
+        """Within, models compute as they do in training."""
+        if self.config.dtype != "bfloat16":
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
 
 
 def build_parts(config: Config, *, words: bool = False) -> Parts:

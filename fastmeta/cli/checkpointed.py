@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from fastmeta.cli import config as configs
+from fastmeta.cli.applies import check_given
 from fastmeta.cli.build import Parts, build_parts
 from fastmeta.cli.data import check_files
 from fastmeta.cli.train import saved_config
@@ -29,6 +30,7 @@ def load(arguments: argparse.Namespace) -> Parts:
     if "data" in given:
         saved |= {"valid": None, "test": None}  # files of the run's own data
     config = configs.make_config(saved, given)
+    check_given(config, given)
     check_files(config, given)
     parts = build_parts(config)
     load_learner(parts.learner, read_checkpoint(folder), folder)

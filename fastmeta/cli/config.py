@@ -191,6 +191,10 @@ class Config:
             )
         if self.unroll != "whole" and not learned:
             raise UserError(f"unroll: expected whole for {self.method}, got {self.unroll!r}")
+        if learned and self.inner_optimizer not in ("sgd", "learned"):  # sgd is the default
+            raise UserError(
+                f"inner_optimizer: expected learned for learnedopt, got {self.inner_optimizer!r}"
+            )
         if self.inner_optimizer == "learned" and (hyper or self.method == "lstmmeta"):
             raise UserError(f"inner_optimizer: expected another for {self.method}, got 'learned'")
         default = "head" if anil else None if pooled else "lora:r=4 + head" if hyper else "all"

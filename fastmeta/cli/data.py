@@ -12,7 +12,8 @@ from fastmeta.cli.config import Config
 from fastmeta.cli.errors import UserError, as_user_errors
 from fastmeta.data import Episodes, LabelledTexts
 
-# Fixed, different from a training run's own seeds: evaluation episodes are the same for all runs.
+# Fixed, different from a training run's own seeds: evaluation episodes are the same for all runs on
+# the same classes (data that is split at random is split by the run's seed).
 _EVAL_SEED = {"train": 10_000_001, "valid": 10_000_002, "test": 10_000_003}
 _SHARES = {"train": 0.6, "valid": 0.2, "test": 0.2}
 """Of the classes of data that has no parts of its own."""
@@ -69,6 +70,29 @@ def announce_split(config: Config) -> None:
             "--valid FILE and --test FILE give your own",
             file=sys.stderr,
         )
+
+
+def announce_overlap(config: Config, train: LabelledTexts, parts: Iterable[str]) -> None:
+    """Say in one line on standard error where a file of validation or test classes shares classes
+    or texts with the data.
+
+    Args:
+        train: The data's, all that is trained on.
+        parts: Those whose files are read.
+    """
+    for part in parts:
+        file = _own_file(config, part)
+        if file is None:
+            continue
+        own = load_texts(config, part)
+        classes = len({*own.classes}.intersection(train.classes))
+        texts = len({*own.texts}.intersection(train.texts))
+        if classes or texts:
+            print(
+                f"fastmeta: {file} shares {classes} of its {len(own.classes)} classes and {texts} "
+                f"of its {len(own)} texts with {config.data}, which is trained on",
+                file=sys.stderr,
+            )
 
 
 def check_files(config: Config, keys: Iterable[str]) -> None:

@@ -8,12 +8,14 @@ import time
 from pathlib import Path
 
 from fastmeta.cli.build import build_parts, build_trainer
-from fastmeta.cli.config import make_config
+from fastmeta.cli.config import make_config, read_table
 from fastmeta.cli.data import build_episodes
+from fastmeta.cli.errors import UserError
 from fastmeta.cli.evaluate import adapted, table
-from fastmeta.cli.train import clear_run, train
+from fastmeta.cli.train import clear_run, prepare_folder, train
 from fastmeta.training import nearest_class_mean
-from fastmeta.training.files import check_writable, whole_file
+from fastmeta.training.files import whole_file
+from fastmeta.training.metrics import finite
 
 SUMMARY = "Meta-train a small BERT on built-in data, with MAML in second order; no network."
 SETTINGS = {
@@ -58,7 +60,8 @@ def run(arguments: argparse.Namespace) -> int:
     start = time.perf_counter()
     given = {k: getattr(arguments, k) for k in ("out", "steps", "seed", "device")}
     config = make_config(SETTINGS, given)
-    out = check_writable(config.out)
+    out = Path(config.out)
+    prepare_folder(config, overwrite=_is_demo(out))
     parts = build_parts(config)
     trainer = build_trainer(config, parts, progress=not arguments.quiet)
     test = build_episodes(config, parts.tokenizer, "test")
@@ -79,12 +82,12 @@ def run(arguments: argparse.Namespace) -> int:
         "before: nearest class mean": nearest_class_mean(parts.model, test, count),
         f"before: {steps}": score(),
     }
-    clear_run(Path(out))
+    clear_run(out)
     train(config, trainer)
     results[f"after MAML: {steps}"] = score()
     print(f"\n{config.ways}-way {config.shots}-shot on classes never trained on, {count} tasks")
     print(table(results))
-    rows = {n: {"accuracy": r.accuracy, "interval": r.interval} for n, r in results.items()}
+    rows = {n: {"accuracy": r.accuracy, "interval": finite(r.interval)} for n, r in results.items()}
     with whole_file(out / "results.json") as temporary:
         temporary.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     rate = sum(r["tasks_per_s"] for r in trainer.metrics) / len(trainer.metrics)
@@ -93,3 +96,12 @@ def run(arguments: argparse.Namespace) -> int:
         f"curve.png, metrics.jsonl, results.json and checkpoints/ are in {out}"
     )
     return 0
+
+
+def _is_demo(out: Path) -> bool:
+    """Whether a folder holds an earlier demo."""
+    try:
+        saved = read_table(out / "config.yaml")
+    except UserError:
+        return False
+    return all(saved.get(key) == value for key, value in SETTINGS.items())

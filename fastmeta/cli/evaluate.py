@@ -5,16 +5,20 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from fastmeta.cli import checkpointed
 from fastmeta.cli.build import Parts
 from fastmeta.cli.config import GRADIENT, METRIC, flag_values
-from fastmeta.cli.data import announce_split, build_episodes, source
+from fastmeta.cli.data import (
+    announce_overlap,
+    announce_split,
+    build_episodes,
+    load_texts,
+    source,
+)
 from fastmeta.cli.errors import UserError
 from fastmeta.data.benchmarks import PARTS
 from fastmeta.training import (
@@ -24,6 +28,7 @@ from fastmeta.training import (
     nearest_class_mean,
 )
 from fastmeta.training.files import check_writable, whole_file
+from fastmeta.training.metrics import finite
 
 SUMMARY = "Evaluate a checkpoint on episodes of classes it has not seen."
 _KEYS = "model data split valid test shots queries tasks inner_steps refine_steps"
@@ -57,6 +62,9 @@ def run(arguments: argparse.Namespace) -> int:
     seed = arguments.episode_seed
     episodes = build_episodes(config, parts.tokenizer, arguments.part, seed=seed)
     announce_split(config)
+    here = config.data == "builtin" or Path(config.data).expanduser().exists()
+    if here and source(config, arguments.part) != config.data:
+        announce_overlap(config, load_texts(config, "train"), [arguments.part])
     start = time.perf_counter()
     taken = config.refine_steps if config.method == "hypernet" else config.inner_steps
     steps = "" if config.method in METRIC else f", {taken} inner steps"
@@ -76,7 +84,11 @@ def run(arguments: argparse.Namespace) -> int:
     print(table(results))
     if arguments.json:
         rows = {
-            name: {"accuracy": r.accuracy, "interval": r.interval, "diverged": r.diverged}
+            name: {
+                "accuracy": r.accuracy,
+                "interval": finite(r.interval),
+                "diverged": r.diverged,
+            }
             for name, r in results.items()
         }
         with whole_file(Path(arguments.json)) as temporary:
@@ -86,19 +98,17 @@ def run(arguments: argparse.Namespace) -> int:
 
 def adapted(parts: Parts, episodes, count: int, *, quiet: bool = False) -> Evaluation:
     """The learner's accuracy, with a progress bar."""
-    device = torch.device(parts.config.device)
-    low = parts.config.dtype == "bfloat16"
-    precision = torch.autocast(device.type, torch.bfloat16) if low else nullcontext()
     with tqdm(total=count, desc="evaluating", unit="task", disable=quiet, leave=False) as bar:
-        with precision:
+        with parts.precision():
             return evaluate(parts.learner, episodes, count, on_batch=bar.update)
 
 
 def baselines(parts: Parts, episodes, count: int) -> dict[str, Evaluation]:
-    """What the same weights do without adaptation."""
+    """What the same weights do without adaptation; class means in the weights' own dtype."""
     rows = {}
     if parts.patched is not None and parts.config.method in GRADIENT:
-        rows["the same, not adapted"] = evaluate_unadapted(parts.patched, episodes, count)
+        with parts.precision():
+            rows["the same, not adapted"] = evaluate_unadapted(parts.patched, episodes, count)
     means = nearest_class_mean(parts.model, episodes, count)
     if means is not None:
         rows["nearest class mean of its features"] = means

@@ -22,7 +22,7 @@ from fastmeta.cli.signals import stopping
 from fastmeta.cli.tune_kinds import KINDS, Classes, Texts, Words
 from fastmeta.data import Minibatches
 from fastmeta.training.errors import CheckpointError
-from fastmeta.training.export import ABOUT, check_new, export_task, quiet_transformers
+from fastmeta.training.export import ABOUT, check_new, export_task, write_base
 from fastmeta.training.files import check_writable, whole_file
 
 SUMMARY = (
@@ -282,7 +282,5 @@ def _base(parts: Parts, kind: Classes | Words, out: Path) -> str:
     """What all adapters are of: the model as it was named, or a copy where that lacks something."""
     if kind.named(parts):
         return parts.config.model
-    with quiet_transformers():
-        parts.model.save_pretrained(out / "base")
-        parts.tokenizer.save_pretrained(out / "base")
+    write_base(parts.model, parts.tokenizer, out)
     return str(out / "base")

@@ -20,6 +20,7 @@ from fastmeta.cli.errors import UserError
 from fastmeta.data import LabelledTexts, Minibatch, Minibatches, hold_out, prompts_from_jsonl
 from fastmeta.data.prompts import Prompted
 from fastmeta.training.evaluation import evaluating
+from fastmeta.training.export import names_all
 
 Texts = LabelledTexts | Sequence[str | Prompted]
 _LENGTH = 512
@@ -92,13 +93,14 @@ class Classes:
 
     def named(self, parts: Parts) -> bool:
         """Whether the model as it was named holds all that does not adapt: not what it has learned,
-        nor a new head that does not adapt."""
+        nor a new head that does not adapt, nor a pooling that it does not say."""
         named = not parts.config.model.startswith("builtin")
         head = {request.name for request in fm.Head().resolve(parts.model)}
         return (
             named
             and not parts.patched.shared_parameters()
             and head <= set(parts.patched.layout.names)
+            and names_all(parts.model, parts.config.model)
         )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fastmeta._names import near
 from fastmeta.data._errors import DataError
-from fastmeta.data.readers import from_jsonl, read_json, read_lines
+from fastmeta.data.readers import read_json, read_labelled, read_lines
 from fastmeta.data.texts import LabelledTexts
 
 PARTS = ("train", "valid", "test")
@@ -56,7 +56,7 @@ def clinc_tasks(path: str | PathLike) -> dict[str, LabelledTexts]:
         DataError: a missing or malformed file, or an intent that does not occur.
     """
     path = Path(path)
-    data = from_jsonl(path / "full.jsonl", text="sentence")
+    data = read_labelled(path / "full.jsonl", "sentence")
     domains = read_json(path / "domains.json")
     good = isinstance(domains, dict) and all(
         isinstance(intents, list) and all(isinstance(i, str) for i in intents)
@@ -79,7 +79,7 @@ def hwu_tasks(path: str | PathLike) -> dict[str, LabelledTexts]:
     Raises:
         DataError: a missing or malformed file.
     """
-    data = from_jsonl(Path(path) / "full.jsonl", text="sentence")
+    data = read_labelled(Path(path) / "full.jsonl", "sentence")
     scenarios: dict[str, list[str]] = {}
     for name in data.classes:
         scenarios.setdefault(name.split("/")[0], []).append(name)
@@ -128,9 +128,9 @@ def _folder(path: str | PathLike, split: int | str | None, part: str | None) -> 
             f"expected part to be one of {PARTS} or None, got {part!r}{near(part, PARTS)}"
         )
     if split is None or part is None:
-        return from_jsonl(path / "full.jsonl", text="sentence")
+        return read_labelled(path / "full.jsonl", "sentence")
     classes = read_split(path, split)[part]
-    data = from_jsonl(path / "full.jsonl", text="sentence")
+    data = read_labelled(path / "full.jsonl", "sentence")
     for name in classes:
         if name not in data.counts:
             raise DataError(

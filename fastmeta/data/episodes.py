@@ -21,7 +21,8 @@ class Episodes(Loader[TaskBatch]):
 
     Episode ``e`` (task ``e % tasks`` of batch ``e // tasks``) depends only on ``(seed, e)``. Its
     classes come in random order and are labelled 0 .. N - 1 in that order, so a label means nothing
-    from one episode to the next; its texts are distinct (Vinyals et al. 2016).
+    from one episode to the next. No example is drawn twice in an episode (Vinyals et al. 2016); a
+    text that the data hold several times (``data.repeats``) may be in support and query both.
 
     Args:
         data: where classes and texts are drawn from.
@@ -87,7 +88,8 @@ class Episodes(Loader[TaskBatch]):
     def settings(self) -> dict[str, Any]:
         """Return what a batch depends on besides its number, as JSON values."""
         names = ("ways", "shots", "queries", "tasks", "seed", "max_length")
-        return {name: getattr(self, name) for name in names} | {"data": self.data.digest}
+        digests = {"data": self.data.digest, "tokens": self._tokens.digest}
+        return {name: getattr(self, name) for name in names} | digests
 
     def classes(self, index: int) -> list[list[str]]:
         """Return the class names of batch ``index``: one list per task, in label order."""

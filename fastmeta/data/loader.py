@@ -114,7 +114,8 @@ class Loader(ABC, Generic[Batch]):
             ) from None
         for key, value in self.settings().items():
             found = saved.get(key)
-            if found == value:
+            # what an older version did not note yet is not compared
+            if found == value or (key in ("names", "tokens") and key not in saved):
                 continue
             if isinstance(found, dict) and isinstance(value, dict):  # by task
                 tasks = [n for n in {**value, **found} if found.get(n) != value.get(n)]

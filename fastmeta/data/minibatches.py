@@ -144,8 +144,7 @@ class Minibatches(Loader[Minibatch]):
         names = ("batch_size", "epochs", "seed", "max_length")
         digests = {}
         for task, (name, texts) in enumerate(self.data.items()):
-            tokens = self._tokens[task]
-            digest = crc32(tokens.offsets.tobytes(), crc32(tokens.ids.tobytes()))
+            digest = self._tokens[task].digest
             if self.labelled:
                 digests[name] = [digest, texts.digest]
             else:

@@ -62,7 +62,8 @@ def hold_out(
     Returns:
         The other texts, and those taken.
     """
-    taken = held_out([range(len(texts))], share, seed)
+    distinct = [t if isinstance(t, str) else tuple(t) for t in texts]
+    taken = held_out(distinct, [range(len(texts))], share, seed)
     parts = ([], [])
     for i, text in enumerate(texts):
         parts[i in taken].append(text)
@@ -91,20 +92,25 @@ def tokenize_prompted(
     Raises:
         DataError: a text without a token, a prompt that leaves no room for what follows it.
     """
+    max_length = checked_length(tokenizer, max_length)
     pairs = [i for i, text in enumerate(texts) if not isinstance(text, str)]
     given = np.zeros(len(texts), np.int64)
     if not pairs:
-        return tokenize(texts, tokenizer, max_length=max_length), given
-    max_length = checked_length(tokenizer, max_length)
+        tokens = tokenize(texts, tokenizer, max_length=max_length)
+        full = np.flatnonzero(tokens.lengths == max_length)
+        _warn_of_cut(_longer([texts[i] for i in full], tokenizer, max_length), texts, max_length)
+        return tokens, given
     alone = [i for i, text in enumerate(texts) if isinstance(text, str)]
     whole, _ = encode([texts[i] for i in alone], tokenizer, max_length)
+    full = [i for i, row in zip(alone, whole, strict=True) if len(row) == max_length]
+    cut = _longer([texts[i] for i in full], tokenizer, max_length)
     prompts, types = encode([texts[i][0] for i in pairs], tokenizer)
     after, _ = encode([texts[i][1] for i in pairs], tokenizer, add_special_tokens=False)
     rows = dict(zip(alone, whole, strict=True))
     end = tokenizer.eos_token_id
     end = tokenizer.sep_token_id if end is None else end
     last = [] if end is None else [end]
-    added, cut = _added_after(tokenizer), 0
+    added = _added_after(tokenizer)
     for i, prompt, following in zip(pairs, prompts, after, strict=True):
         prompt = prompt[: len(prompt) - added]
         if not following:
@@ -118,14 +124,23 @@ def tokenize_prompted(
         cut += len(whole_row) > max_length
         rows[i] = whole_row[:max_length]
         given[i] = len(prompt)
+    _warn_of_cut(cut, texts, max_length)
+    ordered = [rows[i] for i in range(len(texts))]
+    return packed(ordered, None if types is None else [], tokenizer, max_length), given
+
+
+def _longer(texts: Sequence[str], tokenizer: Any, max_length: int) -> int:
+    """How many texts have more tokens than that."""
+    return sum(len(row) > max_length for row in encode(texts, tokenizer)[0])
+
+
+def _warn_of_cut(cut: int, texts: Sequence[Any], max_length: int) -> None:
     if cut:
         warnings.warn(
             f"{cut} of {len(texts)} texts are longer than max_length={max_length} and lose their "
             "ends, of which nothing is learned",
-            stacklevel=3,
+            stacklevel=4,
         )
-    ordered = [rows[i] for i in range(len(texts))]
-    return packed(ordered, None if types is None else [], tokenizer), given
 
 
 def _added_after(tokenizer: Any) -> int:

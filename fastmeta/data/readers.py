@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
@@ -22,6 +23,8 @@ def from_jsonl(
 ) -> LabelledTexts:
     """Read a file of JSON lines, one object with a text and a label in each.
 
+    Warns where texts repeat within a class.
+
     Args:
         path: the file, UTF-8; blank lines are skipped.
         text: key of the text; default: ``"sentence"`` or ``"text"``, whichever the first line has.
@@ -32,7 +35,18 @@ def from_jsonl(
         DataError: an unreadable or empty file, or a line that is no such object; names file and
             line.
     """
-    path = Path(path)
+    data = read_labelled(Path(path), text, label)
+    if data.repeats:
+        warnings.warn(
+            f"{path}: {data.repeats} of {len(data)} texts repeat another of their class; a task "
+            "may have the same text in support and query",
+            stacklevel=2,
+        )
+    return data if classes is None else data.restrict(classes)
+
+
+def read_labelled(path: Path, text: str | None, label: str = "label") -> LabelledTexts:
+    """As :func:`from_jsonl`, whatever repeats."""
     texts, labels = [], []
     for where, row in read_objects(path):
         if text is None:
@@ -41,8 +55,7 @@ def from_jsonl(
         labels.append(field(row, label, (str, int), where))
     if not texts:
         raise DataError(f"{path}: expected lines of JSON, got an empty file")
-    data = LabelledTexts(texts, labels, name=str(path))
-    return data if classes is None else data.restrict(classes)
+    return LabelledTexts(texts, labels, name=str(path))
 
 
 def from_clinc_json(
@@ -170,10 +183,14 @@ def read_objects(path: Path) -> Iterator[tuple[str, dict]]:
 
 def read_json(path: Path) -> Any:
     """Read a file that is one JSON document."""
-    lines = dict(read_lines(path))
-    if not lines:
+    try:
+        document = path.read_bytes().decode("utf-8-sig").rstrip()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: expected UTF-8 text ({error.reason})") from None
+    if not document:
         raise DataError(f"{path}: expected JSON, got an empty file")
-    document = "\n".join(lines.get(n, "") for n in range(1, max(lines) + 1))
     try:
         return json.loads(document)
     except json.JSONDecodeError as error:

@@ -100,12 +100,17 @@ class TaskDataset(Loader[TaskBatch]):
         self._tokens = {
             n: tokenize(t, tokenizer, max_length=max_length) for n, t in self.data.items()
         }
+        self._turn: tuple[int, np.ndarray] | None = None  # and its order of tasks
 
     def settings(self) -> dict[str, Any]:
         """Return what a batch depends on besides its number, as JSON values."""
         names = ("shots", "queries", "tasks", "permute_labels", "seed", "max_length")
-        digests = {name: texts.digest for name, texts in self.data.items()}
-        return {name: getattr(self, name) for name in names} | {"data": digests}
+        digests = {
+            "data": {name: texts.digest for name, texts in self.data.items()},
+            "tokens": {name: tokens.digest for name, tokens in self._tokens.items()},
+            "names": list(self.names),  # their order decides which is drawn
+        }
+        return {name: getattr(self, name) for name in names} | digests
 
     def tasks_of(self, index: int) -> list[str]:
         """Return the names of the tasks of batch ``index``."""
@@ -113,9 +118,12 @@ class TaskDataset(Loader[TaskBatch]):
 
     def _name(self, draw: int) -> str:
         turn, place = divmod(draw, len(self.names))
-        seed = self.seed ^ _ORDER_STREAM
-        _, order, _ = sample_episodes([0, len(self.names)], 1, 1, len(self.names), 0, seed, turn)
-        return self.names[order[0, 0, place]]
+        kept = self._turn
+        if kept is None or kept[0] != turn:
+            count, seed = len(self.names), self.seed ^ _ORDER_STREAM
+            _, order, _ = sample_episodes([0, count], 1, 1, count, 0, seed, turn)
+            kept = self._turn = (turn, order.reshape(-1))
+        return self.names[kept[1][place]]
 
     def _make(self, index: int) -> TaskBatch:
         pairs, ways = [], []

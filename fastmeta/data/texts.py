@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from functools import cached_property
 from random import Random
 from weakref import WeakKeyDictionary
@@ -99,6 +99,11 @@ class LabelledTexts:
             sha.update(part.encode("utf-8", "surrogatepass") + b"\0")
         return sha.hexdigest()[:16]
 
+    @cached_property
+    def repeats(self) -> int:
+        """Number of texts that repeat an earlier one of their class."""
+        return len(self) - sum(len(set(self.texts_of(name))) for name in self.classes)
+
     @property
     def counts(self) -> dict[str, int]:
         """Number of texts of each class."""
@@ -162,8 +167,11 @@ class LabelledTexts:
     ) -> tuple[LabelledTexts, list[tuple[str, str]]]:
         """Take texts of every class away at random, to judge by what was not trained on.
 
+        Copies of a text within a class stay together.
+
         Args:
-            share: of each class's texts, at least 0 and below 1, rounded down; a class keeps one.
+            share: of each class's different texts, at least 0 and below 1, rounded down; a class
+                keeps one.
             seed: the same seed takes the same texts.
 
         Returns:
@@ -172,7 +180,7 @@ class LabelledTexts:
         Raises:
             ValueError: a share out of its range.
         """
-        taken = held_out(map(range, self.starts, self.starts[1:]), share, seed)
+        taken = held_out(self.texts, map(range, self.starts, self.starts[1:]), share, seed)
         left = [i for i in range(len(self)) if i not in taken]
         kept = LabelledTexts(
             [self.texts[i] for i in left],
@@ -193,8 +201,10 @@ class LabelledTexts:
         return [position[n] for n in names]
 
 
-def held_out(groups: Iterable[Sequence[int]], share: float, seed: int) -> set[int]:
-    """A share of every group at random, rounded down.
+def held_out(
+    texts: Sequence[Hashable], groups: Iterable[Sequence[int]], share: float, seed: int
+) -> set[int]:
+    """A share of every group's different texts at random, rounded down, with all their copies.
 
     Raises:
         ValueError: a share that is not at least 0 and below 1.
@@ -203,7 +213,13 @@ def held_out(groups: Iterable[Sequence[int]], share: float, seed: int) -> set[in
         raise ValueError(f"expected a share of at least 0 and below 1, got {share}")
     random, taken = Random(f"hold out {seed}"), set()
     for group in groups:
-        taken.update(random.sample(group, int(share * len(group))))
+        copies: dict[Hashable, list[int]] = {}
+        for i in group:
+            copies.setdefault(texts[i], []).append(i)
+        # 0.29 * 100 is a little less than 29 in floating point
+        count = min(int(share * len(copies) + 1e-9), len(copies) - 1)
+        for text in random.sample(list(copies), max(count, 0)):
+            taken.update(copies[text])
     return taken
 
 
@@ -236,8 +252,14 @@ def merge(parts: Mapping[str, LabelledTexts], *, name: str = "merged") -> Labell
         name: name of the result.
 
     Raises:
-        DataError: no part given.
+        DataError: no part given, or two classes of one name.
     """
+    names: set[str] = set()
+    for part, data in parts.items():
+        for whole in (f"{part}/{c}" for c in data.classes):
+            if whole in names:
+                raise DataError(f"{name}: two classes would be called {whole!r}; rename a part")
+            names.add(whole)
     texts = [t for data in parts.values() for t in data.texts]
     labels = [f"{p}/{data.classes[c]}" for p, data in parts.items() for c in data.labels]
     return LabelledTexts(texts, labels, name=name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
+from zlib import crc32
 
 import numpy as np
 
@@ -22,12 +23,14 @@ class PackedTokens(NamedTuple):
         types: token type ids, uint8 [total tokens], empty if all are zero; ``None`` where
             the tokenizer gives none.
         pad_id: the tokenizer's padding id.
+        max_length: rows are padded to no more tokens than this; ``None`` for no bound.
     """
 
     ids: np.ndarray
     offsets: np.ndarray
     types: np.ndarray | None
     pad_id: int
+    max_length: int | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -37,13 +40,18 @@ class PackedTokens(NamedTuple):
         """Tokens of every text, int64 [texts]."""
         return np.diff(self.offsets)
 
+    @property
+    def digest(self) -> int:
+        """Changes with the ids of any text."""
+        return crc32(self.offsets.tobytes(), crc32(self.ids.tobytes()))
+
     def rows(self, index: np.ndarray, *, multiple: int = 8) -> dict[str, np.ndarray]:
         """Gather texts into padded arrays.
 
         Args:
             index: which texts, integers of any shape ``[...]``.
             multiple: the width is the longest of them, rounded up to a multiple of this, so that
-                shapes repeat from batch to batch.
+                shapes repeat from batch to batch, but not beyond ``max_length``.
 
         Returns:
             ``input_ids``, ``attention_mask`` and, where the tokenizer gives them,
@@ -51,7 +59,10 @@ class PackedTokens(NamedTuple):
         """
         start = self.offsets[index]
         length = self.offsets[np.asarray(index) + 1] - start
-        width = -(-int(length.max(initial=1)) // multiple) * multiple
+        longest = int(length.max(initial=1))
+        width = -(-longest // multiple) * multiple
+        if self.max_length is not None:
+            width = max(longest, min(width, self.max_length))
         column = np.arange(width)
         mask = column < length[..., None]
         where = np.where(mask, start[..., None] + column, 0)
@@ -87,10 +98,22 @@ def tokenize(
     if not isinstance(texts, LabelledTexts):
         return _pack(list(texts), tokenizer, max_length)
     cache = texts._tokens.setdefault(tokenizer, {})
-    key = (max_length, len(tokenizer), tokenizer.pad_token_id)  # len grows with added tokens
+    key = (max_length, *_settings(tokenizer))
     if key not in cache:
         cache[key] = _pack(texts.texts, tokenizer, max_length)
     return cache[key]
+
+
+_SETTINGS = (
+    "pad_token_id cls_token_id sep_token_id bos_token_id eos_token_id truncation_side "
+    "add_bos_token add_eos_token added_tokens_decoder"
+).split()
+
+
+def _settings(tokenizer: Any) -> tuple[str | int, ...]:
+    """What may change in a tokenizer and with it the ids of a text."""
+    found = (repr(getattr(tokenizer, name, None)) for name in _SETTINGS)
+    return len(tokenizer), *found  # the length grows with added tokens
 
 
 def checked_length(tokenizer: Any, max_length: int) -> int:
@@ -114,7 +137,7 @@ def _pack(texts: Sequence[str], tokenizer: Any, max_length: int) -> PackedTokens
     for text, row in zip(texts, ids, strict=True):
         if not row:
             raise DataError(f"expected every text to have a token, got none for {text!r}")
-    return packed(ids, types, tokenizer)
+    return packed(ids, types, tokenizer, max_length)
 
 
 def encode(
@@ -134,14 +157,18 @@ def encode(
 
 
 def packed(
-    ids: Sequence[Sequence[int]], types: Sequence[Sequence[int]] | None, tokenizer: Any
+    ids: Sequence[Sequence[int]],
+    types: Sequence[Sequence[int]] | None,
+    tokenizer: Any,
+    max_length: int,
 ) -> PackedTokens:
-    """Rows of token ids end to end."""
+    """Rows of token ids end to end, none longer than `max_length`."""
     offsets = np.concatenate([[0], np.cumsum([len(row) for row in ids])]).astype(np.int64)
     packed_types = None if types is None else _join(types, np.uint8)
     if packed_types is not None and not packed_types.any():
         packed_types = packed_types[:0]  # one sentence per text: nothing to store
-    return PackedTokens(_join(ids, np.int32), offsets, packed_types, int(tokenizer.pad_token_id))
+    pad_id = int(tokenizer.pad_token_id)
+    return PackedTokens(_join(ids, np.int32), offsets, packed_types, pad_id, max_length)
 
 
 def _join(rows: Sequence[Sequence[int]], dtype: type) -> np.ndarray:

@@ -240,6 +240,9 @@ class FineTuner:
         Returns:
             Losses before the step, ``[A]``.
 
+        An error in the middle, as where memory runs out, leaves the tasks of the chunks before it
+        (`task_chunk`) one step ahead, as `steps` tells: go on with the others by name.
+
         Raises:
             ValueError: A name that is not there, another number of tasks in the batch, labels out
                 of range or none that counts, tensors on another device.

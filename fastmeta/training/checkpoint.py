@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastmeta.training.errors import CheckpointError
 from fastmeta.training.files import whole_folder
-from fastmeta.training.trees import pack, unpack
+from fastmeta.training.trees import apart, pack, unpack
 
 TENSORS, STATE = "tensors.safetensors", "state.json"
 FORMAT = 1
@@ -40,7 +40,7 @@ def write_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: in
     tree = {"format": FORMAT, "step": step, **pack(state, "state", tensors)}
     target = folder / f"step-{step:08d}"
     with whole_folder(target) as temporary:
-        save_file({n: _own(t) for n, t in tensors.items()}, temporary / TENSORS)
+        save_file(apart(tensors), temporary / TENSORS)
         text = json.dumps(tree, indent=1, allow_nan=False)
         (temporary / STATE).write_text(text, encoding="utf-8")
     for old in list_checkpoints(folder)[:-keep]:
@@ -52,8 +52,24 @@ def write_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: in
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints in `folder`, oldest first."""
     found = folder.iterdir() if folder.is_dir() else ()
-    steps = {int(m[1]): p for p in found if (m := _NAME.fullmatch(p.name))}
-    return [steps[n] for n in sorted(steps)]
+    return sorted((p for p in found if _NAME.fullmatch(p.name)), key=step_of)
+
+
+def remove_later(folder: Path, step: int) -> None:
+    """Remove the checkpoints of later steps."""
+    for checkpoint in list_checkpoints(folder):
+        if step_of(checkpoint) > step:
+            shutil.rmtree(checkpoint)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(_NAME.fullmatch(checkpoint.name)[1])
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a folder has checkpoints or metrics in it."""
+    return (folder / "checkpoints").exists() or (folder / "metrics.jsonl").exists()
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -80,17 +96,26 @@ def read_pair(folder: Path, state: str, tensors: str) -> tuple[Any, dict[str, Te
     Raises:
         CheckpointError: One of them is missing, truncated or damaged.
     """
+    tree = _read_json(folder, state)
     try:
-        return json.loads((folder / state).read_text(encoding="utf-8")), load_file(folder / tensors)
+        return tree, load_file(folder / tensors)
     except OSError as error:
-        name = Path(error.filename or tensors).name
-        raise CheckpointError(
-            f"{folder}: {name} cannot be read ({error.strerror or error})"
-        ) from None
-    except ValueError as error:  # of json and of decoding
-        raise CheckpointError(f"{folder}: {state} is damaged ({error})") from None
+        raise _unreadable(folder, tensors, error) from None
     except SafetensorError as error:
         raise CheckpointError(f"{folder}: {tensors} is truncated or damaged ({error})") from None
+
+
+def _read_json(folder: Path, name: str) -> Any:
+    try:
+        return json.loads((folder / name).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise _unreadable(folder, name, error) from None
+    except ValueError as error:  # of json and of decoding
+        raise CheckpointError(f"{folder}: {name} is damaged ({error})") from None
+
+
+def _unreadable(folder: Path, name: str, error: OSError) -> CheckpointError:
+    return CheckpointError(f"{folder}: {name} cannot be read ({error.strerror or error})")
 
 
 def read_checkpoint(folder: Path) -> dict[str, Any]:
@@ -100,13 +125,28 @@ def read_checkpoint(folder: Path) -> dict[str, Any]:
         CheckpointError: A file is missing, truncated or damaged, or of another format.
     """
     tree, tensors = read_pair(folder, STATE, TENSORS)
-    if not isinstance(tree, dict) or tree.get("format") != FORMAT:
-        got = tree.get("format") if isinstance(tree, dict) else type(tree).__name__
-        raise CheckpointError(f"{folder}: expected a checkpoint of format {FORMAT}, got {got!r}")
+    _check_format(tree, folder)
     try:
         return unpack(tree, tensors)
     except KeyError as error:
         raise CheckpointError(f"{folder}: {TENSORS} lacks {error}") from None
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The `config` that a trainer keeps in its checkpoints, without reading any tensor.
+
+    Raises:
+        CheckpointError: As for :func:`read_checkpoint`.
+    """
+    tree = _read_json(folder, STATE)
+    _check_format(tree, folder)
+    return unpack(tree["config"], {})
+
+
+def _check_format(tree: Any, folder: Path) -> None:
+    if not isinstance(tree, dict) or tree.get("format") != FORMAT:
+        got = tree.get("format") if isinstance(tree, dict) else type(tree).__name__
+        raise CheckpointError(f"{folder}: expected a checkpoint of format {FORMAT}, got {got!r}")
 
 
 def fingerprint(learner: nn.Module) -> dict[str, Any]:
@@ -146,13 +186,6 @@ def check_fingerprint(saved: dict[str, Any], own: dict[str, Any], folder: Path) 
             f"{folder} is of another {'specification' if key == 'adapts' else key}: "
             f"expected {value}, got {saved.get(key)}"
         )
-
-
-def _own(tensor: Tensor) -> Tensor:
-    """The tensor on the CPU, contiguous, alone in its storage, as safetensors wants it."""
-    tensor = tensor.detach().cpu().contiguous()
-    alone = tensor.untyped_storage().nbytes() == tensor.nbytes
-    return tensor if alone else tensor.clone()
 
 
 def load_learner(learner: nn.Module, state: dict[str, Any], folder: Path) -> None:

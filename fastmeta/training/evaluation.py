@@ -11,9 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastmeta import ops
+from fastmeta.algorithms.learner import GradientLearner
 from fastmeta.batch import TaskBatch
 from fastmeta.data.loader import Loader
-from fastmeta.engine.episode import MetaOutput
+from fastmeta.engine.episode import MetaOutput, with_ways
+from fastmeta.engine.losses import accuracy, scores
+from fastmeta.meta_module import MetaModule
+from fastmeta.models import pooled
 from fastmeta.patching import Patched
 from fastmeta.patching.task_axes import is_input
 from fastmeta.training.processes import Processes
@@ -40,7 +45,8 @@ class Evaluation:
 
     @property
     def interval(self) -> float:
-        """Half the width of the 95 % interval of the mean, ``1.96 s / sqrt(E)``."""
+        """Half the width of the 95 % interval of the mean, ``1.96 s / sqrt(E)``; infinite for one
+        episode."""
         return half_width(self.accuracies)
 
     @property
@@ -95,10 +101,22 @@ def evaluate(
     return Evaluation(accuracies, losses, int(diverged.sum()))
 
 
+_NO_ACCURACY = "evaluation needs accuracies, which this learner does not give"
+
+
+def check_accuracy(learner: nn.Module) -> None:
+    """Raise ValueError where a learner of ours has a loss that is not one of classes."""
+    learner = getattr(learner, "learner", learner)  # of long unrolls
+    loss_fn = learner.loss_fn if isinstance(learner, GradientLearner) else None
+    one = torch.zeros(1, 1, 1)
+    if loss_fn is not None and scores(loss_fn, one, {"labels": one[..., 0]}) is None:
+        raise ValueError(_NO_ACCURACY)
+
+
 def _scores(out: MetaOutput) -> Tensor:
     """Accuracy, loss and whether it diverged of every task, ``[T, 3]``."""
     if out.accuracy is None:
-        raise ValueError("evaluation needs accuracies, which this learner does not give")
+        raise ValueError(_NO_ACCURACY)
     return torch.stack([x.double() for x in (out.accuracy, out.task_losses, out.diverged)], 1)
 
 
@@ -106,11 +124,7 @@ def evaluate_unadapted(patched: Patched, episodes: Loader, count: int = 600) -> 
     """Accuracy at the initial values, before any inner step."""
 
     def predict(batch: TaskBatch) -> Tensor:
-        logits = patched(patched.initial(batch.num_tasks), **inputs_of(batch.query)).logits
-        if batch.ways is None:
-            return logits.argmax(-1)
-        beyond = torch.arange(logits.shape[-1], device=logits.device) >= batch.ways[:, None]
-        return logits.masked_fill(beyond[:, None], -torch.inf).argmax(-1)
+        return patched(patched.initial(batch.num_tasks), **inputs_of(batch.query)).logits
 
     with evaluating(patched):
         return _judge(predict, take(episodes, count, patched.device))
@@ -119,7 +133,8 @@ def evaluate_unadapted(patched: Patched, episodes: Loader, count: int = 600) -> 
 def nearest_class_mean(model: nn.Module, episodes: Loader, count: int = 600) -> Evaluation | None:
     """Accuracy of a transformer without adaptation: the class whose mean feature is nearest.
 
-    Features are mean-pooled token states, compared by cosine (Snell et al. 2017 without training).
+    Features are mean-pooled token states, compared by cosine (Snell et al. 2017 without training);
+    classes that a task has no support rows of are none of its.
 
     Returns:
         None for a model that has no token states to pool (an encoder-decoder, a vision model).
@@ -136,10 +151,9 @@ def nearest_class_mean(model: nn.Module, episodes: Loader, count: int = 600) -> 
 
     def predict(batch: TaskBatch) -> Tensor:
         labels = batch.support["labels"]
-        one_hot = F.one_hot(labels.clamp_min(0), int(labels.max()) + 1).float()
-        one_hot = one_hot * (labels >= 0).unsqueeze(-1)
-        means = one_hot.mT @ features(batch.support)  # [T, C, D], up to the classes' sizes
-        return (features(batch.query) @ F.normalize(means, dim=-1).mT).argmax(-1)
+        means, counts = ops.class_means(features(batch.support), labels, int(labels.max()) + 1)
+        cosines = features(batch.query) @ F.normalize(means, dim=-1).mT
+        return cosines.masked_fill((counts == 0).unsqueeze(1), -torch.inf)
 
     with evaluating(model):
         return _judge(predict, take(episodes, count, device))
@@ -153,20 +167,15 @@ def _mean_pooling(model: nn.Module) -> Callable[..., Tensor] | None:
 
     def embed(attention_mask: Tensor, **inputs: Tensor) -> Tensor:
         states = backbone(attention_mask=attention_mask, **inputs).last_hidden_state
-        weight = attention_mask.to(states.dtype).unsqueeze(-1)
-        return (states * weight).sum(1) / weight.sum(1)
+        return pooled(states, attention_mask, "mean")
 
     return embed
 
 
 def _judge(predict: Callable[[TaskBatch], Tensor], batches: Iterator[TaskBatch]) -> Evaluation:
-    scores = []
-    for batch in batches:
-        labels = batch.query["labels"]
-        valid = labels >= 0
-        right = (predict(batch) == labels) & valid
-        scores.append((right.sum(1) / valid.sum(1)).cpu())
-    return Evaluation(torch.cat(scores))
+    """The accuracy of logits ``[T, Q, C]``."""
+    found = [accuracy(predict(batch), with_ways(batch)[1]).cpu() for batch in batches]
+    return Evaluation(torch.cat(found))
 
 
 def inputs_of(examples: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -193,11 +202,28 @@ def device_of(learner: nn.Module) -> torch.device:
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; the mode comes back afterwards."""
-    training = module.training
+    """Evaluation mode without gradients; afterwards every module has the mode it had."""
+    before = _modes(module)
     module.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        module.train(training)
+        for each, training in before:
+            each.training = training
+
+
+def _modes(module: nn.Module) -> list[tuple[nn.Module, bool]]:
+    """The mode of every module below this one, those that learners hold included."""
+    found = {id(module): module}
+    left = [module]
+    while left:
+        one = left.pop()
+        held = (value for value in vars(one).values() if isinstance(value, nn.Module))
+        for below in (*one.children(), *held):
+            if id(below) not in found:
+                found[id(below)] = below
+                left.append(below)
+    # Of a learner the mode is passed on to what it holds: that comes later.
+    order = sorted(found.values(), key=lambda m: not isinstance(m, MetaModule))
+    return [(m, m.training) for m in order]

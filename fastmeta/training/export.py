@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,9 +14,11 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from fastmeta.engine.adaptation import Adapted
+from fastmeta.models import SentenceClassifier
 from fastmeta.patching import Patched, TaskParams
 from fastmeta.training import peft_format
 from fastmeta.training.files import whole_folder
+from fastmeta.training.trees import apart
 
 WEIGHTS, ABOUT = "adapted.safetensors", "fastmeta.json"
 
@@ -35,9 +38,10 @@ def export_task(
 
     With LoRA in the specification the folder is one that ``peft.PeftModel.from_pretrained`` and
     ``peft.AutoPeftModelFor...`` read: low-rank factors, and in ``modules_to_save`` every other
-    adapted module, and a head that `base` lacks. Without, or where a soft prefix or a module is
-    adapted in both ways, ``adapted.safetensors`` holds the parameters by their names in the model.
-    ``fastmeta.json`` says what is what; `import_task` reads either.
+    adapted module, and a head that `base` lacks. Of a `fm.models.SentenceClassifier` they want
+    ``num_labels=`` and ``import_allowlist=["fastmeta.models"]``, too. Without LoRA, or where a soft
+    prefix or a module is adapted in both ways, ``adapted.safetensors`` holds the parameters by
+    their names in the model. ``fastmeta.json`` says what is what; `import_task` reads either.
 
     Args:
         patched: The model.
@@ -48,7 +52,8 @@ def export_task(
         base: Name or folder of the model as it was loaded, where that holds every weight but those
             adapted and those of a classifier's new head (whose ``num_labels=`` is then given to
             ``AutoPeftModelFor...``, too). None writes the model itself to ``folder/base``, as is
-            needed where its shared weights were trained.
+            needed where its shared weights were trained; so is a `fm.models.SentenceClassifier`
+            whose scale or pooling is not what loading `base` gives it.
         tokenizer: Written beside the model in ``folder/base``, where given.
         details: JSON values to keep in ``fastmeta.json``, too.
         task: Which of the T tasks.
@@ -69,6 +74,8 @@ def export_task(
     if len(labels) > outputs:
         raise ValueError(f"the model tells {outputs} classes apart, got {len(labels)} labels")
     weights = params.task(task)
+    if base is not None and not names_all(patched.model, base):
+        base = None
     peft = peft_format.to_peft(patched, weights, named_base=base is not None)
     about = _about(patched.model, folder, base, labels, details) | {
         "format": "safetensors" if peft is None else "peft",
@@ -77,12 +84,12 @@ def export_task(
     }
     with whole_folder(folder) as temporary:
         if base is None:
-            _write_base(patched.model, tokenizer, temporary)
+            write_base(patched.model, tokenizer, temporary)
         if peft is None:
-            save_file(_apart(weights), temporary / WEIGHTS)
+            save_file(apart(weights), temporary / WEIGHTS)
         else:
             config, tensors = peft
-            save_file(_apart(tensors), temporary / peft_format.WEIGHTS, {"format": "pt"})
+            save_file(apart(tensors), temporary / peft_format.WEIGHTS, {"format": "pt"})
             source = {"base_model_name_or_path": about["base_model"]}
             _write_json(temporary / peft_format.CONFIG, config | source)
         _write_json(temporary / ABOUT, about)
@@ -119,14 +126,24 @@ def export_state(
         FileExistsError: `folder` holds something.
     """
     folder = check_new(folder)
-    tensors = {**params.task(task), **added}
+    tensors = {**added, **params.task(task)}
     about = _about(model, folder, base, labels, details) | {"format": "safetensors"}
     with whole_folder(folder) as temporary:
         if base is None:
-            _write_base(model, tokenizer, temporary)
-        save_file(_apart(tensors), temporary / WEIGHTS)
+            write_base(model, tokenizer, temporary)
+        save_file(apart(tensors), temporary / WEIGHTS)
         _write_json(temporary / ABOUT, about)
     return "safetensors"
+
+
+def names_all(model: nn.Module, base: str) -> bool:
+    """Whether loading `base` gives a classifier of ours the settings that are no weights."""
+    if not isinstance(model, SentenceClassifier):
+        return True
+    folder = Path(base).expanduser()
+    scale, pooling = SentenceClassifier.saved_settings(folder if folder.is_dir() else base)
+    # a head's file has its scale in float32
+    return pooling == model.pooling and math.isclose(scale, model.scale, rel_tol=1e-6)
 
 
 @contextmanager
@@ -170,12 +187,8 @@ def _about(
     return about | dict(details or {})
 
 
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors on the CPU, each in memory of its own, as safetensors wants them."""
-    return {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}
-
-
-def _write_base(model: nn.Module, tokenizer: Any, folder: Path) -> None:
+def write_base(model: nn.Module, tokenizer: Any, folder: Path) -> None:
+    """Write the model, and a tokenizer where given, to ``folder/base``."""
     with quiet_transformers():
         model.save_pretrained(folder / "base")
     if tokenizer is not None:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _TEMPORARY = ".partial-"
+_REPLACED = _TEMPORARY + "replaced-"
 
 
 def check_writable(folder: str | Path) -> Path:
@@ -45,7 +46,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
                 _sync(file)
         _sync(temporary)
         if target.exists():
-            old = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=target.parent))
+            old = Path(tempfile.mkdtemp(prefix=_REPLACED, dir=target.parent))
             target.rename(old / target.name)
             temporary.rename(target)
             shutil.rmtree(old, ignore_errors=True)
@@ -71,9 +72,13 @@ def whole_file(target: Path) -> Iterator[Path]:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what a killed process left half-written."""
+    """Remove what a killed process left half-written; what it was about to replace comes back."""
     for left in folder.glob(f"{_TEMPORARY}*") if folder.is_dir() else ():
         if left.is_dir():
+            if left.name.startswith(_REPLACED):
+                for old in left.iterdir():
+                    if not (folder / old.name).exists():
+                        old.rename(folder / old.name)
             shutil.rmtree(left, ignore_errors=True)
         else:
             left.unlink(missing_ok=True)

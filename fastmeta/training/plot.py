@@ -29,7 +29,9 @@ def plot_metrics(records: list[dict[str, Any]], path: Path) -> None:
         drawn = _line(axes, records, key)
         evaluated = [r for r in records if r.get(valid) is not None]
         if evaluated:
-            error = [r["valid_interval"] for r in evaluated] if valid == "valid_accuracy" else None
+            error = None
+            if valid == "valid_accuracy":  # no interval of one episode
+                error = [r["valid_interval"] or 0.0 for r in evaluated]
             axes.errorbar(
                 [r["step"] for r in evaluated],
                 [r[valid] for r in evaluated],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
@@ -20,14 +21,17 @@ from fastmeta.engine.memory import MemoryPlan
 from fastmeta.training.checkpoint import (
     find_checkpoint,
     fingerprint,
+    holds_run,
     load_learner,
     read_checkpoint,
+    remove_later,
     write_checkpoint,
 )
 from fastmeta.training.errors import CheckpointError, Interrupted, TrainingError
-from fastmeta.training.evaluation import Evaluation, evaluate
+from fastmeta.training.evaluation import Evaluation, check_accuracy, evaluate
 from fastmeta.training.files import check_writable, sweep, whole_file
-from fastmeta.training.metrics import MetricsLog, peak_memory
+from fastmeta.training.metrics import MetricsLog, finite, peak_memory
+from fastmeta.training.outer import load_outer, parameters_beside
 from fastmeta.training.plot import plot_metrics
 from fastmeta.training.processes import Processes
 
@@ -52,8 +56,8 @@ class Trainer:
         valid: Episodes to evaluate on while training, or None.
         eval_every: Evaluate after every this many steps; 0 for never.
         eval_episodes: Episodes of each evaluation.
-        out: Folder of the run: ``metrics.jsonl``, ``curve.png``, ``checkpoints/``. None keeps
-            everything in memory.
+        out: Folder of this run alone: ``metrics.jsonl``, ``curve.png``, ``checkpoints/``. None
+            keeps everything in memory.
         checkpoint_every: Write a checkpoint after every this many steps, and at the end; 0 for
             the end only.
         keep: Number of checkpoints kept, at least 1.
@@ -63,11 +67,13 @@ class Trainer:
     Attributes:
         step: Outer steps done.
         metrics: One record per step: step, loss, accuracy, tasks_per_s, peak_memory_mb, lr,
-            diverged, and after an evaluation valid_accuracy, valid_interval, valid_loss.
+            diverged, and after an evaluation valid_accuracy, valid_interval (None of one episode),
+            valid_loss.
 
     Raises:
-        ValueError: A number out of its range, an optimizer without meta-parameters, or long
-            unrolls (`fm.TruncatedUnroll`, `fm.PES`) or rates of tasks in several processes.
+        ValueError: A number out of its range, an optimizer without meta-parameters, episodes to
+            evaluate on for a learner without accuracies, or long unrolls (`fm.TruncatedUnroll`,
+            `fm.PES`) or rates of tasks in several processes.
         OSError: `out` cannot be written.
     """
 
@@ -105,6 +111,8 @@ class Trainer:
                 "the outer optimizer holds none of the learner's meta-parameters: "
                 "make it over learner.parameters()"
             )
+        if valid is not None and eval_every:
+            check_accuracy(learner)
         self.processes = Processes.running()
         if self.processes.count > 1:
             if hasattr(learner, "progress"):
@@ -132,6 +140,7 @@ class Trainer:
         self._unfinished: dict[str, Any] | None = None  # a record whose evaluation was cut short
         self._stopping = False
         self._saved_step = -1
+        self._owns_folder = False  # what it holds is of this run
         if self.processes.count > 1 and self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # where objects are exchanged
 
@@ -147,6 +156,10 @@ class Trainer:
         """End `fit` after the step in progress; safe to call from a signal handler or a thread."""
         self._stopping = True
 
+    def is_done(self, steps: int) -> bool:
+        """Whether nothing is left of so many steps, neither a step nor an evaluation."""
+        return self.step >= steps and self._unfinished is None
+
     # -- the loop ----------------------------------------------------------------------------
 
     def fit(self, steps: int) -> list[dict[str, Any]]:
@@ -156,15 +169,18 @@ class Trainer:
             The metrics, one record per step.
 
         Raises:
-            Interrupted: `stop` was called; a checkpoint has been written.
-            TrainingError: Every task of a batch diverged.
+            Interrupted: `stop` was called before the end; a checkpoint has been written.
+            TrainingError: Every task of a batch diverged, or the meta-gradient is not finite.
+            FileExistsError: `out` holds another run, which was not resumed.
             OSError: A file cannot be written.
         """
+        self._take_folder()
         if self.processes.count > 1:
             self.processes.start_alike([*self.learner.shared_tensors(), *self._learning()])
         if self.out is not None and self.processes.leads:
             sweep(self.out)
             sweep(self.out / "checkpoints")
+            remove_later(self.out / "checkpoints", self.step)
         with tqdm(
             total=steps,
             initial=self.step,
@@ -173,9 +189,11 @@ class Trainer:
             disable=not self.progress,
             dynamic_ncols=True,
         ) as bar:
-            self._halt_if_asked()
+            if not self.is_done(steps):
+                self._halt_if_asked()
             if self._unfinished is not None:
                 self._finish_record(self._unfinished, bar)
+                self._saved_step = -1  # without that evaluation
             batches = iter(self.episodes)
             try:
                 while self.step < steps:
@@ -185,13 +203,26 @@ class Trainer:
                     every = self.checkpoint_every
                     if self.out is not None and every and self.step % every == 0:
                         self.save()
-                    self._halt_if_asked()
+                    if not self.is_done(steps):
+                        self._halt_if_asked()
             finally:
                 batches.close()  # ends the thread that prepares batches
+        self._stopping = False  # there was nothing left to stop
         if self.out is not None:
             self.save()
             self.plot()
         return self.metrics
+
+    def _take_folder(self) -> None:
+        """Raise where the folder holds a run that is not this one."""
+        if self.out is None or self._owns_folder:
+            return
+        held = self.processes.leads and holds_run(self.out)
+        if self.processes.any(held, self.device):
+            raise FileExistsError(
+                f"{self.out} already holds a run: resume() goes on with it, or give another out"
+            )
+        self._owns_folder = True
 
     def _train_step(self, batches: Any) -> dict[str, Any]:
         start = time.perf_counter()
@@ -207,21 +238,29 @@ class Trainer:
             )
         with self._precision():
             out = self.learner(self.processes.share(batch).to(self.device))
-        figures = self._figures(out)
-        good = figures["good"]
+        sums = self._sums(out)
+        self.outer.zero_grad(set_to_none=True)
+        if self.processes.count == 1:
+            out.loss.backward()
+        else:  # the mean over the good tasks of all
+            share = (~out.diverged).sum() / sums[0].clamp_min(1)
+            (out.loss * share.to(out.loss.dtype)).backward()
+            self.processes.sum_gradients(self._learning())
+        bound = float("inf") if self.clip_norm is None else self.clip_norm
+        norm = nn.utils.clip_grad_norm_(self._learning(), bound)
+        # The one wait of a step for the device.
+        good, loss, accuracy, norm = torch.stack([*sums, norm.to(sums)]).tolist()
         if not good:
             raise TrainingError(
                 f"all {batch.num_tasks} tasks of step {self.step + 1} diverged (loss or gradient "
                 "not finite); use a smaller inner or outer learning rate"
             )
-        self.outer.zero_grad(set_to_none=True)
-        if self.processes.count == 1:
-            out.loss.backward()
-        else:  # the mean over the good tasks of all
-            (out.loss * (int((~out.diverged).sum()) / good)).backward()
-            self.processes.sum_gradients(self._learning())
-        if self.clip_norm is not None:
-            nn.utils.clip_grad_norm_(list(self.learner.parameters()), self.clip_norm)
+        if not math.isfinite(norm):
+            raise TrainingError(
+                f"the meta-gradient of step {self.step + 1} is not finite, although "
+                f"{int(good)} of {batch.num_tasks} tasks did not diverge; use a smaller inner or "
+                "outer learning rate, or fewer inner steps"
+            )
         lr = float(self.outer.param_groups[0]["lr"])
         self.outer.step()
         if self.schedule is not None:
@@ -229,8 +268,8 @@ class Trainer:
         self.step += 1
         return {
             "step": self.step,
-            "loss": figures["loss"] / good,
-            "accuracy": None if out.accuracy is None else figures["accuracy"] / good,
+            "loss": loss / good,
+            "accuracy": None if out.accuracy is None else accuracy / good,
             "lr": lr,
             "diverged": batch.num_tasks - int(good),
             "tasks_per_s": round(batch.num_tasks / (time.perf_counter() - start), 3),
@@ -239,19 +278,16 @@ class Trainer:
 
     def _learning(self) -> list[nn.Parameter]:
         """The meta-parameters, and what else the outer optimizer moves."""
-        groups = self.outer.param_groups
-        return [*self.learner.parameters(), *(p for group in groups for p in group["params"])]
+        return [*self.learner.parameters(), *parameters_beside(self.outer, self.learner)]
 
-    def _figures(self, out: MetaOutput) -> dict[str, float]:
+    def _sums(self, out: MetaOutput) -> Tensor:
         """Number of good tasks, and the sums of their losses and accuracies, of all processes."""
-        good = ~out.diverged
-        count = good.sum().double()
+        count = (~out.diverged).sum().double()
         accuracy = torch.zeros_like(count)
         if out.accuracy is not None:
-            accuracy = out.accuracy[good].double().sum()
+            accuracy = out.accuracy.double().masked_fill(out.diverged, 0).sum()
         own = torch.stack([count, out.loss.detach().double() * count, accuracy])
-        names = ("good", "loss", "accuracy")
-        return dict(zip(names, self.processes.sum(own).tolist(), strict=True))
+        return self.processes.sum(own)
 
     def _finish_record(self, record: dict[str, Any], bar: tqdm) -> None:
         """Evaluate where this step is due for it, and log."""
@@ -259,7 +295,7 @@ class Trainer:
             self._unfinished = record
             result = self._evaluate(bar)
             record["valid_accuracy"] = result.accuracy
-            record["valid_interval"] = result.interval
+            record["valid_interval"] = finite(result.interval)
             record["valid_loss"] = result.loss
         self._unfinished = None
         self._log.append(record)
@@ -306,6 +342,7 @@ class Trainer:
             "config": self.config,
             "fingerprint": fingerprint(self.learner),
             "meta": dict(self.learner.state_dict()),
+            "others": [p.detach() for p in parameters_beside(self.outer, self.learner)],
             "progress": self.learner.progress() if hasattr(self.learner, "progress") else {},
             "outer": self.outer.state_dict(),
             "schedule": None if self.schedule is None else self.schedule.state_dict(),
@@ -330,10 +367,12 @@ class Trainer:
 
         Raises:
             ValueError: The trainer has no folder.
+            FileExistsError: The folder holds another run, which was not resumed.
             OSError: It cannot be written.
         """
         if self.out is None:
             raise ValueError("a trainer without a folder cannot save: give it out=...")
+        self._take_folder()
         folder = self.out / "checkpoints"
         path = folder / f"step-{self.step:08d}"
         due = self._saved_step != self.step or not path.exists() or bool(self._unfinished)
@@ -348,6 +387,8 @@ class Trainer:
     def resume(self, checkpoint: str | Path | None = None) -> int:
         """Go on exactly where a checkpoint was written.
 
+        What `out` has of later steps is done again: `fit` replaces their metrics and checkpoints.
+
         Args:
             checkpoint: Its folder, or a run's folder for the newest one; default: `out`.
 
@@ -359,13 +400,16 @@ class Trainer:
         """
         if checkpoint is None and self.out is None:
             raise ValueError("a trainer without a folder needs the checkpoint to resume from")
+        if self.out is not None and self.processes.leads:
+            sweep(self.out / "checkpoints")
+        self.processes.wait()
         folder = find_checkpoint(self.out if checkpoint is None else checkpoint)
         state = read_checkpoint(folder)
         load_learner(self.learner, state, folder)
         if hasattr(self.learner, "load_progress"):
             self.learner.load_progress(state.get("progress", {}))
         # What can fail comes first, and the random states, which cannot, last.
-        self._load_outer(state, folder)
+        load_outer(self.outer, self.schedule, self.learner, state, folder)
         try:
             self.episodes.load_state_dict(state["episodes"])
         except ValueError as error:
@@ -377,6 +421,7 @@ class Trainer:
         self._unfinished = state["unfinished"]
         done = self.step - (self._unfinished is not None)
         self._log.rewind(done)
+        self._owns_folder = True
         self._log.records = self.processes.gather(self.metrics)[0]
         own = self._own_of(state["rng"])
         torch.set_rng_state(own["cpu"])
@@ -390,26 +435,6 @@ class Trainer:
         """This process's part of what all had saved; of fewer processes, another's."""
         parts = saved if isinstance(saved, list) else [saved]
         return parts[self.processes.rank % len(parts)]
-
-    def _load_outer(self, state: dict[str, Any], folder: Path) -> None:
-        if (state["schedule"] is None) != (self.schedule is None):
-            raise CheckpointError(
-                f"{folder} was written {'without' if state['schedule'] is None else 'with'} a "
-                f"schedule, this trainer has {'none' if self.schedule is None else 'one'}"
-            )
-        saved = [sorted(group) for group in state["outer"]["param_groups"]]
-        own = [sorted(group) for group in self.outer.state_dict()["param_groups"]]
-        if saved != own:
-            raise CheckpointError(
-                f"{folder} holds the state of another outer optimizer than "
-                f"{type(self.outer).__name__} with {len(own)} parameter groups"
-            )
-        try:
-            self.outer.load_state_dict(state["outer"])
-        except ValueError as error:
-            raise CheckpointError(f"{folder}: {error}") from None
-        if self.schedule is not None:
-            self.schedule.load_state_dict(state["schedule"])
 
     def plot(self) -> Path | None:
         """Write the learning curve to ``curve.png`` in the run's folder, where there is one."""

@@ -45,6 +45,20 @@ def pack(value: Any, name: str, tensors: Tensors) -> Any:
     )
 
 
+def apart(tensors: Mapping[str, Tensor]) -> Tensors:
+    """The tensors on the CPU, contiguous, each alone in its memory, as safetensors wants them."""
+    found: Tensors = {}
+    taken: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        memory = tensor.untyped_storage()
+        if memory.nbytes() != tensor.nbytes or memory.data_ptr() in taken:
+            tensor = tensor.clone()
+        taken.add(memory.data_ptr())
+        found[name] = tensor
+    return found
+
+
 def unpack(value: Any, tensors: Tensors) -> Any:
     """Undo `pack`.
 
