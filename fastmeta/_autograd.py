@@ -154,7 +154,8 @@ def batch_rows(tensor: Tensor | None, dim: int | None, batch: int, rows: int) ->
         return None
     tensor = tensor.unsqueeze(0) if dim is None else tensor.movedim(dim, 0)
     tail = tensor.shape[2:]
-    return tensor.expand(batch, rows, *tail).reshape(batch * rows, *tail)
+    # a copy: kernels read what is one row for all samples as rows that follow one another
+    return tensor.expand(batch, rows, *tail).reshape(batch * rows, *tail).contiguous()
 
 
 def fold(batch: int, tensors, dims) -> list[Tensor | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -153,22 +154,58 @@ def state(op: str, name: str, tensor: Tensor, params: Tensor) -> None:
         )
 
 
-def written_rows(op: str, named: dict[str, Tensor]) -> None:
-    """Require that no two elements of the tensors ``[T, P]`` to be written share memory."""
+def written_rows(op: str, named: dict[str, Tensor], read: dict[str, Tensor | None]) -> None:
+    """Require that no two elements of the tensors ``[T, P]`` to be written share memory, and that
+    what is read meanwhile does not lie across them."""
+    spans = []
     for name, t in named.items():
-        if not t.is_contiguous() and _elements_meet(*t.shape, *t.stride()):
+        if t.is_contiguous():
+            start = t.data_ptr() if _has_memory(t) else 0
+            spans.append((start, start + t.numel() * t.element_size()))
+            continue
+        if _elements_meet(*t.shape, *t.stride()):
             raise ValueError(
                 f"{op}: {name} must not be an expanded view or share memory between its elements, "
                 f"got {describe(t)} with strides {t.stride()}"
             )
-    starts: dict[int, str] = {}
-    for name, t in named.items():
-        if t.numel() and _has_memory(t):
-            other = starts.setdefault(t.data_ptr(), name)
-            if other != name:
-                raise ValueError(
-                    f"{op}: {other} and {name} must not share memory, got the same address"
-                )
+        spans.append(_extent(t) if _has_memory(t) else (0, 0))
+    spans += [_extent(t) for t in read.values() if t is not None and _has_memory(t)]
+    spans.sort()
+    if all(end <= start for (_, end), (start, _) in itertools.pairwise(spans)):
+        return
+    known = {n: t for n, t in named.items() if t.numel() and _has_memory(t)}
+    others = {n: t for n, t in read.items() if t is not None and t.numel() and _has_memory(t)}
+    for one, other in [*itertools.combinations(known, 2), *itertools.product(known, others)]:
+        a, b = known[one], known.get(other, others.get(other))
+        same = a.data_ptr() == b.data_ptr() and (a.shape, a.stride()) == (b.shape, b.stride())
+        if (same and other in named) or (not same and _meet(a, b)):
+            raise ValueError(
+                f"{op}: {one} and {other} must not share memory, got overlapping tensors"
+            )
+
+
+def _meet(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors lie across each other, unless they are the same columns of a buffer moved
+    aside, as its even and its odd ones are."""
+    (start, end), (other, other_end) = map(_extent, (a, b))
+    if end <= other or other_end <= start:
+        return False
+    if (a.stride(), a.dtype, a.shape) != (b.stride(), b.dtype, b.shape):
+        return True
+    step, left = divmod(abs(other - start), a.element_size())
+    rows, columns, down, across = *a.shape, *a.stride()
+    if left or not across:
+        return True
+    steps = (step - i * down for i in range(1 - rows, rows))
+    return any(n % across == 0 and abs(n // across) < columns for n in steps)
+
+
+def _extent(t: Tensor) -> tuple[int, int]:
+    """First byte, and the one behind the last."""
+    if t.is_contiguous():
+        return t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()
+    last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+    return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
 
 
 def _elements_meet(rows: int, columns: int, down: int, across: int) -> bool:

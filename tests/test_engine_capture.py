@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from functools import partial
+from types import SimpleNamespace
 
 import episode_oracle as oracle
 import families
@@ -320,6 +322,51 @@ def test_what_a_loss_holds_and_its_mode_may_change(dtype: torch.dtype) -> None:
         assert found["loss"].dtype == dtype
         oracle.assert_close(found, expected, 1e-4 if dtype == torch.float32 else 1e-9)
     captured(learner)
+
+
+@pytest.mark.parametrize("kind", ["object", "closure", "partial", "module"])
+def test_tensors_that_a_loss_holds_may_be_replaced(kind: str) -> None:
+    held = SimpleNamespace(weight=torch.ones(3, dtype=torch.float64))
+
+    def weighted(outputs, batch, weight: torch.Tensor) -> torch.Tensor:
+        labels = batch["labels"]
+        rows = F.cross_entropy(outputs.logits.mT, labels, weight=weight, reduction="none")
+        return rows.mean(1)
+
+    class Held(torch.nn.Module):
+        weight = held.weight
+
+        def forward(self, outputs, batch):
+            return weighted(outputs, batch, self.weight)
+
+    class Plain:
+        weight = held.weight
+
+        def __call__(self, outputs, batch):
+            return weighted(outputs, batch, self.weight)
+
+    weight = held.weight
+    losses = {
+        "object": Plain(),
+        "module": Held(),
+        "closure": lambda outputs, batch: weighted(outputs, batch, weight),
+        "partial": partial(weighted, weight=weight),
+    }
+    loss = losses[kind]
+    patched = fm.patch(oracle.tiny_bert(), fm.Params("*query*"))
+    learner, eager = (
+        fm.MAML(patched, lr=0.1, steps=2, memory="unroll", loss_fn=loss, compile=compile)
+        for compile in (True, False)
+    )
+    first = gradients_of(learner)
+    weight = torch.tensor([1.0, 5.0, 9.0], dtype=torch.float64)
+    if kind == "partial":
+        loss.keywords["weight"] = weight
+    else:
+        loss.weight = weight
+    found = gradients_of(learner)
+    oracle.assert_close(found, gradients_of(eager))
+    assert found["loss"] != first["loss"]
 
 
 def test_graphs_do_not_depend_on_k_and_are_shared() -> None:

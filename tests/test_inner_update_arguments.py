@@ -202,3 +202,40 @@ def test_register_kernel_keeps_one_winner():
     if _library.dispatched("sgd_update", "cpu"):
         with pytest.raises(ValueError, match="already has a kernel for cpu"):
             _library.register_kernel("sgd_update", "triton", "cpu", print, winner=True)
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        lambda b: (b[:3], torch.ones(3, 4), b[1:4]),  # rows of both
+        lambda b: (b[:3], b[1:4], torch.zeros(3, 4)),  # a gradient that is written meanwhile
+    ],
+)
+def test_overlapping_memory_is_refused(written) -> None:
+    params, grads, buf = written(torch.zeros(5, 4))
+    with pytest.raises(ValueError, match="must not share memory, got overlapping tensors"):
+        ops.momentum_update_(params, grads, buf, 0.1)
+
+
+def test_rates_that_are_written_meanwhile_are_refused() -> None:
+    params = torch.ones(3, 4)
+    with pytest.raises(ValueError, match="params and lr must not share memory"):
+        ops.sgd_update_(params, torch.ones(3, 4), params[:1])
+
+
+def test_interleaved_memory_is_taken() -> None:
+    both = torch.zeros(3, 8)
+    params, buf = both[:, ::2], both[:, 1::2]
+    ops.momentum_update_(params, torch.ones(3, 4), buf, 0.1)
+    assert torch.equal(params, torch.full((3, 4), -0.1)) and torch.equal(buf, torch.ones(3, 4))
+    ops.sgd_update_(params, params, 1.0)  # element by element
+    assert not params.any()
+
+
+@pytest.mark.parametrize("update", [ops.adam_update, ops.adam_update_, ops.adamw_update])
+def test_a_step_is_a_number(update) -> None:
+    params, *rest = (torch.zeros(2, 3) for _ in range(4))
+    with pytest.raises(ValueError, match="step must be"):
+        update(params, *rest, None, 0.1)
+    with pytest.raises(ValueError, match="must be a list of 0 tensors, got 1"):
+        ops.sgd_update_([], [torch.zeros(3)], 0.1)

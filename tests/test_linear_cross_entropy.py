@@ -249,3 +249,14 @@ def test_under_functional_transforms() -> None:
         ]
     )
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_what_is_ignored_does_not_reach_a_weight_that_learns() -> None:
+    g = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(4, 3, generator=g), torch.randn(5, 3, generator=g).requires_grad_()
+    labels = torch.tensor([0, 1, -100, 2])
+    clean = linear_cross_entropy(x, weight, labels)
+    x[2] = float("nan")
+    found = linear_cross_entropy(x, weight, labels)
+    for a, b in zip(*(torch.autograd.grad(t.sum(), weight) for t in (found, clean)), strict=True):
+        torch.testing.assert_close(a, b)

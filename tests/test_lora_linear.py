@@ -365,3 +365,35 @@ def test_public_names():
     assert fm.ops.lora_linear is lora_linear
     with use_impl("reference"):
         assert lora_linear(X, W, B0, A, B).shape == (T, R, N)
+
+
+def test_weights_of_few_bits_in_any_strides() -> None:
+    g = torch.Generator().manual_seed(0)
+    whole = QuantizedWeight.quantize(torch.randn(16, 8, generator=g), 8, 4)
+    every = [QuantizedWeight(whole.values[::2], whole.scale[::2])]
+    every.append(QuantizedWeight(whole.values.t().contiguous().t(), whole.scale))
+    every.append(QuantizedWeight(whole.values, whole.scale.t().contiguous().t()))
+    x = torch.randn(1, 3, 8, generator=g)
+    for weight in every:
+        nothing = torch.zeros(1, 1, 8), torch.zeros(1, weight.shape[0], 1)
+        found = lora_linear(x, weight, None, *nothing)
+        torch.testing.assert_close(found, x @ weight.dequantize().mT)
+    for values, scale, message in (
+        (whole.values.float(), whole.scale, "values must be int8 or uint8 of two axes, got float"),
+        (whole.values, whole.scale.half(), "scale must be float32 or float64 of two axes, got flo"),
+        (whole.values, whole.scale[:2], r"scale must be \[16, G\] on cpu with G dividing K = 8"),
+        (whole.values, whole.scale[:, [0, 0, 1]], "with G dividing K = 8, got float32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            QuantizedWeight(values, scale)
+
+
+def test_offsets_in_any_strides() -> None:
+    g = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(6, 4, generator=g), torch.randn(3, 4, generator=g)
+    a, b = torch.randn(2, 2, 4, generator=g), torch.randn(2, 3, 2, generator=g)
+    strided = torch.tensor([0, 3, 6, 9, 6, 9])[::2]
+    found = lora_linear(x, weight, None, a, b, offsets=strided)
+    torch.testing.assert_close(found, lora_linear(x, weight, None, a, b, offsets=strided.clone()))
+    with pytest.raises(ValueError, match=r"x must be a floating-point tensor \[M, K\]"):
+        lora_linear([1], weight, None, a, b, offsets=strided)

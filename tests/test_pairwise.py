@@ -287,3 +287,16 @@ def test_errors(call, message):
 
 def test_public_names():
     assert fm.ops.pairwise_distance is pairwise_distance
+
+
+def test_counts_of_different_coordinates_have_no_derivative() -> None:
+    x, y = (torch.randint(0, 2, (n, 3)).double().requires_grad_() for n in (4, 5))
+    found = cdist(x, y, 0)
+    assert torch.equal(found, (x.unsqueeze(1) != y).sum(2).double())
+    first = torch.autograd.grad(found.sum(), (x, y), create_graph=True)
+    second = torch.autograd.grad(sum((t * x.sum()).sum() for t in first), (x, y), allow_unused=True)
+    assert not any(t.any() for t in (*first, *(s for s in second if s is not None)))
+    empty = pairwise_distance(
+        x[:, :0], y[:, :0], "mahalanobis", precision=torch.ones(0, 0).double()
+    )
+    assert torch.equal(empty, torch.zeros(4, 5, dtype=torch.float64))

@@ -250,3 +250,16 @@ def call(**changes):
 def test_errors(changes, message):
     with pytest.raises(ValueError, match=message):
         call(**changes)
+
+
+@pytest.mark.parametrize("classes", [5, 65])
+def test_one_temperature_as_a_tensor(classes: int) -> None:
+    """A scalar is one for all tasks, in memory of its own."""
+    g = torch.Generator().manual_seed(0)
+    query, points = (torch.randn(3, n, 4, generator=g) for n in (8, classes))
+    labels = torch.randint(0, classes, (3, 8), generator=g)
+    found, expected = (
+        prototypical_loss(query, labels, points, None, temperature=t)[0]
+        for t in (torch.tensor(2.0), 2.0)
+    )
+    torch.testing.assert_close(found, expected)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -226,19 +226,36 @@ def signature(
 
 
 def _told_by(loss_fn: LossFn) -> Hashable:
-    """What tells one loss from another: itself and, of a module, modes and buffers."""
+    """What tells one loss from another: itself, the tensors it holds and, of a module, modes."""
     try:
         hash(loss_fn)
         own: Hashable = loss_fn
     except TypeError:
         own = _Itself(loss_fn)
-    if not isinstance(loss_fn, nn.Module):
-        return own
-    return own, tuple(m.training for m in loss_fn.modules()), tuple(map(id, loss_fn.buffers()))
+    modules = [*loss_fn.modules()] if isinstance(loss_fn, nn.Module) else []
+    return own, tuple(m.training for m in modules), tuple(map(_Itself, _held(loss_fn)))
+
+
+def _held(loss_fn: object) -> Iterator[Tensor]:
+    """Tensors of a loss that are constants of a trace: attributes, buffers, what its function
+    closes over, and arguments of a `functools.partial`."""
+    if isinstance(loss_fn, nn.Module):
+        yield from loss_fn.buffers()
+        found = [value for m in loss_fn.modules() for value in vars(m).values()]
+    elif isinstance(loss_fn, partial):
+        yield from _held(loss_fn.func)
+        found = [*loss_fn.args, *loss_fn.keywords.values()]
+    else:
+        own = getattr(loss_fn, "__self__", loss_fn)  # of a bound method
+        found = [*getattr(own, "__dict__", {}).values()]
+        for cell in getattr(loss_fn, "__closure__", None) or ():
+            with suppress(ValueError):  # one that is empty
+                found.append(cell.cell_contents)
+    yield from (value for value in found if isinstance(value, Tensor))
 
 
 class _Itself:
-    """In place of what has no hash: equal to the same object alone."""
+    """In place of what has no hash, or one that may come again: equal to the same object alone."""
 
     def __init__(self, value: object) -> None:
         self.value = value

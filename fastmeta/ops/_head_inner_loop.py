@@ -105,7 +105,8 @@ class _HeadInnerLoop(Function):
 
     @staticmethod
     def backward(ctx, v_weight, v_bias, *_):
-        tensors, kept = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
+        saved = ctx.saved_tensors  # read once, as checkpoints ask for it
+        tensors, kept = saved[:7], saved[7:]
         weight, bias = tensors[2:4]
         if v_weight is None and v_bias is None:
             return (None,) * 13

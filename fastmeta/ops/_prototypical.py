@@ -260,7 +260,8 @@ class _ManyClasses(Function):
     def backward(ctx, v_loss, *_):
         if v_loss is None:
             return (None,) * 9
-        tensors, gradients = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        saved = ctx.saved_tensors  # read once, as checkpoints ask for it
+        tensors, gradients = saved[:5], saved[5:]
         recorded = needs_autograd(v_loss, tensors[0], tensors[2], tensors[4])
         function = _ScaledGradient.call if recorded else _ScaledGradient.forward
         results = function(v_loss, *tensors, *gradients, *ctx.metric, ctx.needs)
@@ -365,7 +366,7 @@ def _in_chunks(query, labels, prototypes, present, scale, metric: Metric, needs:
             else:
                 sums = _pairwise._Sums.forward(x, y, kind, p)
             found = rows_kernel(
-                sums, target.contiguous(), there, scale[some], kind, root, needs != 0
+                sums, target.contiguous(), there, scale[some].contiguous(), kind, root, needs != 0
             )
             for total, row in zip((loss, right, d_scale), found, strict=True):
                 total[some] += row.sum(1)  # nothing where no gradient is wanted

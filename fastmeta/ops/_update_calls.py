@@ -37,6 +37,8 @@ _RANGES = {
     "rmsprop": (("alpha", _CLOSED), ("eps", {"above": 0.0})),
     "adagrad": (("lr_decay", {"at_least": 0.0}), ("eps", {"above": 0.0})),
 }
+_COUNTING = ("adam", "adamw", "adagrad")
+"""Rules that depend on the number of the step."""
 
 
 def _prepare(
@@ -84,7 +86,7 @@ def _numbers(op: str, rule: Rule, numbers, grad_scale, step) -> list[Number]:
     for (name, bounds), value in zip(_RANGES[rule.name], own, strict=True):
         _checks.in_range(op, name, value, **bounds)
     values = [weight_decay, grad_scale, *own]
-    if step is not None:
+    if rule.name in _COUNTING:
         _checks.in_range(op, "step", step, at_least=1)
         values.append(step.detach() if isinstance(step, Tensor) else float(step))
     return values
@@ -112,7 +114,8 @@ def call_(rule: Rule, params, grads, state, lr, numbers, **options):
     if needs_autograd(params, grads, *state, rates[0], rates[3]):
         raise _no_derivative(op)
     written = (params, *state)
-    _checks.written_rows(op, dict(zip(("params", *rule.states), written, strict=True)))
+    named = dict(zip(("params", *rule.states), written, strict=True))
+    _checks.written_rows(op, named, {"grads": grads, "lr": rates[0]})
     finite = run_(rule, params, grads, state, rates, constants, check)
     _mark_written(written)
     return _pack(written, finite)
@@ -149,7 +152,8 @@ def _call_list_(
         isinstance(t, Tensor) and t.requires_grad for group in lists.values() for t in group
     ):
         raise _no_derivative(op)
-    if by_reference(rule, params[0] if params else None):
+    alike = all(isinstance(g, list | tuple) and len(g) == len(params) for g in lists.values())
+    if not alike or by_reference(rule, params[0] if params else None):
         _checks.tensor_lists(op, lists)
     if params:
         try:

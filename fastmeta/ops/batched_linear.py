@@ -73,7 +73,7 @@ def _check(x: Tensor, weight: Tensor, base: Tensor | None, nt: bool) -> None:
             f"got {_checks.describe(t)}"
         )
 
-    if not isinstance(x, Tensor) or x.dim() != 3 or not x.is_floating_point():
+    if not isinstance(x, Tensor) or x.dim() != 3 or x.dtype not in _checks.FLOATING:
         raise ValueError(
             "batched_linear: x must be a floating-point tensor [T, M, K], "
             f"got {_checks.describe(x)}"
@@ -192,6 +192,8 @@ def _affine(
     landing: Landing | None,
     bf16: bool,
 ) -> Tensor:
+    if torch.compiler.is_compiling():
+        return reference.batched_mm(x, weight.mT if nt else weight, base, bf16)
     args = (x, weight, base, nt, landing, bf16)
     return _Affine.call(*args) if needs_autograd(x, weight, base) else _Affine.forward(*args)
 

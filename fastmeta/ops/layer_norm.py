@@ -90,8 +90,9 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, *, eps: float = 1e-6) -> T
 def _norm(op: str, x: Tensor, weight, bias, eps: float, rms: bool) -> Tensor:
     if not isinstance(x, Tensor) or x.dim() == 0 or not x.is_floating_point():
         raise ValueError(f"{op}: x must be a floating-point tensor [..., D], got {describe(x)}")
-    if not eps > 0:
-        raise ValueError(f"{op}: eps must be above 0, got {eps}")
+    number = isinstance(eps, int | float) and not isinstance(eps, bool)
+    if not number or not 0 < eps < float("inf"):
+        raise ValueError(f"{op}: eps must be a finite number above 0, got {eps!r}")
     width = x.shape[-1]
     for name, vector in (("weight", weight), ("bias", bias)):
         if vector is None:
@@ -109,7 +110,7 @@ def _norm(op: str, x: Tensor, weight, bias, eps: float, rms: bool) -> Tensor:
     if bias is not None and bias.dim() != weight.dim():
         weight, bias = (v.expand(x.shape[0], width) if v.dim() == 1 else v for v in (weight, bias))
     weight, bias = (v.unsqueeze(0) if v is not None and v.dim() == 1 else v for v in (weight, bias))
-    return norm_rows(x.reshape(-1, width), weight, bias, eps, rms).view(x.shape)
+    return norm_rows(x.reshape(x.shape[:-1].numel(), width), weight, bias, eps, rms).view(x.shape)
 
 
 def has_kernel(x: Tensor) -> bool:

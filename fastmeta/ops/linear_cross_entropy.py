@@ -122,6 +122,7 @@ def rows_losses(
     if not _backend.takes(_FORWARD, x):
         return reference.losses(x, weight, bias, labels, ignored)
     if _learned(weight) or _learned(bias):
+        x = torch.where((labels != ignored).unsqueeze(1), x, 0)  # 0 times NaN would reach them
         return rows_cross_entropy(F.linear(x, weight, bias), labels, ignored)
     bias = None if bias is None else bias.contiguous()
     given = x.contiguous(), weight.contiguous(), bias, labels.contiguous()
@@ -159,9 +160,9 @@ class _Loss(Function):
     def backward(ctx: Any, g: Tensor | None, *_: None) -> tuple:
         found = None
         if g is not None:
-            x = ctx.saved_tensors[0]
-            run = _Gradient.call if needs_autograd(g, x) else _Gradient.forward
-            (found,) = run(g, *ctx.saved_tensors, ctx.ignored, ctx.bf16)
+            saved = ctx.saved_tensors  # read once, as checkpoints ask for it
+            run = _Gradient.call if needs_autograd(g, saved[0]) else _Gradient.forward
+            (found,) = run(g, *saved, ctx.ignored, ctx.bf16)
         return found, None, None, None, None, None
 
     @staticmethod

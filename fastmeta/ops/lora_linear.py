@@ -62,9 +62,12 @@ def lora_linear(
     """
     quantised = isinstance(weight, QuantizedWeight)
     dense = None if quantised else weight
-    (x, dense, bias, A, B), bf16 = as_computed(x, dense, bias, A, B)
+    bf16 = False
+    if all(t is None or isinstance(t, Tensor) for t in (x, dense, bias, A, B)) and x is not None:
+        (x, dense, bias, A, B), bf16 = as_computed(x, dense, bias, A, B)
     weight = weight if quantised else dense
     _check_shapes(x, weight, bias, A, B, offsets)
+    offsets = None if offsets is None else offsets.contiguous()
     if ranks is not None:
         A, B = _masked(A, B, ranks)
     if isinstance(scale, Tensor):

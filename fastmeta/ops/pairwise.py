@@ -113,7 +113,8 @@ def cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str | None = Non
         raise ValueError(f"cdist: p must be a number >= 0, got {p!r}")
     x, y, batch, dtype = as_pairs("cdist", x1, x2)
     if p == 0:
-        found = torch.cdist(x, y, 0.0)
+        found = torch.cdist(x.detach(), y.detach(), 0.0)
+        found = found + (x[..., :0].sum() + y[..., :0].sum())  # 0, whose derivatives are 0
     elif p == 2:
         found = distances(x, y, "euclidean", None, None)
     else:
@@ -278,6 +279,8 @@ def check_precision(op: str, precision: Tensor, x: Tensor, batch: tuple[int, ...
         require_positive(op, (entries > 0) & entries.isfinite(), precision)
         return entries
     matrices = precision.reshape(count if leading else 1, width, width)
+    if width == 0:
+        return matrices
     value = matrices.detach()
     tolerance = 16 * torch.finfo(value.dtype).eps * value.abs().amax((1, 2), keepdim=True)
     symmetric = ((value - value.mT).abs() <= tolerance).all()

@@ -20,10 +20,33 @@ class QuantizedWeight:
         values: int8 ``[N, K]``, or uint8 ``[N, K / 2]`` of 4-bit numbers plus 8, the even column in
             the low half of a byte.
         scale: ``[N, K / group_size]``, float32, or float64 of a float64 weight.
+
+    Raises:
+        ValueError: Other dtypes or shapes, or tensors on two devices.
     """
 
     values: Tensor
     scale: Tensor
+
+    def __post_init__(self) -> None:
+        values, scale = self.values, self.scale
+        kinds = (torch.int8, torch.uint8), (torch.float32, torch.float64)
+        for name, t, allowed in (("values", values, kinds[0]), ("scale", scale, kinds[1])):
+            if not isinstance(t, Tensor) or t.dim() != 2 or t.dtype not in allowed:
+                known = " or ".join(str(d).removeprefix("torch.") for d in allowed)
+                raise ValueError(
+                    f"QuantizedWeight: {name} must be {known} of two axes, got {describe(t)}"
+                )
+        rows, columns = self.shape
+        groups = scale.shape[1]
+        fits = scale.shape[0] == rows and columns % max(groups, 1) == 0 and bool(groups or not rows)
+        if not fits or scale.device != values.device:
+            raise ValueError(
+                f"QuantizedWeight: scale must be [{rows}, G] on {values.device} with G dividing "
+                f"K = {columns}, got {describe(scale)}"
+            )
+        object.__setattr__(self, "values", values.contiguous())  # as kernels read them
+        object.__setattr__(self, "scale", scale.contiguous())
 
     @classmethod
     def quantize(

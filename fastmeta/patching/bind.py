@@ -8,9 +8,11 @@ only, microseconds), and the clone is called.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Mapping
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 _INSTALLED = "_fastmeta_installed"
 
@@ -26,11 +28,15 @@ def bind(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
 
     Args:
         module: Left unchanged; every submodule without replaced parameters is shared.
-        tensors: Parameter or buffer name relative to `module` -> the tensor to read.
+        tensors: Parameter or buffer name relative to `module` -> the tensor to read. A weight that
+            is computed (`torch.nn.utils.parametrize`) is replaced as it is read.
 
     Returns:
         A module of the same classes. Methods that :func:`install` replaced on the cloned path
         are the classes' own again.
+
+    Raises:
+        RuntimeError: A module has no tensor of such a name.
     """
     here: dict[str, Tensor] = {}
     below: dict[str, dict[str, Tensor]] = {}
@@ -49,12 +55,25 @@ def bind(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
         # In the module's own dictionaries, so that its parameters(), dtype and device tell of them.
         for own in ("_parameters", "_buffers"):
             state[own] = {k: here.get(k, v) for k, v in state[own].items()}
+        computed = [n for n in here if n not in state["_parameters"] and n not in state["_buffers"]]
+        for name in computed:
+            if not is_parametrized(module, name):
+                raise RuntimeError(f"{type(module).__name__} has no tensor {name!r} to replace")
+            state[name] = here[name]
+        if computed:
+            clone.__class__ = _with_own(type(module), tuple(computed))
     if below:
         modules = dict(module._modules)
         for child, nested in below.items():
             modules[child] = bind(modules[child], nested)
         state["_modules"] = modules
     return clone
+
+
+@functools.lru_cache(maxsize=256)
+def _with_own(kind: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    """A class whose instances have these attributes themselves, where `kind` computes them."""
+    return type(kind.__name__, (kind,), dict.fromkeys(names))
 
 
 def resting(module: nn.Module, training: bool) -> frozenset[str]:

@@ -22,6 +22,12 @@ class ModelState:
         self.rest = resting(model, model.training)
         self._mode = model.training
         self._parameters = dict(model.named_parameters())
+        self._buffers = [  # not those that are computed anew, such as angles of positions
+            (f"{prefix}.{name}".lstrip("."), module._buffers, name, buffer)
+            for prefix, module in model.named_modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None and name not in module._non_persistent_buffers_set
+        ]
         self._like = next((p for p in model.parameters() if p.is_floating_point()), None)
         self._was = None if self._like is None else (self._like.dtype, self._like.device)
 
@@ -52,9 +58,15 @@ class ModelState:
             yield name, parameter
 
     def check_unconverted(self) -> None:
-        """Raise RuntimeError where the model was moved or converted."""
+        """Raise RuntimeError where the model was moved or converted, or a buffer replaced."""
         if self._like is not None and (self._like.dtype, self._like.device) != self._was:
             raise RuntimeError(
                 f"the model was converted from {self._was[0]} on {self._was[1]} to "
                 f"{self._like.dtype} on {self._like.device} after it was patched: patch it again"
             )
+        for name, held, own, buffer in self._buffers:
+            if held.get(own) is not buffer:
+                raise RuntimeError(
+                    f"buffer {name!r} of the model was replaced after it was patched (as by "
+                    "load_state_dict(assign=True) or a conversion): patch the model again"
+                )

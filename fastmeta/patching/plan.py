@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastmeta.patching import attention, prefix
 from fastmeta.patching.bind import bind, install, set_mode
@@ -89,9 +90,13 @@ class Plan:
         self.output_layer: nn.Linear | None = None
         whole = [n for n, mode in modes.items() if mode in WHOLE]
         for name, module in list(self.structure.named_modules()):
+            if name in slots.owners or inside_any(name, whole):
+                continue
             rule = isolating_rule(module)
-            if rule is not None and name not in slots.owners and not inside_any(name, whole):
+            if rule is not None:
                 install(module, "forward", _by_rule(module, Adapted(name), rule, "isolate"))
+            elif isinstance(module, _BatchNorm):
+                install(module, "forward", _evaluated_only(module, name))
         for name, mode in modes.items():
             if mode != "skip":
                 self._install(slots, name, mode, kinds)
@@ -181,6 +186,21 @@ def _by_rule(module: nn.Module, adapted: Adapted, rule: Callable, mode: str) -> 
         return y
 
     return forward
+
+
+def _evaluated_only(module: _BatchNorm, name: str) -> Callable:
+    """Its own forward, which would take the statistics of all tasks' rows in training."""
+    forward = module.forward
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if module.training and current_call().tasks > 1:
+            raise RuntimeError(
+                f"{name!r} ({type(module).__name__}) would normalise over the rows of all tasks: "
+                "keep it in evaluation mode when the model is patched, or adapt its gain"
+            )
+        return forward(*args, **kwargs)
+
+    return run
 
 
 def _refusal(name: str) -> Callable:

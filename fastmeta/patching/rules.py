@@ -297,7 +297,8 @@ def _scale_channels(module: nn.Module, adapted: Adapted, call: Call, y: Tensor) 
 
 def isolating_rule(module: nn.Module) -> Rule | None:
     """The rule of a module that would mix the rows of several tasks, adapted or not."""
-    if isinstance(module, _BatchNorm) and type(module).forward is _BatchNorm.forward:
+    own = type(module).forward
+    if isinstance(module, _BatchNorm) and own in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
         return batch_norm
     return None
 

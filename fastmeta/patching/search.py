@@ -91,7 +91,7 @@ class _Search:
         self.model, self.slots, self.small = model, slots, small
         self.views = different_tasks(slots, probe.TASKS)
         self.tolerance = _TOLERANCE.get(slots.initial[0].dtype, _LOW_PRECISION_TOLERANCE)
-        self.modules = dict(model.named_modules())
+        self.modules = dict(model.named_modules(remove_duplicate=False))
         self.own_attention = needs_own_attention(model, slots, small, self.tolerance)
         self.reference = prepared_copy(model, slots, self.own_attention).eval()
         self.trace, other = self._trace(small, large)

@@ -129,6 +129,15 @@ def make_slots(model: nn.Module, spec: Spec, seed: int) -> Slots:
             raise ValueError(
                 f"expected a model whose weights are whole and loaded, but {name!r} is {where}"
             )
+    names_of: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names_of.setdefault(id(module), []).append(name)
+    for own in names_of.values():
+        if len(own) > 1 and any("lora_A" in owners[n].slots for n in own if n in owners):
+            raise ValueError(
+                f"{own[0]!r} and {own[1]!r} are one module, which LoRA would extend under one of "
+                "its names only: give the model a module for each"
+            )
     scales = {n: a.lora_scale for n, a in owners.items() if "lora_A" in a.slots}
     layout = ParamLayout(names, [p.shape for p in initial], scales)
     return Slots(layout, initial, owners, prefixes)
