@@ -14,6 +14,8 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import cached_file
 
 _HEAD_FILE = "head.safetensors"
+SCALE, POOLING = 30.0, "mean"
+"""Defaults of :class:`SentenceClassifier`."""
 
 
 class SentenceClassifier(nn.Module):
@@ -40,8 +42,8 @@ class SentenceClassifier(nn.Module):
         self,
         encoder: nn.Module,
         num_labels: int = 5,
-        scale: float = 30.0,
-        pooling: str = "mean",
+        scale: float = SCALE,
+        pooling: str = POOLING,
     ) -> None:
         super().__init__()
         if pooling not in ("mean", "cls"):
@@ -63,8 +65,8 @@ class SentenceClassifier(nn.Module):
         cls,
         path: str | Path,
         num_labels: int = 5,
-        scale: float = 30.0,
-        pooling: str = "mean",
+        scale: float = SCALE,
+        pooling: str = POOLING,
         **settings: Any,
     ) -> SentenceClassifier:
         """Load the encoder from a folder or hub name, and the head where one was saved with it.
@@ -96,7 +98,7 @@ class SentenceClassifier(nn.Module):
         """Scale and pooling as ``from_pretrained(path)`` gives them: a saved head's, or the
         defaults."""
         tensors = _saved_head(path, {})
-        return _settings_of(tensors) if tensors else (30.0, "mean")
+        return _settings_of(tensors) if tensors else (SCALE, POOLING)
 
     @property
     def config(self) -> Any:

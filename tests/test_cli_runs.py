@@ -57,6 +57,15 @@ def test_what_is_named_is_gone_on_with(call, monkeypatch, run, named, step):
     ]
 
 
+def test_a_flag_may_repeat_what_the_run_has(call, tmp_path):
+    """Its effect is that in the run, whose other keys need not be given again."""
+    out = tmp_path / "run"
+    own = {"method": "learnedopt", "unroll": "truncated", "horizon": 2, "truncation": 1}
+    assert call("train", "--quiet", *flags(out=out, steps=1, spec="head", **own))[0] == 0
+    again = ["--resume", out, "--steps", 2, "--unroll", "truncated", "--horizon", 2]
+    assert call("train", "--quiet", *again)[0] == 0
+
+
 def test_a_checkpoint_with_nothing_left_to_do_loses_nothing(fails, run):
     first = run / "checkpoints" / "step-00000001"
     message = fails("train", "--resume", first, "--steps", 1)

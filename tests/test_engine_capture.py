@@ -324,7 +324,7 @@ def test_what_a_loss_holds_and_its_mode_may_change(dtype: torch.dtype) -> None:
     captured(learner)
 
 
-@pytest.mark.parametrize("kind", ["object", "closure", "partial", "module"])
+@pytest.mark.parametrize("kind", ["object", "closure", "partial", "module", "method"])
 def test_tensors_that_a_loss_holds_may_be_replaced(kind: str) -> None:
     held = SimpleNamespace(weight=torch.ones(3, dtype=torch.float64))
 
@@ -339,6 +339,8 @@ def test_tensors_that_a_loss_holds_may_be_replaced(kind: str) -> None:
         def forward(self, outputs, batch):
             return weighted(outputs, batch, self.weight)
 
+    holder = Held()
+
     class Plain:
         weight = held.weight
 
@@ -351,6 +353,7 @@ def test_tensors_that_a_loss_holds_may_be_replaced(kind: str) -> None:
         "module": Held(),
         "closure": lambda outputs, batch: weighted(outputs, batch, weight),
         "partial": partial(weighted, weight=weight),
+        "method": holder.forward,
     }
     loss = losses[kind]
     patched = fm.patch(oracle.tiny_bert(), fm.Params("*query*"))
@@ -362,6 +365,8 @@ def test_tensors_that_a_loss_holds_may_be_replaced(kind: str) -> None:
     weight = torch.tensor([1.0, 5.0, 9.0], dtype=torch.float64)
     if kind == "partial":
         loss.keywords["weight"] = weight
+    elif kind == "method":
+        holder.weight = weight
     else:
         loss.weight = weight
     found = gradients_of(learner)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -53,6 +54,22 @@ def test_an_older_checkpoint_leaves_no_later_ones(tmp_path):
     trainer.fit(2)
     assert steps(tmp_path) == [1, 2]
     assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+def test_nothing_is_removed_before_something_is_done_again(tmp_path):
+    make_trainer(tmp_path, checkpoint_every=1, keep=9).fit(3)
+    trainer = make_trainer(tmp_path, checkpoint_every=1, keep=9)
+    trainer.resume(tmp_path / "checkpoints" / "step-00000002")
+    trainer.fit(2)
+    assert steps(tmp_path) == [1, 2, 3]
+
+
+def test_a_run_without_a_checkpoint_leaves_its_folder_to_another(tmp_path):
+    make_trainer(tmp_path).fit(2)
+    for checkpoint in list_checkpoints(tmp_path / "checkpoints"):
+        shutil.rmtree(checkpoint)
+    make_trainer(tmp_path).fit(1)
+    assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1]
 
 
 def test_the_last_evaluation_can_be_finished(tmp_path):

@@ -20,8 +20,9 @@ struct Cut {
         rows(tasks == 0 ? 0 : x.size(0) / tasks),
         blocks(ceil_div(rows, kRows)) {
     STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2 && weight.size(1) == width &&
-                        tasks * rows == x.size(0) && (width <= 1 || tasks == 0 || weight.stride(1) == 1) &&
-                        x.is_contiguous() && x.scalar_type() == weight.scalar_type(),
+                        tasks * rows == x.size(0) &&
+                        (width <= 1 || tasks == 0 || weight.stride(1) == 1) && x.is_contiguous() &&
+                        x.scalar_type() == weight.scalar_type(),
                     "fastmeta: layer_norm takes contiguous rows [R, D] and gains [T, D]");
   }
   int64_t units() const { return tasks * blocks; }

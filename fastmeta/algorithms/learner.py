@@ -254,7 +254,8 @@ class GradientLearner(MetaModule):
             steps: Inner steps, when other than the learner's.
 
         Returns:
-            Detached fast weights for :meth:`predict`. A task whose loss or gradient becomes NaN or
+            Detached fast weights for :meth:`predict`, of so many tasks at a time as a number in
+            `task_chunk` says. A task whose loss or gradient becomes NaN or
             Inf keeps those from before that step; under ``torch.no_grad()`` a call of the learner
             says which did.
 

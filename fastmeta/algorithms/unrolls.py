@@ -194,8 +194,7 @@ class _Unrolls(MetaModule):
             before.append(losses)
         return _Position(packed, state, active, at.step + loop.steps), found, before, outputs
 
-    def _output(self, loss, losses, before, outputs, at: _Position) -> MetaOutput:
-        logits = getattr(outputs, "logits", None)
+    def _output(self, loss, losses, before, logits, at: _Position) -> MetaOutput:
         return MetaOutput(
             loss=loss,
             task_losses=losses.masked_fill(~at.active, float("nan")),
@@ -249,15 +248,18 @@ class TruncatedUnroll(_Unrolls):
         self.at = self._begin(loop, batch)
 
     def _window(self, loop: InnerLoop, batch: TaskBatch) -> MetaOutput:
-        at, found, before, outputs = self._advance(loop, batch, self.at, self.prefixes)
+        with torch.set_grad_enabled(bool(self.at.active.all())):  # else its graph would be of NaN
+            at, found, before, outputs = self._advance(loop, batch, self.at, self.prefixes)
         losses = torch.stack(found).mean(0)
+        logits = getattr(outputs, "logits", None)
         if bool(at.active.all()):
             loss = losses.mean()
-        else:
-            losses = losses.detach()
+        else:  # lets go of the graph before another one is built
+            at, losses, found, outputs = at.map(torch.detach), losses.detach(), None, None
+            logits = None if logits is None else logits.detach()
             loss = self._of_sound(loop, batch, at.active)
         self.at = replace(at, params=at.params.detach(), state=tuple(s.detach() for s in at.state))
-        return self._output(loss, losses, before, outputs, at)
+        return self._output(loss, losses, before, logits, at)
 
     def _of_sound(self, loop: InnerLoop, batch: TaskBatch, sound: Tensor) -> Tensor:
         """The loss of sound tasks alone, run again: no NaN may be in their graph."""
@@ -361,7 +363,8 @@ class PES(_Unrolls):
         value = losses[active].mean() if bool(active.any()) else losses.new_zeros(())
         surrogate = sum((p * g).sum() for p, g in zip(own, gradient, strict=True))
         loss = value + (surrogate - surrogate.detach())
-        return self._output(loss, losses, before, outputs, replace(at, active=active))
+        logits = getattr(outputs, "logits", None)
+        return self._output(loss, losses, before, logits, replace(at, active=active))
 
     def _draw(self, like: Tensor) -> Tensor:
         draw = torch.randn(like.shape, generator=self.generator, dtype=torch.float64)

@@ -84,9 +84,13 @@ def check_given(
         file: Those of a file, which may have all keys, as a run's own has: there a key without an
             effect must have the value that it has anyway.
     """
-    file = file or {}
-    idle = {k: why for k in {**file, **flags} if (why := why_not(config, k))}
+    for key, value in flags.items():
+        if value is not None and (why := why_not(config, key)):
+            raise UserError(why)
+    idle = {k: why for k in file or {} if (why := why_not(config, k))}
+    if not idle:
+        return
     plain = make_config({k: v for k, v in {**file, **flags}.items() if k not in idle})
     for key, why in idle.items():
-        if flags.get(key) is not None or getattr(plain, key) != getattr(config, key):
+        if getattr(plain, key) != getattr(config, key):
             raise UserError(why)

@@ -182,6 +182,7 @@ def _learner(config: Config, model: fm.Patched | nn.Module) -> nn.Module:
     }
     if config.method == "imaml":
         settings |= {"lam": config.lam, "cg_steps": config.cg_steps}
+        settings = {k: v for k, v in settings.items() if k not in ("order", "truncate")}
     if config.method == "protomaml":
         settings |= _temperature(config)
         if not isinstance(model, fm.Patched):

@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     given = {k: getattr(arguments, k) for k in ("out", "steps", "seed", "device")}
     config = make_config(SETTINGS, given)
     out = Path(config.out)
-    prepare_folder(config, overwrite=_is_demo(out))
+    prepare_folder(config, overwrite=_is_demo(out), ways_out="choose another --out")
     parts = build_parts(config)
     trainer = build_trainer(config, parts, progress=not arguments.quiet)
     test = build_episodes(config, parts.tokenizer, "test")

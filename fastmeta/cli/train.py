@@ -92,14 +92,16 @@ def train(config: Config, trainer: Trainer) -> None:
         trainer.fit(config.steps)
 
 
-def prepare_folder(config: Config, *, overwrite: bool) -> None:
+def prepare_folder(
+    config: Config,
+    *,
+    overwrite: bool,
+    ways_out: str = "go on with it by --resume, replace it by --overwrite, or choose another --out",
+) -> None:
     """Raise unless the run's folder can be written and holds no other run; nothing is created."""
     out = check_writable(config.out)
     if not overwrite and holds_run(out):
-        raise UserError(
-            f"{out} already holds a run: go on with it by --resume, replace it by --overwrite, "
-            "or choose another --out"
-        )
+        raise UserError(f"{out} already holds a run: {ways_out}")
 
 
 def clear_run(out: Path) -> None:
@@ -114,7 +116,9 @@ def _resumed(run: str, tables: list[dict]) -> tuple[Config, Path]:
     to go on from."""
     given = {key: value for table in tables for key, value in table.items()}
     out = Path(run or given.get("out", Config.out))
-    sweep(out / "checkpoints")  # a checkpoint that was being replaced comes back
+    for folder in (out / "checkpoints", out, out.parent):  # whichever of them was named
+        if folder.name == "checkpoints":
+            sweep(folder)  # a checkpoint that was being replaced comes back
     folder = find_checkpoint(out)
     if folder.parent.name == "checkpoints":  # it, or the folder around it, may have been named
         out = folder.parent.parent

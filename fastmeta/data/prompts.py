@@ -131,7 +131,7 @@ def tokenize_prompted(
 
 def _longer(texts: Sequence[str], tokenizer: Any, max_length: int) -> int:
     """How many texts have more tokens than that."""
-    return sum(len(row) > max_length for row in encode(texts, tokenizer)[0])
+    return sum(len(row) > max_length for row in encode(texts, tokenizer, max_length + 1)[0])
 
 
 def _warn_of_cut(cut: int, texts: Sequence[Any], max_length: int) -> None:

@@ -17,7 +17,10 @@ from fastmeta.engine.inner import InnerLoop
 
 
 def aliased(loop: InnerLoop) -> InnerLoop:
-    """The same loop on other leaves, which read and show what is written to its weights."""
+    """The same loop on other leaves, which read and show what is written to its weights.
+
+    Of loops whose rule and loss are the library's, which hold no weights.
+    """
     patched = loop.patched
     modules = [m for m in (patched.model, loop.rates, loop.head) if m is not None]
     weights = chain(patched.slots.initial, *(m.parameters() for m in modules))

@@ -12,6 +12,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import MethodType
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -232,26 +233,29 @@ def _told_by(loss_fn: LossFn) -> Hashable:
         own: Hashable = loss_fn
     except TypeError:
         own = _Itself(loss_fn)
-    modules = [*loss_fn.modules()] if isinstance(loss_fn, nn.Module) else []
-    return own, tuple(m.training for m in modules), tuple(map(_Itself, _held(loss_fn)))
+    held = list(_held(loss_fn))
+    tensors = tuple(_Itself(t) for t in held if isinstance(t, Tensor))
+    return own, tuple(m.training for m in held if isinstance(m, nn.Module)), tensors
 
 
-def _held(loss_fn: object) -> Iterator[Tensor]:
-    """Tensors of a loss that are constants of a trace: attributes, buffers, what its function
-    closes over, and arguments of a `functools.partial`."""
+def _held(loss_fn: object) -> Iterator[object]:
+    """What a loss holds, modules and constants of a trace among it: attributes, buffers, what its
+    function closes over, and arguments of a `functools.partial`."""
     if isinstance(loss_fn, nn.Module):
         yield from loss_fn.buffers()
-        found = [value for m in loss_fn.modules() for value in vars(m).values()]
+        for module in loss_fn.modules():
+            yield module
+            yield from vars(module).values()
     elif isinstance(loss_fn, partial):
         yield from _held(loss_fn.func)
-        found = [*loss_fn.args, *loss_fn.keywords.values()]
+        yield from (*loss_fn.args, *loss_fn.keywords.values())
+    elif isinstance(loss_fn, MethodType):
+        yield from _held(loss_fn.__self__)
     else:
-        own = getattr(loss_fn, "__self__", loss_fn)  # of a bound method
-        found = [*getattr(own, "__dict__", {}).values()]
+        yield from getattr(loss_fn, "__dict__", {}).values()
         for cell in getattr(loss_fn, "__closure__", None) or ():
             with suppress(ValueError):  # one that is empty
-                found.append(cell.cell_contents)
-    yield from (value for value in found if isinstance(value, Tensor))
+                yield cell.cell_contents
 
 
 class _Itself:

@@ -91,8 +91,6 @@ class Replays(BySignature):
             start: Initial fast weights; those of all tasks are read where they are too.
             weights: What else a gradient is taken of; read where they are.
         """
-        if _Recorded.broken:
-            return None
         tokens = _tokens(loop, batch)
         key = _signature(loop, mode, batch, tokens, start, weights)
         with self.one_at_a_time, torch.cuda.device(start.device):
@@ -102,6 +100,8 @@ class Replays(BySignature):
     def _recorded(
         self, loop: InnerLoop, batch: TaskBatch, start: TaskParams, step: Step
     ) -> _Recorded:
+        if _Recorded.broken:
+            raise RuntimeError("an earlier recording of this process failed")
         if self.pool is None:
             self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
         return _Recorded(self._own(loop), batch, start, step, self.pool, self.stream)
@@ -154,15 +154,17 @@ class _Recorded:
             conditions.finish()
             if conditions.random is not None:
                 raise RuntimeError("it draws random numbers, which a graph would draw again")
-            _Recorded.broken = True
-            with (
-                torch.cuda.stream(torch.cuda.current_stream()),  # again, should a recording fail
-                torch.cuda.graph(  # torch's own stream stays on the device that it was made for
-                    self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"
-                ),
-            ):
-                self.found, self.finite = run()
-            _Recorded.broken = False
+            try:
+                with (
+                    torch.cuda.stream(torch.cuda.current_stream()),  # again, should it fail
+                    torch.cuda.graph(  # torch's own stream stays on the device it was made for
+                        self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"
+                    ),
+                ):
+                    self.found, self.finite = run()
+            except BaseException:
+                _Recorded.broken = True
+                raise
         note_graphs()
 
     def replay(

@@ -87,7 +87,7 @@ class Patched(MetaModule):
         self.spec = spec
         self.slots: Slots = make_slots(model, spec, seed)
         self.layout = self.slots.layout
-        self._plans: dict[tuple[tuple[str, bool | int | str | None], ...], Plan] = {}
+        self._plans: dict[tuple[tuple[str, bool | str | None], ...], Plan] = {}
         self._lock = threading.RLock()
         self._tokens = KnownTokens()
         self.captures: dict[Any, Any] = {}  # what the engine has captured of this model
@@ -150,7 +150,7 @@ class Patched(MetaModule):
         use."""
         self._state.warn_of_mode(self.training)
         # a model may return more, or go another way, for another flag
-        flags = bool | int | str
+        flags = bool | str
         key = tuple((k, v if isinstance(v := inputs[k], flags) else None) for k in sorted(inputs))
         plan = self._plans.get(key)
         if plan is None:

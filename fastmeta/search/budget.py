@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from numbers import Real
 
@@ -10,6 +11,9 @@ from fastmeta.search.cost import CostModel
 from fastmeta.search.errors import SearchError
 from fastmeta.search.proposal import Proposal
 from fastmeta.search.space import Space
+
+_MOST = 4096
+"""Candidates tried for the smallest one."""
 
 
 class Budget:
@@ -36,7 +40,7 @@ class Budget:
             return
         smallest = smallest_candidates(space)
         for name, bound in self.bounds.items():
-            least = min(cost(p)[name] for p in smallest)
+            least = min((cost(p)[name] for p in smallest), default=0.0)
             if least > bound:
                 raise SearchError(
                     f"no candidate meets the budget {name} <= {bound:g}: the smallest one has "
@@ -69,7 +73,8 @@ def cost_model(
 
 
 def smallest_candidates(space: Space) -> list[Proposal]:
-    """Candidates of which one is the cheapest, whatever is counted."""
+    """Candidates of which one is the cheapest, whatever is counted; none where conditions leave too
+    many to try."""
     domains = {d.name: d.domain for d in space.decisions}
     sizes = [n for n in domains if n == "layers" or n.partition(".")[0] in ("heads", "width")]
     layers = [n for n in domains if n.startswith("layer.")]
@@ -84,6 +89,8 @@ def smallest_candidates(space: Space) -> list[Proposal]:
         if w.parent.partition(".")[2] != d.name.partition(".")[2] or w.parent not in layers
     }
     values = [[(n, v) for v in domains[n]] for n in sorted(parents)]
+    if math.prod(map(len, values)) * len(alone) > _MOST:
+        return []
     found = [
         space.proposal(least | kept | dict(pairs))
         for kept in alone

@@ -18,7 +18,7 @@ from fastmeta.search.proposal import Proposal
 from fastmeta.search.pruning import prune, why_not_stock
 from fastmeta.search.space import Space
 from fastmeta.training.export import check_new, quiet_transformers
-from fastmeta.training.files import whole_folder
+from fastmeta.training.files import check_writable, whole_folder
 
 RECIPE, ABOUT = "recipe.yaml", "search.json"
 
@@ -62,7 +62,7 @@ def export(
         FileExistsError: `folder` holds something, without `overwrite`.
         ValueError: `texts` without a tokenizer, or `healing` without texts.
     """
-    folder = Path(folder) if overwrite else check_new(folder)
+    folder = check_writable(folder) if overwrite else check_new(folder)
     if texts is not None and tokenizer is None:
         raise ValueError("healing on texts needs their tokenizer, got tokenizer=None")
     if healing and texts is None:

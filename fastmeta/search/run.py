@@ -276,6 +276,8 @@ def whole_model(space: Space) -> Proposal:
 
 def _plain(setting: Any) -> Any:
     """A setting as a state can hold it: of an object its class."""
+    if isinstance(setting, list | tuple):
+        return [_plain(each) for each in setting]
     return setting if isinstance(setting, int | float | str | None) else type(setting).__name__
 
 

@@ -18,10 +18,13 @@ NAME, VERSION = "search.pt", 2
 _KEYS = {"version", "settings", "records", "controller", "cost"}
 
 
-def checksum(tensors: Iterable[Tensor]) -> str:
-    """Eight hexadecimal digits that tell tensors from others, by their values and shapes."""
+def checksum(tensors: Iterable[Tensor | object]) -> str:
+    """Eight hexadecimal digits that tell tensors from others, by their values and shapes; what is
+    no tensor, as the state of some quantised layers, does not count."""
     found = 0
     for t in tensors:
+        if not isinstance(t, Tensor):
+            continue
         found = zlib.crc32(f"{t.dtype}{tuple(t.shape)}".encode(), found)
         flat = t.detach().cpu().contiguous().flatten().view(torch.uint8)
         found = zlib.crc32(flat.numpy(), found)

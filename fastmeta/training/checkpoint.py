@@ -68,8 +68,8 @@ def step_of(checkpoint: Path) -> int:
 
 
 def holds_run(folder: Path) -> bool:
-    """Whether a folder has checkpoints or metrics in it."""
-    return (folder / "checkpoints").exists() or (folder / "metrics.jsonl").exists()
+    """Whether a folder has checkpoints in it: a run without any cannot go on."""
+    return bool(list_checkpoints(folder / "checkpoints"))
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -140,7 +140,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     tree = _read_json(folder, STATE)
     _check_format(tree, folder)
-    return unpack(tree["config"], {})
+    return unpack(tree.get("config"), {})
 
 
 def _check_format(tree: Any, folder: Path) -> None:

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _TEMPORARY = ".partial-"
@@ -72,13 +72,17 @@ def whole_file(target: Path) -> Iterator[Path]:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what a killed process left half-written; what it was about to replace comes back."""
+    """Remove what a killed process left half-written; what it was about to replace comes back.
+
+    Several processes may do so at once.
+    """
     for left in folder.glob(f"{_TEMPORARY}*") if folder.is_dir() else ():
         if left.is_dir():
             if left.name.startswith(_REPLACED):
-                for old in left.iterdir():
-                    if not (folder / old.name).exists():
-                        old.rename(folder / old.name)
+                with suppress(FileNotFoundError):  # another process was first
+                    for old in left.iterdir():
+                        if not (folder / old.name).exists():
+                            old.rename(folder / old.name)
             shutil.rmtree(left, ignore_errors=True)
         else:
             left.unlink(missing_ok=True)

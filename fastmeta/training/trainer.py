@@ -51,7 +51,7 @@ class Trainer:
         episodes: Task batches, `fm.data.Episodes` or `fm.data.TaskDataset`.
         outer: Optimizer over ``learner.parameters()``.
         schedule: Learning-rate schedule of `outer`, stepped once per outer step, or None.
-        clip_norm: Bound on the norm of the whole meta-gradient, positive, or None.
+        clip_norm: Bound on the norm of the gradients of all that learns, positive, or None.
         autocast: dtype in which the model computes (``torch.bfloat16``), or None.
         valid: Episodes to evaluate on while training, or None.
         eval_every: Evaluate after every this many steps; 0 for never.
@@ -180,7 +180,6 @@ class Trainer:
         if self.out is not None and self.processes.leads:
             sweep(self.out)
             sweep(self.out / "checkpoints")
-            remove_later(self.out / "checkpoints", self.step)
         with tqdm(
             total=steps,
             initial=self.step,
@@ -222,6 +221,7 @@ class Trainer:
             raise FileExistsError(
                 f"{self.out} already holds a run: resume() goes on with it, or give another out"
             )
+        self._log.rewind(self.step)  # of a run that ended before its first checkpoint
         self._owns_folder = True
 
     def _train_step(self, batches: Any) -> dict[str, Any]:
@@ -246,8 +246,10 @@ class Trainer:
             share = (~out.diverged).sum() / sums[0].clamp_min(1)
             (out.loss * share.to(out.loss.dtype)).backward()
             self.processes.sum_gradients(self._learning())
-        bound = float("inf") if self.clip_norm is None else self.clip_norm
-        norm = nn.utils.clip_grad_norm_(self._learning(), bound)
+        moved = [p for p in self._learning() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in moved])
+        if self.clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(moved, self.clip_norm, norm)
         # The one wait of a step for the device.
         good, loss, accuracy, norm = torch.stack([*sums, norm.to(sums)]).tolist()
         if not good:
@@ -265,6 +267,8 @@ class Trainer:
         self.outer.step()
         if self.schedule is not None:
             self.schedule.step()
+        if self.out is not None and self.processes.leads:
+            remove_later(self.out / "checkpoints", self.step)  # of a branch that ends here
         self.step += 1
         return {
             "step": self.step,

@@ -12,6 +12,7 @@ import torch
 from standin import gpu, on_cpu, on_gpu
 
 import fastmeta as fm
+from fastmeta.engine import replays
 from fastmeta.testing.float64 import keep_float64
 
 EVERYTHING = fm.Params("*")
@@ -142,6 +143,19 @@ def test_graphs_that_live_meanwhile() -> None:
             kept.append(there(batch.to(there.device)))
         assert len(there.replays.steps) == 2 and None not in there.replays.steps.values()
         kept[0].loss.backward()
+
+
+def test_after_a_recording_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no other in the process, which every learner says; graphs that are there serve."""
+    with gpu():
+        (here, there), (_, other) = (pair(oracle.tiny_bert()) for _ in range(2))
+        step(there, BATCHES[0])
+        monkeypatch.setattr(replays._Recorded, "broken", True)
+        oracle.assert_close(step(there, BATCHES[1]), step(here, BATCHES[1]))
+        assert len(there.replays.steps) == 1
+        with pytest.warns(RuntimeWarning, match="an earlier recording of this process failed"):
+            found = step(other, BATCHES[1])
+        oracle.assert_close(found, step(here, BATCHES[1]))
 
 
 def test_weights_that_changed_are_read() -> None:
