@@ -157,20 +157,14 @@ def state(op: str, name: str, tensor: Tensor, params: Tensor) -> None:
 def written_rows(op: str, named: dict[str, Tensor], read: dict[str, Tensor | None]) -> None:
     """Require that no two elements of the tensors ``[T, P]`` to be written share memory, and that
     what is read meanwhile does not lie across them."""
-    spans = []
     for name, t in named.items():
-        if t.is_contiguous():
-            start = t.data_ptr() if _has_memory(t) else 0
-            spans.append((start, start + t.numel() * t.element_size()))
-            continue
-        if _elements_meet(*t.shape, *t.stride()):
+        if not t.is_contiguous() and _elements_meet(*t.shape, *t.stride()):
             raise ValueError(
                 f"{op}: {name} must not be an expanded view or share memory between its elements, "
                 f"got {describe(t)} with strides {t.stride()}"
             )
-        spans.append(_extent(t) if _has_memory(t) else (0, 0))
-    spans += [_extent(t) for t in read.values() if t is not None and _has_memory(t)]
-    spans.sort()
+    every = (*named.values(), *read.values())
+    spans = sorted(_extent(t) for t in every if t is not None and _has_memory(t))
     if all(end <= start for (_, end), (start, _) in itertools.pairwise(spans)):
         return
     known = {n: t for n, t in named.items() if t.numel() and _has_memory(t)}

@@ -32,6 +32,19 @@ def gated_logits(evaluator, proposal, inputs) -> torch.Tensor:
         return evaluator.net(evaluator.net.start([proposal], 1), prefix_cache=gates, **rows)[0]
 
 
+def agrees(folder: Path, evaluator, proposal, tolerance: float) -> torch.nn.Module:
+    """The stock class's model of an exported folder, which computes what the candidate does."""
+    auto = transformers.AutoModelForSequenceClassification
+    loaded = auto.from_pretrained(folder, dtype=torch.float64).eval()
+    inputs = {"input_ids": torch.arange(1, 13).view(2, 6)}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    with torch.no_grad():
+        logits = loaded(**inputs).logits
+    expected = gated_logits(evaluator, proposal, inputs)
+    torch.testing.assert_close(logits, expected, rtol=tolerance, atol=tolerance)
+    return loaded
+
+
 @pytest.mark.parametrize("kind", ["stock", "per layer"])
 @pytest.mark.parametrize("head", ["model", "sentence"])
 def test_the_export_is_an_ordinary_checkpoint(parts, tmp_path, kind, head):
@@ -81,15 +94,7 @@ def test_heads_are_gone_where_the_configuration_names_their_size(tmp_path):
     space = Space(model, heads=[4, 2], widths=[1.0, 0.5], layers=[1, 2], lora={"q_proj": [2]})
     evaluator, proposal = Evaluator(space), space.proposal(heads=2, width=24)
     folder = fm.search.export(evaluator, proposal, tmp_path / "winner")
-    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(
-        folder, dtype=torch.float64
-    ).eval()
-    inputs = {"input_ids": torch.arange(1, 13).view(2, 6)}
-    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    with torch.no_grad():
-        logits = loaded(**inputs).logits
-    expected = gated_logits(evaluator, proposal, inputs)
-    torch.testing.assert_close(logits, expected, rtol=1e-6, atol=1e-6)
+    loaded = agrees(folder, evaluator, proposal, 1e-6)
     assert loaded.model.layers[0].self_attn.q_proj.weight.shape == (16, 32)
 
 
@@ -294,12 +299,5 @@ def test_other_families_keep_their_stock_class(tmp_path):
     space = Space(model, widths=[1.0, 0.5], layers=[1, 2, 3], lora={"q_lin": [2]})
     evaluator, proposal = Evaluator(space), space.proposal(layers=2, width=24)
     folder = fm.search.export(evaluator, proposal, tmp_path / "winner")
-    auto = transformers.AutoModelForSequenceClassification
-    loaded = auto.from_pretrained(folder, dtype=torch.float64).eval()
-    inputs = {"input_ids": torch.arange(1, 13).view(2, 6)}
-    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    with torch.no_grad():
-        logits = loaded(**inputs).logits
-    expected = gated_logits(evaluator, proposal, inputs)
-    torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
+    loaded = agrees(folder, evaluator, proposal, 1e-9)
     assert loaded.config.n_layers == 2 and loaded.config.hidden_dim == 24

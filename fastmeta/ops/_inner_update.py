@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastmeta import _backend
 from fastmeta._autograd import Function, batch_rows, bits, needs_autograd, placed, tasks_of
-from fastmeta._library import Op, define, dispatched
+from fastmeta._library import Op, define
 from fastmeta.reference import inner_update as reference
 
 _RATES = "Tensor? lr, Tensor? offsets, Tensor? active, Tensor? hypers"
@@ -153,11 +153,9 @@ def run_list_(rule: Rule, params, grads, state, lr: float, values, flags: int) -
 
 def by_reference(rule: Rule, params: object) -> bool:
     """Whether plain torch serves: it was asked for, or the device has no kernel."""
-    if _backend.use_reference():
-        return True
     if not isinstance(params, Tensor):
-        return False
-    return not dispatched(rule.update.name, params.device.type) and _backend.requested() == "auto"
+        return _backend.use_reference()
+    return _backend.by_reference(rule.update, params.device)
 
 
 def _trim(rule: Rule, results, check_finite: bool) -> tuple[Tensor, ...]:

@@ -99,7 +99,7 @@ def tf32() -> Iterator[None]:
 
 def test_where_kernels_do_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks beyond a GPU's registers; distances by products that are rounded to TF32."""
-    monkeypatch.setattr(_lora_linear._Forward, "call", None)
+    monkeypatch.setattr(_lora_linear._Forward, "forward", None)
     monkeypatch.setattr(_pairwise, "squares_by_products", None)
     g = torch.Generator().manual_seed(0)
     x, weight, points = (torch.randn(20, n, generator=g) for n in (8, 8, 6))
