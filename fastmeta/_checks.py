@@ -8,6 +8,9 @@ import math
 import torch
 from torch import Tensor
 
+from fastmeta._dtypes import wide_dtype
+from fastmeta._settings import is_integer
+
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -100,7 +103,7 @@ def learning_rate(
         if lr.dim() > 0:
             raise ValueError(f"{op}: lr must be on {params.device}, got {describe(lr)}")
         lr = lr.to(params.device)
-    dtype = torch.float64 if params.dtype == torch.float64 else torch.float32
+    dtype = wide_dtype(params.dtype)
     if lr.dtype != dtype:
         lr = lr.to(dtype)
     return 0.0, _rate_view(op, lr, *params.shape, offsets)
@@ -243,7 +246,7 @@ def tensor_lists(op: str, lists: dict[str, object]) -> None:
 
 def seed(op: str, value: int | Tensor | None, device: torch.device) -> Tensor:
     """What dropout drops is a function of: an int64 scalar on the device."""
-    if isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63:
+    if is_integer(value) and -(2**63) <= value < 2**63:
         return torch.tensor(value, dtype=torch.int64, device=device)
     if isinstance(value, Tensor) and value.dtype == torch.int64 and value.dim() == 0:
         return value.to(device)

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from fastmeta._settings import is_integer
+
 IGNORE_INDEX = -100
 """Label of rows and tokens that take no part in a loss (the transformers convention)."""
 
@@ -152,7 +154,7 @@ def ways_of(ways: Tensor | Sequence[int] | int, num_tasks: int, device: torch.de
     if isinstance(ways, int):
         ways = [ways] * num_tasks
     if not isinstance(ways, Tensor):
-        if not all(isinstance(w, int) and not isinstance(w, bool) for w in ways):
+        if not all(is_integer(w) for w in ways):
             raise TypeError(f"ways must be integers or an int64 tensor, got {ways!r}")
         ways = torch.tensor(ways, dtype=torch.int64, device=device)
     if ways.dtype != torch.int64:

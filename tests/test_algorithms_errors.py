@@ -33,7 +33,7 @@ def changed(which: str = "support", **tensors) -> fm.TaskBatch:
 
 
 SETTINGS = [
-    ({"steps": 0}, ValueError, "steps must be at least 1, got 0"),
+    ({"steps": 0}, ValueError, "steps must be an integer of at least 1, got 0"),
     ({"steps": 2.0}, TypeError, "steps must be an integer of at least 1, got 2.0"),
     ({"steps": True}, TypeError, "steps must be an integer of at least 1, got True"),
     ({"lr": 0}, ValueError, "lr must be positive and finite, got 0"),
@@ -43,8 +43,8 @@ SETTINGS = [
     ({"order": 3}, ValueError, "order must be 1 or 2, got 3"),
     ({"optimizer": "lion"}, ValueError, "optimizer must be one of ['adagrad', 'adam', 'adamw'"),
     ({"memory": "disk"}, ValueError, "memory must be one of unroll, recompute, auto; got 'disk'"),
-    ({"task_chunk": 0}, ValueError, "task_chunk must be None, 'auto' or an integer of at least 1"),
-    ({"task_chunk": "half"}, ValueError, "an integer of at least 1, got 'half'"),
+    ({"task_chunk": 0}, ValueError, "task_chunk must be an integer of at least 1, None or 'auto'"),
+    ({"task_chunk": "half"}, ValueError, "an integer of at least 1, None or 'auto', got 'half'"),
     ({"clip_norm": 0}, ValueError, "clip_norm must be positive or None, got 0"),
     ({"clip_norm": "1"}, TypeError, "clip_norm must be a positive number or None, got '1'"),
     ({"truncate": 6}, ValueError, "truncate must be between 0 and steps=5, got 6"),

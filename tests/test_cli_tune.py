@@ -99,7 +99,7 @@ def test_from_what_was_meta_learned(call, lora_run, files, tmp_path) -> None:
     [
         (["--spec", "lora:r=0"], "LoRA"),
         (["--lr", "0"], "lr must be positive, got 0.0"),
-        (["--epochs", "0"], "expected epochs to be an integer >= 1, got 0"),
+        (["--epochs", "0"], "epochs must be an integer of at least 1, got 0"),
         (["--hold-out", "1"], "--hold-out: expected a share of at least 0 and below 1, got 1.0"),
         (["--resume"], "holds no state of an unfinished run to go on with"),
         (["--save-every", "0"], "--save-every: expected at least 1, got 0"),

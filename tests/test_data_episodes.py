@@ -121,7 +121,7 @@ def test_state_of_other_episodes_is_refused(numbered, tokenizer):
     other = fd.Episodes(numbered, tokenizer, 3, 1, 1, 2)
     with pytest.raises(ValueError, match="belongs to batches with ways=2, these have ways=3"):
         other.load_state_dict(state)
-    with pytest.raises(ValueError, match="expected position to be an integer >= 0, got -1"):
+    with pytest.raises(ValueError, match="position must be an integer of at least 0, got -1"):
         loader.load_state_dict({**state, "position": -1})
     with pytest.raises(ValueError, match="expected a state with 'position' and 'settings'"):
         loader.load_state_dict({"step": 3})
@@ -292,16 +292,16 @@ def test_too_small_classes_and_too_few(numbered, tokenizer):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("ways", 0, "expected ways to be an integer >= 1, got 0"),
-        ("shots", 0, "expected shots to be an integer >= 1, got 0"),
-        ("queries", 0, "expected queries to be an integer >= 1, got 0"),
-        ("tasks", -1, "expected tasks to be an integer >= 1, got -1"),
-        ("tasks", 1.5, "expected tasks to be an integer >= 1, got 1.5"),
-        ("bucket", 0, "expected bucket to be an integer >= 1, got 0"),
-        ("num_batches", 0, "expected num_batches to be an integer >= 1, got 0"),
-        ("start", -1, "expected start to be an integer >= 0, got -1"),
-        ("prefetch", -1, "expected prefetch to be an integer >= 0, got -1"),
-        ("seed", -1, "expected seed to be an integer >= 0, got -1"),
+        ("ways", 0, "ways must be an integer of at least 1, got 0"),
+        ("shots", 0, "shots must be an integer of at least 1, got 0"),
+        ("queries", 0, "queries must be an integer of at least 1, got 0"),
+        ("tasks", -1, "tasks must be an integer of at least 1, got -1"),
+        ("tasks", 1.5, "tasks must be an integer of at least 1, got 1.5"),
+        ("bucket", 0, "bucket must be an integer of at least 1, got 0"),
+        ("num_batches", 0, "num_batches must be an integer of at least 1, got 0"),
+        ("start", -1, "start must be an integer of at least 0, got -1"),
+        ("prefetch", -1, "prefetch must be an integer of at least 0, got -1"),
+        ("seed", -1, "seed must be an integer of at least 0, got -1"),
         ("seed", 2**64, "seed must lie in 0"),
         ("max_length", 0, "expected max_length >= 1, got 0"),
     ],

@@ -140,8 +140,8 @@ def test_number_of_batches() -> None:
         ({0: ["one", "two"]}, {}, TypeError, "expected names of tasks to be texts, got 0"),
         ({"a": [1]}, {}, TypeError, "task 'a': expected labelled texts, or a list of strings"),
         ({"a": [("x", "y", "z")]}, {}, TypeError, r"or of \(prompt, completion\)"),
-        (TASKS, {"batch_size": 0}, ValueError, "batch_size to be an integer >= 1, got 0"),
-        (TASKS, {"epochs": 0}, ValueError, "epochs to be an integer >= 1, got 0"),
+        (TASKS, {"batch_size": 0}, ValueError, "batch_size must be an integer of at least 1"),
+        (TASKS, {"epochs": 0}, ValueError, "epochs must be an integer of at least 1, got 0"),
         (TASKS, {"seed": -1}, ValueError, "seed"),
     ],
 )

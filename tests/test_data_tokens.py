@@ -196,8 +196,8 @@ def test_tiny_bert_is_seeded_and_leaves_the_global_generator_alone():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"num_labels": 0}, "expected num_labels to be an integer >= 1, got 0"),
-        ({"num_layers": 0}, "expected num_layers to be an integer >= 1, got 0"),
+        ({"num_labels": 0}, "num_labels must be an integer of at least 1, got 0"),
+        ({"num_layers": 0}, "num_layers must be an integer of at least 1, got 0"),
         ({"hidden_size": 30, "num_heads": 4}, "expected hidden_size to be a multiple of 4"),
         ({"dropout": 1.0}, r"expected dropout in \[0, 1\), got 1.0"),
     ],

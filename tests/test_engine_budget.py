@@ -13,7 +13,8 @@ from test_engine_memory import ERRORS, peak
 import fastmeta as fm
 from fastmeta.engine import chunks
 from fastmeta.engine.budget import budget_bytes, readable
-from fastmeta.engine.memory import MemoryPlan, predict
+from fastmeta.engine.memory import MemoryPlan
+from fastmeta.engine.prediction import predict
 
 BATCH = oracle.as_batch(oracle.make_tasks(4))
 EVERYTHING = fm.Params("*")

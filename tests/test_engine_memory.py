@@ -9,8 +9,10 @@ from torch.profiler import ProfilerActivity, profile
 
 import fastmeta as fm
 from fastmeta.engine import chunks, episode, memory, recompute
-from fastmeta.engine.memory import MemoryPlan, free_bytes, is_out_of_memory, predict
+from fastmeta.engine.free_memory import free_bytes, is_out_of_memory
+from fastmeta.engine.memory import MemoryPlan
 from fastmeta.engine.meter import PeakMemory
+from fastmeta.engine.prediction import predict
 
 BATCH = oracle.as_batch(oracle.make_tasks(4))
 

@@ -12,8 +12,8 @@ from torch import Tensor
 import fastmeta as fm
 from fastmeta import rules
 from fastmeta.engine import chunks, narrow
-from fastmeta.engine import memory as engine_memory
 from fastmeta.engine.meter import PeakMemory
+from fastmeta.engine.prediction import predict
 from fastmeta.patching.leaf_params import LeafParams
 from fastmeta.patching.narrow_params import NarrowParams, word_slot
 from fastmeta.patching.words import Words, collect, take
@@ -261,7 +261,7 @@ def test_memory_does_not_grow_with_tasks_times_words(mode: str, optimizer: str) 
             learner(batch).loss.backward()
         peaks.append(meter.peak)
         if "chunk" not in mode:  # tasks are so small here that a table's gradient is most of it
-            need = engine_memory.predict(learner.inner_loop(), batch, learner.memory)
+            need = predict(learner.inner_loop(), batch, learner.memory)
             table = words * 16 * 8
             assert 0.8 * meter.peak < need.bytes(8) < 1.3 * meter.peak + table
     more = 8000 * 16 * 8

@@ -335,7 +335,7 @@ def test_generated_weights_are_never_copied_per_token():
     ("change", "message"),
     [
         ({"reads": "labels"}, "reads must be one of support, description, both, got 'labels'"),
-        ({"steps": -1}, "steps must be at least 0, got -1"),
+        ({"steps": -1}, "steps must be an integer of at least 0, got -1"),
         ({"rank": 0}, "rank must be an integer of at least 1, got 0"),
         ({"pooling": "max"}, "pooling must be one of"),
     ],

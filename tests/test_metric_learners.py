@@ -366,13 +366,19 @@ def test_a_frozen_model_is_only_judged(model, name: str) -> None:
         (lambda m: fm.ProtoNet(m, metric="minkowski"), "metric 'minkowski' needs p, got p=None"),
         (lambda m: fm.ProtoNet(m, p=2), "metric 'sqeuclidean' takes no p, got p=2"),
         (lambda m: fm.ProtoNet(m, precision="block"), "precision must be one of diagonal, full"),
-        (lambda m: fm.ProtoNet(m, temperature=0), "temperature must be a positive number or 'lear"),
+        (
+            lambda m: fm.ProtoNet(m, temperature=0),
+            "temperature must be .* above 0 or 'learned'",
+        ),
         (lambda m: fm.ProtoNet(m, temperature="warm"), "temperature must be .*, got 'warm'"),
         (
             lambda m: fm.ProtoNet(m, temperature="learned", initial_temperature=-1),
-            "initial_temperature must be a positive number, got -1",
+            "initial_temperature must be a finite number above 0, got -1",
         ),
-        (lambda m: fm.ProtoNet(m, projection=0), "projection must be a number of outputs"),
+        (
+            lambda m: fm.ProtoNet(m, projection=0),
+            "projection must be an integer of .*, a module",
+        ),
         (lambda m: fm.MatchingNet(m, fce_steps=0), "fce_steps must be an integer of at least 1"),
         (lambda m: fm.RelationNet(m, hidden=0), "hidden must be an integer of at least 1, got 0"),
         (lambda m: fm.RelationNet(m, parts=("sum",)), "parts must be some of query, mean"),

@@ -234,7 +234,7 @@ def call(**changes):
             "support rows of at least one class|must be in",
         ),
         ({"num_classes": 2}, r"support_labels must be in 0..1 or -100.* got 2"),
-        ({"num_classes": 0}, "num_classes must be an integer >= 1 or None, got 0"),
+        ({"num_classes": 0}, "num_classes must be an integer of at least 1 or None, got 0"),
         ({"temperature": 0.0}, "temperature must be a finite number > 0, got 0.0"),
         ({"temperature": torch.ones(2)}, r"temperature must be a number, a scalar tensor or \[T\]"),
         ({"temperature": -torch.ones(T)}, "temperature must be finite and > 0"),

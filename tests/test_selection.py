@@ -361,5 +361,5 @@ def test_wrong_candidates() -> None:
         fm.Candidate(noise=-1)
     with pytest.raises(ValueError, match="lr must be positive and finite, got 0"):
         fm.Candidate(lr=0)
-    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="steps must be an integer of at least 1, got 0"):
         fm.Candidate(steps=0)

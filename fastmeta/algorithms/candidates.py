@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastmeta._dtypes import wide_dtype
 from fastmeta.batch import check_set
 from fastmeta.engine.adaptation import adapted, plain_loop
 from fastmeta.engine.checks import check_clip_norm, check_steps
@@ -122,7 +123,7 @@ class Run:
             clip_norm=first.clip_norm,
             task_chunk=self.task_chunk,
         )
-        wide = torch.float64 if start.dtype == torch.float64 else torch.float32
+        wide = wide_dtype(start.dtype)
         rates = start.new_tensor([self.candidates[i].lr for i in group], dtype=wide)
         loop = replace(loop, rates=Rates.of_tasks(rates.repeat_interleave(tasks), model.layout))
         params = TaskParams(model.layout, start)

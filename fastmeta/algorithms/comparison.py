@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmeta import ops
+from fastmeta._settings import above_0
 from fastmeta.ops.pairwise import METRICS
 
 PRECISIONS = ("diagonal", "full")
@@ -56,10 +57,10 @@ class Comparison(nn.Module):
         self.constant: float | None = None
         like = {"device": device, "dtype": dtype}
         if temperature == "learned":
-            start = math.log(positive("initial_temperature", initial_temperature))
+            start = math.log(above_0("initial_temperature", initial_temperature))
             self.log_temperature = nn.Parameter(torch.full((), start, **like))
         else:
-            self.constant = positive("temperature", temperature)
+            self.constant = above_0("temperature", temperature, " or 'learned'")
         if metric == "mahalanobis":
             if precision == "diagonal":
                 one = math.log(math.expm1(1.0))  # softplus of it is 1
@@ -98,12 +99,3 @@ class Comparison(nn.Module):
             parts.append(f"precision={self.kind!r}")
         shown = "'learned'" if self.constant is None else f"{self.constant:g}"
         return ", ".join([*parts, f"temperature={shown}"])
-
-
-def positive(name: str, value: object) -> float:
-    """The value as a positive finite float, or a ValueError that names it."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not value > 0 or not math.isfinite(value):
-        allowed = " or 'learned'" if name == "temperature" else ""
-        raise ValueError(f"{name} must be a positive number{allowed}, got {value!r}")
-    return float(value)

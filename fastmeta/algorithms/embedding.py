@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastmeta._dtypes import wide_dtype
+from fastmeta._settings import integer
 from fastmeta.models import pooled
 from fastmeta.patching import Patched
 from fastmeta.patching.bind import copy_structure, resting, set_mode
@@ -82,7 +84,7 @@ class Embedding(nn.Module):
         if like is None:
             raise ValueError(f"{type(whole).__name__} has no parameters")
         self.device = like.device
-        self.dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        self.dtype = wide_dtype(like.dtype)
         self.projection = self._projection(projection)
         self.rest = resting(source, whole.training)
         self.train(model.training)
@@ -90,11 +92,7 @@ class Embedding(nn.Module):
     def _projection(self, projection: int | nn.Module | None) -> nn.Module | None:
         if projection is None or isinstance(projection, nn.Module):
             return projection
-        if isinstance(projection, bool) or not isinstance(projection, int) or projection < 1:
-            raise ValueError(
-                f"projection must be a number of outputs of at least 1, a module or None, "
-                f"got {projection!r}"
-            )
+        integer("projection", projection, or_else=", a module or None")
         # drawn on the CPU, whose generator has the seed
         return nn.Linear(self.inputs, projection, bias=False, dtype=self.dtype).to(self.device)
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastmeta._settings import above_0, integer
 from fastmeta.algorithms.embedding import Embedding
 from fastmeta.algorithms.generator import (
     ClassHead,
@@ -21,7 +22,7 @@ from fastmeta.algorithms.generator import (
 )
 from fastmeta.algorithms.learner import GradientLearner
 from fastmeta.batch import TaskBatch
-from fastmeta.engine.checks import above_0, at_least_1, check_classes, check_steps
+from fastmeta.engine.checks import check_classes, check_steps
 from fastmeta.engine.conditions import computing
 from fastmeta.engine.episode import MetaOutput, run_episode, zero_loss
 from fastmeta.engine.inner import InnerLoop
@@ -101,7 +102,7 @@ class HyperNetwork(GradientLearner):
             raise ValueError(f"reads must be one of {', '.join(READS)}, got {reads!r}")
         sizes = {"latent": latent, "hidden": hidden, "embedding": embedding, "rank": rank}
         for name, value in sizes.items():
-            at_least_1(name, value)
+            integer(name, value)
         scale = above_0("scale", scale)
         super().__init__(patched, steps=max(check_steps(steps, 0), 1), **settings)
         self.steps = steps

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from fastmeta._settings import above_0, integer
 from fastmeta.algorithms.learner import GradientLearner
-from fastmeta.engine.checks import above_0, at_least_1
 from fastmeta.engine.inner import InnerLoop
 from fastmeta.patching import Patched
 
@@ -37,7 +37,7 @@ class IMAML(GradientLearner):
     def __init__(
         self, patched: Patched, *, lam: float = 1.0, cg_steps: int = 5, **settings: Any
     ) -> None:
-        lam, cg_steps = above_0("lam", lam), at_least_1("cg_steps", cg_steps)
+        lam, cg_steps = above_0("lam", lam), integer("cg_steps", cg_steps)
         for name, value in (("order", 2), ("truncate", None)):
             if settings.get(name, value) != value:
                 raise ValueError(

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastmeta._names import refuse_unknown
+from fastmeta._settings import is_integer
 from fastmeta.batch import TaskBatch
 from fastmeta.engine.adaptation import adapted
 from fastmeta.engine.allocator import reuse_large_buffers
@@ -19,9 +20,10 @@ from fastmeta.engine.capture import capture_of
 from fastmeta.engine.checks import check_clip_norm, check_sets, check_steps, compute_dtype_of
 from fastmeta.engine.conditions import computing
 from fastmeta.engine.episode import MetaOutput, run_episode, with_ways
+from fastmeta.engine.free_memory import is_out_of_memory
 from fastmeta.engine.inner import InnerLoop
 from fastmeta.engine.losses import LossFn, mask_ways, resolve_loss
-from fastmeta.engine.memory import MemoryPlan, check_memory, is_out_of_memory
+from fastmeta.engine.memory import MemoryPlan, check_memory
 from fastmeta.engine.memory_plans import forget_others, plan_for
 from fastmeta.engine.optimizers import UpdateRule, resolve_rule
 from fastmeta.engine.rates import LearnedRate, Rates
@@ -133,7 +135,7 @@ class GradientLearner(MetaModule):
         self.memory_budget = check_memory(memory, task_chunk, memory_budget)
         check_clip_norm(clip_norm)
         if truncate is not None:
-            if isinstance(truncate, bool) or not isinstance(truncate, int):
+            if not is_integer(truncate):
                 raise TypeError(f"truncate must be an integer or None, got {truncate!r}")
             if not 0 <= truncate <= steps:
                 raise ValueError(f"truncate must be between 0 and steps={steps}, got {truncate}")

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastmeta._settings import integer
 from fastmeta.algorithms.comparison import Comparison
 from fastmeta.algorithms.full_context import FullContext
 from fastmeta.algorithms.metric_learner import MetricLearner
@@ -55,8 +56,7 @@ class MatchingNet(MetricLearner):
         initial_temperature: float = 1.0,
         **settings: Any,
     ) -> None:
-        if isinstance(fce_steps, bool) or not isinstance(fce_steps, int) or fce_steps < 1:
-            raise ValueError(f"fce_steps must be an integer of at least 1, got {fce_steps!r}")
+        integer("fce_steps", fce_steps)
         self._full_context = fce_steps if full_context else 0
         self._comparison = {
             "metric": metric,

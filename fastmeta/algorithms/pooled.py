@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from fastmeta._settings import integer
 from fastmeta.algorithms.embedding import Embedding
 
 
@@ -20,8 +21,7 @@ class PooledClassifier(nn.Module):
 
     def __init__(self, embedding: Embedding, ways: int) -> None:
         super().__init__()
-        if isinstance(ways, bool) or not isinstance(ways, int) or ways < 2:
-            raise ValueError(f"ways must be an integer of at least 2, got {ways!r}")
+        integer("ways", ways, 2)
         self.embedding = embedding
         self.classifier = nn.Linear(
             embedding.width, ways, device=embedding.device, dtype=embedding.dtype

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastmeta.algorithms.comparison import positive
+from fastmeta._settings import above_0
 from fastmeta.algorithms.embedding import Embedding
 from fastmeta.algorithms.learner import GradientLearner, warn_of_nothing
 from fastmeta.algorithms.pooled import PooledClassifier
@@ -104,8 +104,8 @@ class ProtoMAML(GradientLearner):
             adapted.name,
             adapted.slots["weight"],
             adapted.slots["bias"],
-            temperature=None if learned else positive("temperature", temperature),
-            initial=positive("initial_temperature", initial_temperature),
+            temperature=None if learned else above_0("temperature", temperature, " or 'learned'"),
+            initial=above_0("initial_temperature", initial_temperature),
             like=patched.slots.initial[0].detach(),
         )
 

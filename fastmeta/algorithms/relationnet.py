@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmeta import ops
+from fastmeta._settings import integer
 from fastmeta.algorithms.metric_learner import MetricLearner
 from fastmeta.batch import IGNORE_INDEX
-from fastmeta.engine.checks import at_least_1
 from fastmeta.patching import Patched
 
 PARTS = ("query", "mean", "difference", "product")
@@ -54,7 +54,7 @@ class RelationNet(MetricLearner):
         loss: str = "cross_entropy",
         **settings: Any,
     ) -> None:
-        at_least_1("hidden", hidden)
+        integer("hidden", hidden)
         parts = (parts,) if isinstance(parts, str) else tuple(parts)
         if not parts or not set(parts) <= set(PARTS):
             raise ValueError(f"parts must be some of {', '.join(PARTS)}, got {parts!r}")

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastmeta._settings import is_number
 from fastmeta.algorithms.candidates import Candidate, Run
 from fastmeta.algorithms.disagreement import COMPARISONS, candidate_distances, check_metric
 from fastmeta.batch import IGNORE_INDEX, check_set, ways_of
@@ -239,8 +240,7 @@ def _held_out(
     """The set to adapt to and the set to judge on; rows keep their places, labels become -100."""
     if isinstance(validation, Mapping):
         return support, validation
-    number = isinstance(validation, int | float) and not isinstance(validation, bool)
-    if not number or not 0 < validation < 1:
+    if not is_number(validation) or not 0 < validation < 1:
         raise ValueError(
             "validation must be a labelled set or a share of the support rows in (0, 1), "
             f"got {validation!r}"

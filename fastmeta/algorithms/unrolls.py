@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastmeta._settings import above_0, integer
 from fastmeta.algorithms.hypernetwork import HyperNetwork
 from fastmeta.algorithms.learner import GradientLearner
 from fastmeta.algorithms.protomaml import ProtoMAML
 from fastmeta.batch import TaskBatch
-from fastmeta.engine.checks import above_0, at_least_1
 from fastmeta.engine.conditions import computing
 from fastmeta.engine.episode import MetaOutput, with_ways, zero_loss
 from fastmeta.engine.inner import InnerLoop, Support, inner_step, model_inputs, task_losses
@@ -65,8 +65,8 @@ class _Unrolls(MetaModule):
                 f"{type(learner).__name__}"
             )
         self.learner = learner
-        self.horizon = at_least_1("horizon", horizon)
-        self.truncation = at_least_1("truncation", truncation)
+        self.horizon = integer("horizon", horizon)
+        self.truncation = integer("truncation", truncation)
         if horizon % truncation:
             raise ValueError(
                 f"horizon must be a multiple of truncation={truncation}, got {horizon}"
@@ -317,7 +317,7 @@ class PES(_Unrolls):
         seed: int = 0,
     ) -> None:
         super().__init__(learner, horizon, truncation)
-        self.pairs = at_least_1("pairs", pairs)
+        self.pairs = integer("pairs", pairs)
         self.std = above_0("std", std)
         self.generator = torch.Generator().manual_seed(seed)
         self.particles: list[_Position] = []

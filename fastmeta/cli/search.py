@@ -14,6 +14,7 @@ from torch import nn
 
 import fastmeta as fm
 from fastmeta._names import near
+from fastmeta._settings import is_integer
 from fastmeta.cli import config as configs
 from fastmeta.cli.build import load_model
 from fastmeta.cli.config import read_table
@@ -169,9 +170,9 @@ def _settings(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, 
     flags = {k: _parsed(k, v) for k, v in flags.items() if v is not None}
     given = _DEFAULTS | table | flags
     for key in ("shots", "queries", "tasks", "evaluations", "population", "finalists"):
-        if not isinstance(given[key], int) or isinstance(given[key], bool) or given[key] < 1:
+        if not is_integer(given[key]) or given[key] < 1:
             raise UserError(f"{key}: expected an integer of at least 1, got {given[key]!r}")
-    if not isinstance(given["heal"], int) or isinstance(given["heal"], bool) or given["heal"] < 0:
+    if not is_integer(given["heal"]) or given["heal"] < 0:
         raise UserError(f"heal: expected an integer of at least 0, got {given['heal']!r}")
     if given["controller"] not in CONTROLLERS:
         raise UserError(

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from fastmeta._sampler import sample_episodes
+from fastmeta._settings import integers
 from fastmeta.batch import TaskBatch
 from fastmeta.data._errors import DataError
-from fastmeta.data.loader import Loader, check_least
+from fastmeta.data.loader import Loader
 from fastmeta.data.texts import LabelledTexts
 from fastmeta.data.tokens import PackedTokens, tokenize
 
@@ -74,7 +75,7 @@ class Episodes(Loader[TaskBatch]):
             prefetch=prefetch,
             pin_memory=pin_memory,
         )
-        check_least(1, ways=ways, shots=shots, queries=queries, bucket=bucket)
+        integers(1, ways=ways, shots=shots, queries=queries, bucket=bucket)
         check_classes(data, ways, shots, queries)
         sample_episodes(data.starts, 0, ways, shots, queries, seed)  # checks the seed
         self.data = data

@@ -10,6 +10,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
+from fastmeta._settings import integers
 from fastmeta.data.prefetch import Prefetch
 
 
@@ -51,10 +52,10 @@ class Loader(ABC, Generic[Batch]):
         prefetch: int,
         pin_memory: bool,
     ) -> None:
-        check_least(1, tasks=tasks)
-        check_least(0, seed=seed, start=start, prefetch=prefetch)
+        integers(1, tasks=tasks)
+        integers(0, seed=seed, start=start, prefetch=prefetch)
         if num_batches is not None:
-            check_least(1, num_batches=num_batches)
+            integers(1, num_batches=num_batches)
         if pin_memory and not torch.cuda.is_available():
             raise ValueError("pin_memory=True needs a CUDA device, but torch sees none")
         self.tasks = tasks
@@ -74,7 +75,7 @@ class Loader(ABC, Generic[Batch]):
 
     def batch(self, index: int) -> Batch:
         """Return batch ``index`` (>= 0), whatever the position."""
-        check_least(0, index=index)
+        integers(0, index=index)
         batch = self._make(index)
         return batch.pin_memory() if self.pin_memory else batch
 
@@ -127,12 +128,5 @@ class Loader(ABC, Generic[Batch]):
                 f"the saved position belongs to batches with {key}={found!r}, "
                 f"these have {key}={value!r}"
             )
-        check_least(0, position=position)
+        integers(0, position=position)
         self.position = position
-
-
-def check_least(least: int, **values: int) -> None:
-    """Raise a ValueError unless every named value is an integer >= ``least``."""
-    for name, value in values.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"expected {name} to be an integer >= {least}, got {value!r}")

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from fastmeta._sampler import sample_episodes
+from fastmeta._settings import integers
 from fastmeta.batch import IGNORE_INDEX, stack_sets
 from fastmeta.data._errors import DataError
-from fastmeta.data.loader import Loader, check_least
+from fastmeta.data.loader import Loader
 from fastmeta.data.prompts import Prompted, tokenize_prompted
 from fastmeta.data.texts import LabelledTexts, describe
 from fastmeta.data.tokens import PackedTokens, tokenize
@@ -98,9 +99,9 @@ class Minibatches(Loader[Minibatch]):
         prefetch: int = 2,
         pin_memory: bool = False,
     ) -> None:
-        check_least(1, batch_size=batch_size, bucket=bucket)
+        integers(1, batch_size=batch_size, bucket=bucket)
         if epochs is not None:
-            check_least(1, epochs=epochs)
+            integers(1, epochs=epochs)
         self.labelled = _kind(data)
         self.batch_size, self.epochs = batch_size, epochs
         self.max_length, self.bucket = max_length, bucket

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 
 from fastmeta._sampler import sample_episodes
+from fastmeta._settings import integers
 from fastmeta.batch import TaskBatch
 from fastmeta.data._errors import DataError
 from fastmeta.data.episodes import check_classes, labelled_rows
-from fastmeta.data.loader import Loader, check_least
+from fastmeta.data.loader import Loader
 from fastmeta.data.texts import LabelledTexts
 from fastmeta.data.tokens import tokenize
 
@@ -77,7 +78,7 @@ class TaskDataset(Loader[TaskBatch]):
             prefetch=prefetch,
             pin_memory=pin_memory,
         )
-        check_least(1, shots=shots, queries=queries, bucket=bucket)
+        integers(1, shots=shots, queries=queries, bucket=bucket)
         if not data:
             raise DataError("expected at least one task, got none")
         for name, texts in data.items():

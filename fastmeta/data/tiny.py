@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fastmeta._settings import integers
 from fastmeta.data.builtin import vocabulary
-from fastmeta.data.loader import check_least
 
 if TYPE_CHECKING:
     from transformers import BertForSequenceClassification, PreTrainedTokenizerFast
@@ -45,9 +45,9 @@ def tiny_bert(
     """
     from transformers import BertConfig, BertForSequenceClassification
 
-    check_least(1, num_labels=num_labels, hidden_size=hidden_size, num_layers=num_layers)
+    integers(1, num_labels=num_labels, hidden_size=hidden_size, num_layers=num_layers)
     heads = max(1, hidden_size // 64) if num_heads is None else num_heads
-    check_least(1, num_heads=heads)
+    integers(1, num_heads=heads)
     if hidden_size % heads:
         raise ValueError(
             f"expected hidden_size to be a multiple of {heads} heads, got {hidden_size}"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from fastmeta._settings import is_integer
+
 _UNITS = {"": 1, "B": 1}
 _UNITS |= {f"{letter}B": 1000**i for i, letter in enumerate("KMGT", 1)}
 _UNITS |= {f"{letter}iB": 1024**i for i, letter in enumerate("KMGT", 1)}
@@ -24,7 +26,7 @@ def budget_bytes(budget: int | str | None) -> int | None:
     if budget is None:
         return None
     expected = "memory_budget must be a number of bytes above 0, or a text such as '8GiB'"
-    if isinstance(budget, bool) or not isinstance(budget, int | str):
+    if not (is_integer(budget) or isinstance(budget, str)):
         raise TypeError(f"{expected}, got {budget!r}")
     found: float = 0
     if isinstance(budget, int):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+from fastmeta._settings import integer, is_integer, is_number
 from fastmeta.batch import IGNORE_INDEX
 from fastmeta.engine.losses import WAYS, LossFn, name_of
 from fastmeta.patching import Patched
@@ -16,33 +16,16 @@ from fastmeta.patching.inputs import check_inputs
 
 def check_steps(steps: object, least: int = 1) -> int:
     """The number of inner steps, an integer of at least `least`."""
-    if isinstance(steps, bool) or not isinstance(steps, int):
+    if not is_integer(steps):
         raise TypeError(f"steps must be an integer of at least {least}, got {steps!r}")
-    if steps < least:
-        raise ValueError(f"steps must be at least {least}, got {steps}")
-    return steps
-
-
-def at_least_1(name: str, value: object) -> int:
-    """An integer, or a ValueError that names it."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-    return value
-
-
-def above_0(name: str, value: object) -> float:
-    """A finite number, or a ValueError that names it."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"{name} must be a finite number above 0, got {value!r}")
-    return float(value)
+    return integer("steps", steps, least)
 
 
 def check_clip_norm(clip_norm: object) -> None:
     """A positive number, or None."""
     if clip_norm is None:
         return
-    if isinstance(clip_norm, bool) or not isinstance(clip_norm, int | float):
+    if not is_number(clip_norm):
         raise TypeError(f"clip_norm must be a positive number or None, got {clip_norm!r}")
     if not clip_norm > 0:
         raise ValueError(f"clip_norm must be positive or None, got {clip_norm}")

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from fastmeta.engine.by_leaf import may_serve
 from fastmeta.engine.conditions import Conditions, Versions, versions
+from fastmeta.engine.free_memory import free_bytes, is_out_of_memory
 from fastmeta.engine.inner import InnerLoop
 from fastmeta.engine.losses import name_of
-from fastmeta.engine.memory import MemoryPlan, free_bytes, is_out_of_memory
+from fastmeta.engine.memory import MemoryPlan
 from fastmeta.engine.optimizers import FusedRule
 from fastmeta.engine.recompute import add, backpropagate
 from fastmeta.patching import TaskParams

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastmeta._dtypes import wide_dtype
 from fastmeta._names import near
+from fastmeta._settings import is_integer
 from fastmeta.batch import check_set, ways_of
 from fastmeta.engine.adaptation import plain_loop
 from fastmeta.engine.checks import check_sets, compute_dtype_of, setting_of
@@ -114,10 +116,10 @@ class FineTuner:
         self._state = rule.init(self._packed)
         self.steps = torch.zeros(0, dtype=torch.int64, device=start.device)
         self.diverged = torch.zeros(0, dtype=torch.bool, device=start.device)
-        wide = torch.float64 if start.dtype == torch.float64 else torch.float32
+        wide = wide_dtype(start.dtype)
         self._lr = torch.zeros(0, dtype=wide, device=start.device)
         self._ways: Tensor | None = None
-        if isinstance(tasks, int) and not isinstance(tasks, bool):
+        if is_integer(tasks):
             tasks = range(tasks)
         self.add(tasks, lr=lr, params=params, ways=ways)
 

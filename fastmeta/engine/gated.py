@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fastmeta.engine.checks import at_least_1
+from fastmeta._settings import integer
 from fastmeta.engine.learned import (
     LearnedRule,
     add_cell,
@@ -42,7 +42,7 @@ class GatedUpdate(LearnedRule):
         self, hidden: int = 20, *, forget: float = 0.999, rate: float = 0.01, seed: int = 0
     ) -> None:
         super().__init__()
-        self.hidden = at_least_1("hidden", hidden)
+        self.hidden = integer("hidden", hidden)
         self.start = {"forget": _share("forget", forget), "rate": _share("rate", rate)}
         generator = torch.Generator().manual_seed(seed)
         add_cell(self, "lstm", _INPUTS, hidden, generator)

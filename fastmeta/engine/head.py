@@ -17,7 +17,7 @@ from fastmeta.engine.inner import InnerLoop, Support, Trajectory, model_inputs
 from fastmeta.engine.losses import WAYS, classification
 from fastmeta.engine.optimizers import SGD, Momentum
 from fastmeta.patching import Patched, TaskParams
-from fastmeta.patching.head import head_features, linear_head, read_by
+from fastmeta.patching.head import linear_head, read_by, why_unread
 from fastmeta.patching.prefix import PrefixCache
 
 
@@ -53,10 +53,11 @@ def frozen_features(
     head = linear_head(patched)
     if head is None or prefix is None or _autocast(params.packed):
         return None
-    if patched.plan(inputs).prefix_is_random():
+    plan = patched.plan(inputs)
+    if plan.prefix_is_random() or plan.modes.get(head.name) != "rule":
         return None
     conditions = Conditions(patched, params.device)
-    features = head_features(patched, head, params, inputs, prefix)
+    features = read_by(patched, head.name, params, inputs, prefix)
     conditions.finish()
     if conditions.random is not None:
         return None  # dropout: every step has features of its own
@@ -107,6 +108,8 @@ def with_prototypes(loop: InnerLoop, packed: Tensor, support: Support) -> Tensor
     start = support.params(loop, packed)
     inputs = model_inputs(support.inputs)
     features = read_by(loop.patched, loop.head.name, start, inputs, support.prefix)
+    if features is None:
+        raise ValueError(why_unread(loop.patched, loop.head.name, inputs))
     held = TaskParams(support.layout(loop), packed)
     return held.layout.pack(loop.head.put(held.views, features, support.inputs["labels"]))
 

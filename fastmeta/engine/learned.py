@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmeta import ops
-from fastmeta.engine.checks import above_0, at_least_1
+from fastmeta._settings import above_0, integer
 from fastmeta.engine.factored import SecondMoments, by_segment, spread
 from fastmeta.engine.optimizers import Rate, State, UpdateRule
 from fastmeta.patching import ParamLayout
@@ -135,10 +135,8 @@ class LearnedOptimizer(LearnedRule):
         if kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
         self.kind = kind
-        self.hidden = at_least_1(
-            "hidden", {"lstm": 20, "mlp": 32}[kind] if hidden is None else hidden
-        )
-        self.layers = at_least_1("layers", layers)
+        self.hidden = integer("hidden", {"lstm": 20, "mlp": 32}[kind] if hidden is None else hidden)
+        self.layers = integer("layers", layers)
         self.log_range = above_0("log_range", log_range)
         generator = torch.Generator().manual_seed(seed)
         if kind == "lstm":

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fastmeta._dtypes import wide_dtype
+from fastmeta._settings import is_number
 from fastmeta.patching import ParamLayout
 
 AXES = ("step", "task", "layer", "param")
@@ -51,7 +53,7 @@ class LearnedRate:
 
 def check_rate(lr: object) -> float:
     """A positive finite number, or ValueError."""
-    if isinstance(lr, bool) or not isinstance(lr, int | float):
+    if not is_number(lr):
         raise TypeError(f"lr must be a positive number or a fm.LearnedRate, got {lr!r}")
     if not (lr > 0 and math.isfinite(lr)):
         raise ValueError(f"lr must be positive and finite, got {lr}")
@@ -83,7 +85,7 @@ class Rates(nn.Module):
             "param": layout.num_params,
         }
         shape = [sizes[a] for a in self.axes]
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        dtype = wide_dtype(like.dtype)
         self.values = nn.Parameter(torch.full(shape, lr.init, dtype=dtype, device=like.device))
 
     @classmethod

@@ -23,9 +23,9 @@ from fastmeta.batch import TaskBatch
 from fastmeta.engine.aliases import aliased
 from fastmeta.engine.by_signature import BySignature
 from fastmeta.engine.conditions import Conditions, no_cast_is_kept
+from fastmeta.engine.free_memory import is_out_of_memory, note_graphs
 from fastmeta.engine.graphs import masks_unread
 from fastmeta.engine.inner import InnerLoop, model_inputs
-from fastmeta.engine.memory import is_out_of_memory, note_graphs
 from fastmeta.patching import Patched, TaskParams
 from fastmeta.patching.initial_params import InitialParams
 from fastmeta.patching.unpadded import Tokens

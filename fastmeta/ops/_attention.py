@@ -25,6 +25,7 @@ from fastmeta._autograd import (
     unfold,
 )
 from fastmeta._backend import by_reference
+from fastmeta._dtypes import wide_dtype
 from fastmeta._library import define
 from fastmeta.reference import attention as reference
 from fastmeta.reference.attention import Setting, empty_like
@@ -72,7 +73,7 @@ def attend(
     if plain or _too_wide(q, v):
         return reference.attention(q, k, v, mask, seed, setting)
     if mask is not None and mask.dtype != torch.bool:
-        mask = mask.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
+        mask = mask.to(wide_dtype(q.dtype))
     if needs_autograd(q, k, v, mask):
         return _Attend.call(q, k, v, mask, seed, setting)[0]
     return _Attend.forward(q, k, v, mask, seed, setting)[0]

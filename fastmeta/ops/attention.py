@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastmeta import _checks
 from fastmeta._checks import describe
+from fastmeta._settings import is_integer
 from fastmeta.ops import _attention
 from fastmeta.reference.attention import Setting
 
@@ -143,7 +144,7 @@ def check_setting(
     _checks.in_range("attention", "dropout_p", dropout_p, at_least=0, below=1)
     if softcap is not None:
         _checks.in_range("attention", "softcap", softcap, above=0)
-    if isinstance(offset, bool) or not isinstance(offset, int):
+    if not is_integer(offset):
         raise ValueError(f"attention: offset must be an integer, got {describe(offset)}")
     lower, upper = -queries, keys
     if window is not None:
@@ -156,7 +157,7 @@ def check_setting(
             )
         )
         for side in (left, right):
-            if isinstance(side, bool) or not isinstance(side, int) or side < 0:
+            if not is_integer(side) or side < 0:
                 raise ValueError(
                     "attention: window must be an integer >= 0 or two of them (left, right), "
                     f"got {window!r}"

@@ -10,6 +10,8 @@ from torch import Tensor
 from fastmeta import _checks
 from fastmeta._autograd import outside_autocast
 from fastmeta._checks import describe
+from fastmeta._dtypes import wide_dtype
+from fastmeta._settings import integer, is_integer, is_number
 from fastmeta.ops import _head_inner_loop
 
 IGNORED = -100
@@ -80,8 +82,7 @@ def head_inner_loop(
     _check_tensors(features, labels, weight, bias)
     tasks, _, width = features.shape
     classes = weight.shape[-2]
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"{_OP}: steps must be an integer >= 1, got {steps!r}")
+    integer(f"{_OP}: steps", steps)
     for name, value, bounds in (
         ("momentum", momentum, {"at_least": 0.0, "below": 1.0}),
         ("weight_decay", weight_decay, {"at_least": 0.0}),
@@ -90,7 +91,7 @@ def head_inner_loop(
             raise ValueError(f"{_OP}: {name} must be a number, got {describe(value)}")
         _checks.in_range(_OP, name, value, **bounds)
     exact = steps if truncate is None else truncate
-    if isinstance(exact, bool) or not isinstance(exact, int) or not 0 <= exact <= steps:
+    if not is_integer(exact) or not 0 <= exact <= steps:
         raise ValueError(
             f"{_OP}: truncate must be None or an integer in 0..{steps}, got {truncate!r}"
         )
@@ -135,7 +136,7 @@ def _check_tensors(features: Tensor, labels: Tensor, weight: Tensor, bias: Tenso
         raise ValueError(
             f"{_OP}: labels must be int64 [T, N] = [{tasks}, {rows}], got {describe(labels)}"
         )
-    dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
+    dtype = wide_dtype(features.dtype)
     kind = str(dtype).removeprefix("torch.")
     fits = isinstance(weight, Tensor) and weight.dim() in (2, 3) and weight.shape[-1] == width
     if not fits or weight.dtype != dtype or weight.shape[-2] < 1:
@@ -200,7 +201,7 @@ def _rates(
 ) -> tuple[float, Tensor | None]:
     """The learning rate as a number, or ``[T, K]`` (gradients flow back)."""
     if not isinstance(lr, Tensor):
-        if isinstance(lr, bool) or not isinstance(lr, (float, int)) or not math.isfinite(lr):
+        if not is_number(lr) or not math.isfinite(lr):
             raise ValueError(f"{_OP}: lr must be a finite number or a tensor, got {describe(lr)}")
         return float(lr), None
     if not lr.is_floating_point():

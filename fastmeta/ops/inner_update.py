@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from fastmeta import _checks
+from fastmeta._dtypes import wide_dtype
 from fastmeta.ops._inner_update import Rule
 from fastmeta.ops._update_calls import Number, call, call_
 from fastmeta.reference.inner_update import FIRST, NESTEROV
@@ -365,7 +366,7 @@ def clip_scale(grads: Tensor, max_norm: float) -> Tensor:
     """
     _checks.rows("clip_scale", "grads", grads)
     _checks.in_range("clip_scale", "max_norm", max_norm, above=0.0)
-    dtype = torch.float64 if grads.dtype == torch.float64 else torch.float32
+    dtype = wide_dtype(grads.dtype)
     grads = grads.to(dtype)
     square = torch.linalg.vecdot(grads, grads)
     over = square > max_norm**2

@@ -15,6 +15,7 @@ from fastmeta import _backend
 from fastmeta._autograd import Function, dense, fold, needs_autograd, pull_back, unfold
 from fastmeta._checks import describe
 from fastmeta._library import define
+from fastmeta._settings import is_number
 from fastmeta.reference import layer_norm as reference
 
 _FORWARD = define(
@@ -90,8 +91,7 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, *, eps: float = 1e-6) -> T
 def _norm(op: str, x: Tensor, weight, bias, eps: float, rms: bool) -> Tensor:
     if not isinstance(x, Tensor) or x.dim() == 0 or not x.is_floating_point():
         raise ValueError(f"{op}: x must be a floating-point tensor [..., D], got {describe(x)}")
-    number = isinstance(eps, int | float) and not isinstance(eps, bool)
-    if not number or not 0 < eps < float("inf"):
+    if not is_number(eps) or not 0 < eps < float("inf"):
         raise ValueError(f"{op}: eps must be a finite number above 0, got {eps!r}")
     width = x.shape[-1]
     for name, vector in (("weight", weight), ("bias", bias)):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastmeta import _checks
 from fastmeta._checks import describe
+from fastmeta._dtypes import wide_dtype
 from fastmeta.ops._lora_linear import lora_rows
 from fastmeta.ops.batched_linear import as_computed
 from fastmeta.ops.quantized_weight import QuantizedWeight
@@ -78,7 +79,7 @@ def lora_linear(
         )
     values, value_scale = (weight.values, weight.scale) if quantised else (weight, None)
     if value_scale is not None:
-        value_scale = value_scale.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+        value_scale = value_scale.to(wide_dtype(x.dtype))
     bias = bias.unsqueeze(0) if bias is not None and bias.dim() == 1 else bias
     rows = x if x.dim() == 2 else x.flatten(0, 1)
     y = lora_rows(rows, values, value_scale, bias, A, B, offsets, float(scale), bf16)

@@ -9,6 +9,7 @@ from fastmeta import _backend
 from fastmeta._autograd import needs_autograd, outside_autocast
 from fastmeta._backend import by_reference
 from fastmeta._library import define
+from fastmeta._settings import is_integer
 from fastmeta.ops import _pairwise
 from fastmeta.ops.pairwise import (
     as_pairs,
@@ -85,7 +86,7 @@ def nearest(
     if precision is not None:
         precision = check_precision(op, precision, x, batch)
     rows = y.shape[1]
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= rows:
+    if not is_integer(k) or not 1 <= k <= rows:
         raise ValueError(f"{op}: k must be an integer in 1..M = {rows}, got {k!r}")
     if by_reference(_SELECT, x.device) or x.shape[0] * x.shape[1] * rows <= TILE * TILE // 4:
         values, indices = reference.nearest(distances(x, y, metric, p, precision), k)

@@ -10,6 +10,8 @@ from torch import Tensor
 from fastmeta import _backend, _checks
 from fastmeta._autograd import outside_autocast
 from fastmeta._checks import describe
+from fastmeta._dtypes import wide_dtype
+from fastmeta._settings import is_number
 from fastmeta.ops import _pairwise
 from fastmeta.reference import pairwise as reference
 from fastmeta.reference.pairwise import ABSOLUTE, MAXIMUM, POWER, PRODUCT, SQUARES
@@ -109,7 +111,7 @@ def cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str | None = Non
         raise ValueError(
             f"cdist: compute_mode must be one of {', '.join(modes)}, got {compute_mode!r}"
         )
-    if isinstance(p, bool) or not isinstance(p, (int, float)) or not p >= 0:
+    if not is_number(p) or not p >= 0:
         raise ValueError(f"cdist: p must be a number >= 0, got {p!r}")
     x, y, batch, dtype = as_pairs("cdist", x1, x2)
     if p == 0:
@@ -195,7 +197,7 @@ def check_metric(
         if p is not None:
             raise ValueError(f"{op}: metric {metric!r} takes no p, got p = {p!r}")
         return metric, None
-    if isinstance(p, bool) or not isinstance(p, (int, float)) or not p > 0:
+    if not is_number(p) or not p > 0:
         raise ValueError(f"{op}: metric 'minkowski' needs a number p > 0, got p = {p!r}")
     named = {1.0: "cityblock", 2.0: "euclidean", math.inf: "chebyshev"}.get(float(p))
     return (named, None) if named else (metric, float(p))
@@ -239,14 +241,9 @@ def as_pairs(op: str, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, tuple[int, 
 
 def _flat(t: Tensor, batch: tuple[int, ...]) -> Tensor:
     """``[..., N, D]`` as ``[B, N, D]``; a batch axis of one point set stays a view of it."""
-    t = t.to(computation_dtype(t.dtype))
+    t = t.to(wide_dtype(t.dtype))
     t = t.expand(*batch, *t.shape[-2:])
     return t.unsqueeze(0) if not batch else t if len(batch) == 1 else t.flatten(0, -3)
-
-
-def computation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 stays, everything narrower is computed in float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _pair_shape(x: Tensor, y: Tensor) -> tuple[int, int]:
@@ -272,7 +269,7 @@ def check_precision(op: str, precision: Tensor, x: Tensor, batch: tuple[int, ...
     leading = shape[:-2] if len(shape) > 1 else ()
     if not (diagonal or shape[-2:] == (width, width)) or leading not in ((), batch):
         raise ValueError(f"{op}: precision must be {forms}, got {describe(precision)}")
-    precision = precision.to(computation_dtype(x.dtype))
+    precision = precision.to(wide_dtype(x.dtype))
     precision = precision.expand(*batch, *shape[-2:]) if leading else precision
     if diagonal:
         entries = precision.reshape(count if leading else 1, 1, width)

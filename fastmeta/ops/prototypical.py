@@ -10,6 +10,8 @@ from torch import Tensor
 from fastmeta import _checks
 from fastmeta._autograd import outside_autocast
 from fastmeta._checks import describe
+from fastmeta._dtypes import wide_dtype
+from fastmeta._settings import integer, is_number
 from fastmeta.ops import _classes, _prototypical
 from fastmeta.ops.pairwise import (
     as_sums,
@@ -17,7 +19,6 @@ from fastmeta.ops.pairwise import (
     check_points,
     check_precision,
     check_same_space,
-    computation_dtype,
 )
 from fastmeta.reference.pairwise import PRODUCT, unit_rows
 
@@ -59,7 +60,7 @@ def class_means(
 
 
 def _means(features: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-    features = features.to(computation_dtype(features.dtype))
+    features = features.to(wide_dtype(features.dtype))
     counts = _classes.count_classes(labels, classes)
     sums = _classes.class_sums(features, labels, classes)
     return sums / counts.clamp_min(1).to(sums.dtype).unsqueeze(-1), counts
@@ -159,7 +160,7 @@ def prototypical_logits(
     metric, p = check_metric(op, metric, p, precision)
     if precision is not None:
         precision = check_precision(op, precision, query, (tasks,))
-    dtype = computation_dtype(query.dtype)
+    dtype = wide_dtype(query.dtype)
     scale = _scale(op, temperature, tasks, query, dtype)
     present = None
     if support_labels is None:
@@ -225,9 +226,7 @@ def _num_classes(op: str, given: int | None, labels: Tensor) -> int:
         if classes < 1 and labels.shape[0] > 0:
             raise ValueError(f"{op}: expected support rows of at least one class, got none")
         return max(classes, 1)
-    if isinstance(given, bool) or not isinstance(given, int) or given < 1:
-        raise ValueError(f"{op}: num_classes must be an integer >= 1 or None, got {given!r}")
-    return given
+    return integer(f"{op}: num_classes", given, or_else=" or None")
 
 
 def _check_range(op: str, name: str, labels: Tensor, classes: int) -> None:
@@ -263,7 +262,7 @@ def _scale(
 ) -> Tensor:
     """One over the temperature, ``[T]``."""
     if not isinstance(temperature, Tensor):
-        good = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
+        good = is_number(temperature)
         if not good or not math.isfinite(temperature) or not temperature > 0:
             raise ValueError(f"{op}: temperature must be a finite number > 0, got {temperature!r}")
         return torch.full((tasks,), 1 / temperature, dtype=dtype, device=like.device)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastmeta import _checks
 from fastmeta._checks import describe
+from fastmeta._dtypes import wide_dtype
 from fastmeta.reference import lora_linear as reference
 
 
@@ -79,7 +80,7 @@ class QuantizedWeight:
         if not isinstance(group, int) or group < 1 or width % group or (bits == 4 and group % 2):
             even = " and be even" if bits == 4 else ""
             raise ValueError(f"{op}: group_size must divide K = {width}{even}, got {group!r}")
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        dtype = wide_dtype(weight.dtype)
         return cls(*reference.quantise(weight.detach().to(dtype), bits, group))
 
     @property

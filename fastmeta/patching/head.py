@@ -67,11 +67,11 @@ def read_by(
     params: TaskParams,
     inputs: Mapping[str, Any],
     prefix: PrefixCache | None,
-) -> Tensor:
-    """The rows ``[T, N, D]`` from which the head `name` gives the model's logits.
+) -> Tensor | None:
+    """The rows ``[T, N, D]`` from which the head `name` gives the model's logits, by one pass.
 
-    Raises:
-        ValueError: The logits are anything but what it gives on one row per example.
+    Returns:
+        None where the logits are anything but what its one call gives on one row per example.
     """
     flat, tasks, rows = patched.flatten(params, inputs)
     plan = patched.plan(inputs)
@@ -79,49 +79,27 @@ def read_by(
     call.tap = tap = Tap()
     with running(call):
         out = plan.run(flat)
-    logits = getattr(out, "logits", out)
-    for called, x, y, version in tap.calls:
-        plain = y is logits and y._version == version
-        if called == name and plain and x.dim() == 2 and x.shape[0] == tasks * rows:
-            return x.unflatten(0, (tasks, rows))
-    for unit, mode in plan.modes.items():
-        if mode in WHOLE and inside_any(name, [unit]):
-            raise ValueError(
-                f"{name!r} must run for all tasks at once, but lies in "
-                f"{repr(unit) if unit else 'a model'} that runs task by task: adapt fewer "
-                "parameters of it"
-            )
-    raise ValueError(
-        f"the logits must be what {name!r} gives on one row per example, and "
-        f"{type(patched.model).__name__}'s are not"
-    )
-
-
-def head_features(
-    patched: Patched,
-    adapted: Adapted,
-    params: TaskParams,
-    inputs: Mapping[str, Any],
-    prefix: PrefixCache,
-) -> Tensor | None:
-    """The rows that the head reads, ``[T, N, D]``, by one pass over the model.
-
-    Returns:
-        None where the model's logits are anything but what the head gave on one row per example.
-    """
-    flat, tasks, rows = patched.flatten(params, inputs)
-    plan = patched.plan(inputs)
-    if plan.modes.get(adapted.name) != "rule":
+    calls = [call for call in tap.calls if call[0] == name]
+    if len(calls) != 1:
         return None
-    call = patched.call(params.views, inputs, prefix_cache=prefix)
-    call.tap = tap = Tap()
-    with running(call):
-        out = plan.run(flat)
-    if len(tap.calls) != 1:
-        return None
-    _, x, y, version = tap.calls[0]
+    _, x, y, version = calls[0]
     if getattr(out, "logits", out) is not y or y._version != version:
         return None
     if x.dim() != 2 or x.shape[0] != tasks * rows:
         return None
     return x.unflatten(0, (tasks, rows))
+
+
+def why_unread(patched: Patched, name: str, inputs: Mapping[str, Any]) -> str:
+    """What keeps :func:`read_by` from finding the rows."""
+    for unit, mode in patched.plan(inputs).modes.items():
+        if mode in WHOLE and inside_any(name, [unit]):
+            return (
+                f"{name!r} must run for all tasks at once, but lies in "
+                f"{repr(unit) if unit else 'a model'} that runs task by task: adapt fewer "
+                "parameters of it"
+            )
+    return (
+        f"the logits must be what {name!r} gives on one row per example, and "
+        f"{type(patched.model).__name__}'s are not"
+    )

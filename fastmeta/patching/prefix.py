@@ -7,13 +7,13 @@ the stored tensors and flows back through the prefix once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch import nn
 
+from fastmeta._settings import is_number
 from fastmeta.patching.bind import install
 from fastmeta.patching.context import current_call
 
@@ -32,23 +32,6 @@ class PrefixCache:
         self.outputs: dict[str, list[Any]] = {}
         self.recording = True
         self.tokens = tokens
-
-    def tensors(self) -> list[Tensor]:
-        """Every stored tensor that carries a gradient, in a fixed order."""
-        leaves, _ = tree_flatten(self.outputs)
-        return [t for t in leaves if isinstance(t, Tensor) and t.requires_grad]
-
-    def with_tensors(self, tensors: Sequence[Tensor]) -> PrefixCache:
-        """A copy in which :meth:`tensors` are replaced, in the same order."""
-        leaves, spec = tree_flatten(self.outputs)
-        replacements = iter(tensors)
-        leaves = [
-            next(replacements) if isinstance(t, Tensor) and t.requires_grad else t for t in leaves
-        ]
-        cache = PrefixCache(self.tokens)
-        cache.outputs = tree_unflatten(leaves, spec)
-        cache.recording = False
-        return cache
 
     def replay(self) -> Replay:
         return Replay(self)
@@ -105,8 +88,7 @@ def has_dropout(module: nn.Module) -> bool:
             return True
         config = getattr(m, "config", None)
         if config is not None and any(
-            "drop" in key and isinstance(p, int | float) and not isinstance(p, bool) and p > 0
-            for key, p in vars(config).items()
+            "drop" in key and is_number(p) and p > 0 for key, p in vars(config).items()
         ):
             return True
     return False

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from fastmeta._settings import integer
+
 HEAD_NAMES = (
     "classifier",
     "score",
@@ -189,11 +191,9 @@ class LoRA(Spec):
     def __init__(
         self, r: int = 8, alpha: float = 16.0, targets: str | Sequence[str] = "all-linear"
     ) -> None:
-        if not isinstance(r, int) or isinstance(r, bool) or r < 1:
-            raise ValueError(f"the LoRA rank r must be an integer of at least 1, got {r!r}")
+        self.r = integer("the LoRA rank r", r)
         if not isinstance(alpha, int | float) or not alpha > 0:
             raise ValueError(f"LoRA's alpha must be positive, got {alpha!r}")
-        self.r = r
         self.alpha = float(alpha)
         self.targets = (targets,) if isinstance(targets, str) else tuple(targets)
 
@@ -243,9 +243,7 @@ class Prefix(Spec):
     """
 
     def __init__(self, length: int = 16) -> None:
-        if not isinstance(length, int) or isinstance(length, bool) or length < 1:
-            raise ValueError(f"the prefix length must be an integer of at least 1, got {length!r}")
-        self.length = length
+        self.length = integer("the prefix length", length)
 
     def resolve(self, model: nn.Module) -> Iterator[Request]:
         yield AddPrefix(self.length)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fastmeta._dtypes import wide_dtype
 from fastmeta.reference.hashing import WORD, dropped_words, mixed
 from fastmeta.reference.rows import take_rows
 
@@ -84,7 +85,7 @@ def as_rows(x: Tensor, places: Tensor, like: Tensor) -> Tensor:
 
 def masked_scores(q: Tensor, k: Tensor, mask: Tensor | None, setting: Setting) -> Tensor:
     """``[B, H, Lq, Lk]``, -inf where a key is not attended."""
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dtype = wide_dtype(q.dtype)
     scores = _times(q.to(dtype) * setting.scale, k.to(dtype).mT)
     if setting.softcap:
         scores = torch.tanh(scores / setting.softcap) * setting.softcap

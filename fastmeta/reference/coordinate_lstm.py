@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastmeta._dtypes import wide_dtype
+
 
 def coordinate_lstm(
     x: Tensor, h: Tensor, c: Tensor, w_ih: Tensor, w_hh: Tensor, bias: Tensor
@@ -19,7 +21,7 @@ def coordinate_lstm(
     ``i, f, o = sigmoid`` and ``g = tanh`` of the four parts of ``x W_ih^T + h W_hh^T + b``.
     """
     given = x.dtype
-    dtype = torch.float64 if given == torch.float64 else torch.float32
+    dtype = wide_dtype(given)
     x, h, c, w_ih, w_hh, bias = (t.to(dtype) for t in (x, h, c, w_ih, w_hh, bias))
     i, f, g, o = (x @ w_ih.mT + h @ w_hh.mT + bias).chunk(4, dim=1)
     cell = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)

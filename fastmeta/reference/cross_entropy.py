@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastmeta._dtypes import wide_dtype
+
 
 def losses(x: Tensor, labels: Tensor, ignored: int) -> Tensor:
     """``log sum_j exp(x_rj) - x_r,labels[r]``, or 0 where the label is `ignored`, ``[R]``."""
@@ -27,5 +29,5 @@ def cross_entropy(x: Tensor, labels: Tensor, ignored: int) -> tuple[Tensor, Tens
 
 def _counted(x: Tensor, labels: Tensor, ignored: int) -> Tensor:
     """Wide logits, zeros in rows that do not count: those may hold anything."""
-    wide = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    wide = x.to(wide_dtype(x.dtype))
     return wide.masked_fill((labels == ignored).unsqueeze(-1), 0)

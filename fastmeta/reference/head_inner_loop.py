@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastmeta.reference.inner_update import accumulation_dtype
+from fastmeta._dtypes import wide_dtype
 
 
 class Steps(NamedTuple):
@@ -56,7 +56,7 @@ def head_inner_loop(
     """
     tasks, _, _ = features.shape
     classes = weight.shape[1]
-    x = features.to(accumulation_dtype(features.dtype))
+    x = features.to(wide_dtype(features.dtype))
     valid = (labels >= 0) & (labels < classes)
     x = torch.where(valid[:, :, None], x, 0.0)
     target = torch.nn.functional.one_hot(torch.where(valid, labels, 0), classes).to(x.dtype)

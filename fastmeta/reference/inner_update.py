@@ -16,21 +16,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastmeta._dtypes import wide_dtype
+
 MAXIMIZE, NESTEROV, FIRST = 1, 2, 4
 MAX_HYPERS = 6
 
 Number = float | Tensor
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 stays, everything narrower is computed in float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def all_finite(grads: Tensor) -> Tensor:
     """bool ``[T]``: all of a task's gradient and of its squares are finite."""
     bound = 2.0**512 if grads.dtype == torch.float64 else 2.0**64
-    return (grads.to(accumulation_dtype(grads.dtype)).abs() < bound).all(1)
+    return (grads.to(wide_dtype(grads.dtype)).abs() < bound).all(1)
 
 
 def segment_index(offsets: Tensor, size: int) -> Tensor:
@@ -163,7 +160,7 @@ def update(
     check_finite: bool,
 ) -> tuple[tuple[Tensor, ...], Tensor | None]:
     """New parameters and state, rounded once to the dtype of params; which rows are finite."""
-    dtype = accumulation_dtype(params.dtype)
+    dtype = wide_dtype(params.dtype)
     finite = None
     if check_finite:
         finite = all_finite(grads)

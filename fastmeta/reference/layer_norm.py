@@ -9,13 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastmeta._dtypes import wide_dtype
+
 
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, rms: bool
 ) -> tuple[Tensor, Tensor]:
     """``y = (x - mean) / sqrt(var + eps) * weight_t + bias_t`` in the dtype of x, and ``[R, 2]``:
     the mean and ``1 / sqrt(var + eps)`` of each row. With `rms` the mean is taken as 0."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = wide_dtype(x.dtype)
     rows = x.to(dtype).unflatten(0, (weight.shape[0], x.shape[0] // max(weight.shape[0], 1)))
     mean = torch.zeros_like(rows[..., :1]) if rms else rows.mean(-1, keepdim=True)
     centred = rows - mean

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastmeta._dtypes import wide_dtype
 from fastmeta.reference.batched_linear import rounded
 
 
@@ -26,7 +27,7 @@ def lora_linear(
 ) -> tuple[Tensor, Tensor]:
     """``y = x W^T + bias_t + s B_t^T`` in the dtype of x, and ``s = scale x A_t^T``, ``[M, r]``.
     Where `bf16`, x and W are rounded to bfloat16 for their product."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = wide_dtype(x.dtype)
     wide = x.to(dtype)
     s = scale * task_rows(wide, a.to(dtype).mT, offsets)
     if weight_scale is None:

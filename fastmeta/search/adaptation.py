@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastmeta._dtypes import wide_dtype
 from fastmeta.batch import IGNORE_INDEX
 from fastmeta.engine.inner import InnerLoop, Support, inner_step
 from fastmeta.engine.losses import WAYS, classification
@@ -61,7 +62,7 @@ def adapt_candidates(
     """
     tasks = labels.shape[0]
     params = start.packed
-    dtype = torch.float64 if params.dtype == torch.float64 else torch.float32
+    dtype = wide_dtype(params.dtype)
     running = list(range(len(candidates)))
 
     def column(values: list[float]) -> Tensor:

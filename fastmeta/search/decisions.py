@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fastmeta._settings import is_number
 from fastmeta.engine.optimizers import RULES
 
 BINS = 8
@@ -186,10 +187,9 @@ def as_domain(name: str, given: Any, *, least: float | None = None, above: float
         if len(set(domain)) < len(domain):
             raise ValueError(f"{name} names a value twice: {list(domain)}")
     for value in values:
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if least is not None and not (number and value >= least):
+        if least is not None and not (is_number(value) and value >= least):
             raise ValueError(f"{name} must be at least {least}, got {value!r}")
-        if above is not None and not (number and value > above):
+        if above is not None and not (is_number(value) and value > above):
             raise ValueError(f"{name} must be above {above}, got {value!r}")
     return domain
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import trange
 
+from fastmeta._settings import above_0, integer
 from fastmeta.data import tokenize
-from fastmeta.engine.checks import above_0, at_least_1
 from fastmeta.models import SentenceClassifier
 
 
@@ -57,7 +57,7 @@ def heal(
     Source: Hinton, Vinyals and Dean (2015), "Distilling the Knowledge in a Neural Network"; states
     instead of predictions as in Sun et al. (2019), "Patient Knowledge Distillation".
     """
-    steps, batch_size = at_least_1("steps", steps), at_least_1("batch_size", batch_size)
+    steps, batch_size = integer("steps", steps), integer("batch_size", batch_size)
     lr = above_0("lr", lr)
     if isinstance(texts, str) or not len(texts):
         raise ValueError(f"texts must be a sequence of at least one text, got {texts!r}")

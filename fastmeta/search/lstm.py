@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastmeta._settings import integers
 from fastmeta.search.controller import Controller
 from fastmeta.search.proposal import Proposal
 from fastmeta.search.space import Space
@@ -110,14 +111,8 @@ class LSTMController(Controller):
         **settings: Any,
     ) -> None:
         super().__init__(space, **settings)
-        for name, value, least in (
-            ("hidden", hidden, 1),
-            ("epochs", epochs, 1),
-            ("elites", elites, 0),
-            ("context", context, 0),
-        ):
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+        integers(1, hidden=hidden, epochs=epochs)
+        integers(0, elites=elites, context=context)
         if not lr > 0 or not clip > 0 or not entropy >= 0 or not elite_weight >= 0:
             raise ValueError(
                 "lr and clip must be positive, entropy and elite_weight at least 0, "

@@ -9,6 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from fastmeta._settings import integers
 from fastmeta.batch import TaskBatch
 from fastmeta.search.budget import Budget, by_cost, check_weights, cost_model
 from fastmeta.search.controller import Controller, Evolution, RandomSearch
@@ -150,13 +151,7 @@ def run(
         TypeError: A budget or weights that name no costs, something else than batches of tasks.
         ValueError: Numbers out of range, an unknown controller, inputs or labels that do not fit.
     """
-    for name, value in (
-        ("evaluations", evaluations),
-        ("population", population),
-        ("finalists", finalists),
-    ):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+    integers(1, evaluations=evaluations, population=population, finalists=finalists)
     batches = as_batches(tasks)
     bounds, weights = by_cost("budget", budget), by_cost("weights", weights)
     if cost is None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastmeta import ops
+from fastmeta._dtypes import wide_dtype
 from fastmeta.testing import (
     attention,
     batched_linear,
@@ -161,7 +162,7 @@ def update_sample(
         grads, state = strided(grads, "transposed"), [strided(s, "offset") for s in state]
     else:
         params, grads, *state = (strided(x, layout) for x in (params, grads, *state))
-    number_dtype = torch.float64 if dtypes[0] == torch.float64 else torch.float32
+    number_dtype = wide_dtype(dtypes[0])
     tensors = [params.to(device, dtypes[0]), grads.to(device, dtypes[1])]
     states = 0 if first else len(state)
     tensors += [s.to(device, dtypes[0]) for s in state[:states]]

@@ -1,6 +1,6 @@
 """The outer loop as a program: trainer, evaluation, metrics, checkpoints, tasks' weights."""
 
-from fastmeta.training.checkpoint import find_checkpoint, read_checkpoint
+from fastmeta.training.checkpoint import find_checkpoint, load_learner, read_checkpoint
 from fastmeta.training.errors import CheckpointError, Interrupted, TrainingError
 from fastmeta.training.evaluation import (
     Evaluation,
@@ -12,7 +12,7 @@ from fastmeta.training.export import export_task
 from fastmeta.training.imports import import_task
 from fastmeta.training.metrics import read_metrics
 from fastmeta.training.plot import plot_metrics
-from fastmeta.training.trainer import Trainer, load_learner
+from fastmeta.training.trainer import Trainer
 
 __all__ = [
     "CheckpointError",

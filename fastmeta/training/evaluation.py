@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastmeta import ops
+from fastmeta._settings import integer
 from fastmeta.algorithms.learner import GradientLearner
 from fastmeta.batch import TaskBatch
 from fastmeta.data.loader import Loader
@@ -185,8 +186,7 @@ def inputs_of(examples: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def take(episodes: Loader, count: int, device: torch.device) -> Iterator[TaskBatch]:
     """The first `count` tasks of `episodes`, batch by batch."""
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise ValueError(f"expected a number of episodes of at least 1, got {count!r}")
+    integer("the number of episodes", count)
     index = 0
     while count > 0:
         batch = episodes.batch(index)

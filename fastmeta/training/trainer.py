@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +14,24 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
+from fastmeta._settings import integers
 from fastmeta.data.loader import Loader
 from fastmeta.engine.episode import MetaOutput
-from fastmeta.engine.memory import MemoryPlan
 from fastmeta.training.checkpoint import (
     find_checkpoint,
-    fingerprint,
     holds_run,
-    load_learner,
     read_checkpoint,
     remove_later,
     write_checkpoint,
 )
-from fastmeta.training.errors import CheckpointError, Interrupted, TrainingError
+from fastmeta.training.errors import Interrupted, TrainingError
 from fastmeta.training.evaluation import Evaluation, check_accuracy, evaluate
 from fastmeta.training.files import check_writable, sweep, whole_file
 from fastmeta.training.metrics import MetricsLog, finite, peak_memory
-from fastmeta.training.outer import load_outer, parameters_beside
+from fastmeta.training.outer import parameters_beside
 from fastmeta.training.plot import plot_metrics
 from fastmeta.training.processes import Processes
+from fastmeta.training.run_state import load_state, state_of
 
 
 class Trainer:
@@ -95,14 +93,8 @@ class Trainer:
         config: dict[str, Any] | None = None,
         progress: bool = True,
     ) -> None:
-        for name, value, least in (
-            ("eval_every", eval_every, 0),
-            ("eval_episodes", eval_episodes, 1),
-            ("checkpoint_every", checkpoint_every, 0),
-            ("keep", keep, 1),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+        integers(0, eval_every=eval_every, checkpoint_every=checkpoint_every)
+        integers(1, eval_episodes=eval_episodes, keep=keep)
         if clip_norm is not None and not clip_norm > 0:
             raise ValueError(f"clip_norm must be positive or None, got {clip_norm}")
         own = {id(p) for p in learner.parameters()}
@@ -340,29 +332,7 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that later steps depend on, as tensors and JSON values; called by all."""
-        cuda = self.device.type == "cuda"
-        plans = getattr(self.learner, "_memory_plans", {})
-        return {
-            "config": self.config,
-            "fingerprint": fingerprint(self.learner),
-            "meta": dict(self.learner.state_dict()),
-            "others": [p.detach() for p in parameters_beside(self.outer, self.learner)],
-            "progress": self.learner.progress() if hasattr(self.learner, "progress") else {},
-            "outer": self.outer.state_dict(),
-            "schedule": None if self.schedule is None else self.schedule.state_dict(),
-            "episodes": self.episodes.state_dict(),
-            "rng": self.processes.gather(
-                {
-                    "cpu": torch.get_rng_state(),
-                    "cuda": torch.cuda.get_rng_state(self.device).cpu() if cuda else None,
-                }
-            ),
-            # Unrolling and recomputing round differently: a resumed run keeps the choice made.
-            "memory_plans": self.processes.gather(
-                {key: asdict(plan) for key, plan in plans.items()}
-            ),
-            "unfinished": self._unfinished,
-        }
+        return {**state_of(self), "unfinished": self._unfinished}
 
     def save(self) -> Path:
         """Write a checkpoint of this step, whole or not at all, and return its folder.
@@ -409,36 +379,14 @@ class Trainer:
         self.processes.wait()
         folder = find_checkpoint(self.out if checkpoint is None else checkpoint)
         state = read_checkpoint(folder)
-        load_learner(self.learner, state, folder)
-        if hasattr(self.learner, "load_progress"):
-            self.learner.load_progress(state.get("progress", {}))
-        # What can fail comes first, and the random states, which cannot, last.
-        load_outer(self.outer, self.schedule, self.learner, state, folder)
-        try:
-            self.episodes.load_state_dict(state["episodes"])
-        except ValueError as error:
-            raise CheckpointError(f"{folder}: {error}") from None
-        plans = self._own_of(state["memory_plans"])
-        plans = {key: MemoryPlan(**plan) for key, plan in plans.items()}
-        getattr(self.learner, "_memory_plans", {}).update(plans)
+        load_state(self, state, folder)
         self.step = self._saved_step = state["step"]
         self._unfinished = state["unfinished"]
         done = self.step - (self._unfinished is not None)
         self._log.rewind(done)
         self._owns_folder = True
         self._log.records = self.processes.gather(self.metrics)[0]
-        own = self._own_of(state["rng"])
-        torch.set_rng_state(own["cpu"])
-        if isinstance(state["rng"], list) and self.processes.rank >= len(state["rng"]):
-            torch.manual_seed(int(torch.randint(2**31, ())) + self.processes.rank)
-        elif own["cuda"] is not None and self.device.type == "cuda":
-            torch.cuda.set_rng_state(own["cuda"], self.device)
         return self.step
-
-    def _own_of(self, saved: Any) -> Any:
-        """This process's part of what all had saved; of fewer processes, another's."""
-        parts = saved if isinstance(saved, list) else [saved]
-        return parts[self.processes.rank % len(parts)]
 
     def plot(self) -> Path | None:
         """Write the learning curve to ``curve.png`` in the run's folder, where there is one."""
