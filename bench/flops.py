@@ -64,13 +64,13 @@ def attention(q, k, v, mask, seed, places, *_, **__) -> int:
 
 
 @register_flop_formula(torch.ops.fastmeta.attention_backward)
-def attention_backward(d_out, q, k, v, lse, mask, seed, places, *_, **__) -> int:
+def attention_backward(d_out, q, k, v, stats, mask, seed, places, *_, **__) -> int:
     scores, d, e = _scores(q, k, v, places)
     return 2 * scores * (3 * d + 2 * e)
 
 
 @register_flop_formula(torch.ops.fastmeta.attention_double_backward)
-def attention_double_backward(a, b, c, d_out, q, k, v, lse, mask, seed, places, *_, **__) -> int:
+def attention_double_backward(a, b, c, d_out, q, k, v, stats, mask, seed, places, *_, **__) -> int:
     scores, d, e = _scores(q, k, v, places)
     return 2 * scores * (7 * d + 5 * e)
 

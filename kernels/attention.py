@@ -1,8 +1,8 @@
 """Attention: results, gradients and the derivative of those, the weights rebuilt tile by tile.
 
-Shapes: ``q, d_out [B, H, Lq, .]``, ``k, v [B, Hk, Lk, .]``, ``lse [B, H, Lq]``. A program owns a
-block of queries (or of keys, for what keys receive) and walks over the others in a fixed order, so
-that two runs are bit-equal. Where one tile holds a whole head, one program does it all.
+Shapes: ``q, d_out [B, H, Lq, .]``, ``k, v [B, Hk, Lk, .]``, ``stats [B, H, Lq, 2]``. A program
+owns a block of queries (or of keys, for what keys receive) and walks over the others in a fixed
+order, so that two runs are bit-equal. Where one tile holds a whole head, one program does it all.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from fastmeta.kernels._common import (
     dropped_words,
     exp,
     launch,
-    log,
     mixed,
     power_of_2,
     wide_dtype,
@@ -90,7 +89,7 @@ def key_range(first, last, lower, upper, LK, BN: tl.constexpr):
 
 @triton.jit(do_not_specialize=VARYING)
 def forward_kernel(
-    q_at, k_at, v_at, mask_at, seed_at, out_at, lse_at,
+    q_at, k_at, v_at, mask_at, seed_at, out_at, stats_at,
     H, GROUP, LQ, LK, q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, o_b, o_h, o_l,
     m_b, m_h, m_l, m_k, lower, upper, dropped, period, BLOCKS,
     scale: tl.constexpr, factor: tl.constexpr, D: tl.constexpr, E: tl.constexpr,
@@ -130,21 +129,31 @@ def forward_kernel(
         out = out * shrink[:, None] + product(p, v, PREC, ACC)
         top = above
     empty = total == 0
-    out = out / tl.where(empty, 1.0, total)[:, None]
-    lse = tl.where(empty, float("inf"), top + log(tl.where(empty, 1.0, total)))
+    share = tl.where(empty, 0.0, 1.0 / tl.where(empty, 1.0, total))
+    out = out * share[:, None]
     put_tile(out_at + b * o_b + h * o_h, out, i, e, o_l, LQ, E)
-    tl.store(lse_at + head.to(tl.int64) * LQ + i, lse, mask=i < LQ)
+    stats_at += 2 * (head.to(tl.int64) * LQ + i)
+    tl.store(stats_at, tl.where(empty, 0.0, top), mask=i < LQ)
+    tl.store(stats_at + 1, share, mask=i < LQ)
+
+
+@triton.jit
+def stats_of(at, row, i, LQ):
+    """Of rows ``row + i``: the largest score, and what ``exp(score - it)`` is multiplied with. As
+    one number they would lose all digits where a mask adds a large negative number to a row."""
+    at += 2 * (row + i)
+    return tl.load(at, mask=i < LQ, other=0.0), tl.load(at + 1, mask=i < LQ, other=0.0)
 
 
 @triton.jit
 def weights_of(
-    q, k, lse, mask_at, seed_at, m_l, m_k, b, h, i, j, LQ, LK, scale: tl.constexpr, lower, upper,
-    dropped, factor: tl.constexpr, period, BOOLEAN: tl.constexpr, PREC: tl.constexpr,
+    q, k, top, share, mask_at, seed_at, m_l, m_k, b, h, i, j, LQ, LK, scale: tl.constexpr, lower,
+    upper, dropped, factor: tl.constexpr, period, BOOLEAN: tl.constexpr, PREC: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
     """Weights of a tile and the factors of dropout."""
     s = scores_of(q, k, mask_at, m_l, m_k, i, j, LQ, LK, scale, lower, upper, BOOLEAN, PREC, ACC)
-    p = exp(s - lse[:, None])
+    p = exp(s - top[:, None]) * share[:, None]
     if seed_at is not None:
         keep = kept(seed_at, b, h, i, j, dropped, factor, period, ACC)
     else:
@@ -154,7 +163,7 @@ def weights_of(
 
 @triton.jit(do_not_specialize=VARYING)
 def rows_kernel(
-    d_out_at, q_at, k_at, v_at, lse_at, mask_at, seed_at, delta_at, dq_at, dk_at, dv_at,
+    d_out_at, q_at, k_at, v_at, stats_at, mask_at, seed_at, delta_at, dq_at, dk_at, dv_at,
     H, GROUP, LQ, LK, d_b, d_h, d_l, q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l,
     dq_b, dq_h, dq_l, dk_b, dk_h, dk_l, dv_b, dv_h, dv_l,
     m_b, m_h, m_l, m_k, lower, upper, dropped, period, BLOCKS,
@@ -175,13 +184,13 @@ def rows_kernel(
         mask_at += b * m_b + h * m_h
     q = tile_of(q_at + b * q_b + h * q_h, i, d, q_l, LQ, D, ACC)
     d_out = tile_of(d_out_at + b * d_b + h * d_h, i, e, d_l, LQ, E, ACC)
-    lse = tl.load(lse_at + head.to(tl.int64) * LQ + i, mask=i < LQ, other=float("inf"))
+    top, share = stats_of(stats_at, head.to(tl.int64) * LQ, i, LQ)
     if WHOLE:
         j = tl.arange(0, BN)
         k = tile_of(k_at, j, d, k_l, LK, D, ACC)
         v = tile_of(v_at, j, e, v_l, LK, E, ACC)
         p, keep = weights_of(
-            q, k, lse, mask_at, seed_at, m_l, m_k, b, h, i, j, LQ, LK, scale, lower, upper,
+            q, k, top, share, mask_at, seed_at, m_l, m_k, b, h, i, j, LQ, LK, scale, lower, upper,
             dropped, factor, period, BOOLEAN, PREC, ACC,
         )  # fmt: skip
         dp = product(d_out, tl.trans(v), PREC, ACC) * keep
@@ -203,8 +212,8 @@ def rows_kernel(
             k = tile_of(k_at, j, d, k_l, LK, D, ACC)
             v = tile_of(v_at, j, e, v_l, LK, E, ACC)
             p, keep = weights_of(
-                q, k, lse, mask_at, seed_at, m_l, m_k, b, h, i, j, LQ, LK, scale, lower, upper,
-                dropped, factor, period, BOOLEAN, PREC, ACC,
+                q, k, top, share, mask_at, seed_at, m_l, m_k, b, h, i, j, LQ, LK, scale, lower,
+                upper, dropped, factor, period, BOOLEAN, PREC, ACC,
             )  # fmt: skip
             delta += tl.sum(p * (product(d_out, tl.trans(v), PREC, ACC) * keep), 1)
         tl.store(delta_at + head.to(tl.int64) * LQ + i, delta, mask=i < LQ)
@@ -215,7 +224,7 @@ def rows_kernel(
                 k = tile_of(k_at, j, d, k_l, LK, D, ACC)
                 v = tile_of(v_at, j, e, v_l, LK, E, ACC)
                 p, keep = weights_of(
-                    q, k, lse, mask_at, seed_at, m_l, m_k, b, h, i, j, LQ, LK, scale, lower,
+                    q, k, top, share, mask_at, seed_at, m_l, m_k, b, h, i, j, LQ, LK, scale, lower,
                     upper, dropped, factor, period, BOOLEAN, PREC, ACC,
                 )  # fmt: skip
                 dp = product(d_out, tl.trans(v), PREC, ACC) * keep
@@ -225,7 +234,7 @@ def rows_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def keys_kernel(
-    d_out_at, q_at, k_at, v_at, lse_at, mask_at, seed_at, delta_at, dk_at, dv_at,
+    d_out_at, q_at, k_at, v_at, stats_at, mask_at, seed_at, delta_at, dk_at, dv_at,
     H, GROUP, LQ, LK, d_b, d_h, d_l, q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l,
     dk_b, dk_h, dk_l, dv_b, dv_h, dv_l,
     m_b, m_h, m_l, m_k, lower, upper, dropped, period, BLOCKS,
@@ -256,10 +265,10 @@ def keys_kernel(
             i = at + tl.arange(0, BM)
             q = tile_of(q_at + b * q_b + h * q_h, i, d, q_l, LQ, D, ACC)
             d_out = tile_of(d_out_at + b * d_b + h * d_h, i, e, d_l, LQ, E, ACC)
-            lse = tl.load(lse_at + row + i, mask=i < LQ, other=float("inf"))
+            top, share = stats_of(stats_at, row, i, LQ)
             delta = tl.load(delta_at + row + i, mask=i < LQ, other=0.0)
             p, keep = weights_of(
-                q, k, lse, m_at, seed_at, m_l, m_k, b, h, i, j, LQ, LK, scale, lower, upper,
+                q, k, top, share, m_at, seed_at, m_l, m_k, b, h, i, j, LQ, LK, scale, lower, upper,
                 dropped, factor, period, BOOLEAN, PREC, ACC,
             )  # fmt: skip
             if dk_at is not None:
@@ -323,8 +332,15 @@ def readable(mask: Tensor | None, q: Tensor) -> Tensor | None:
     return mask.new_zeros(mask.shape, dtype=torch.float32).masked_fill_(~mask, float("-inf"))
 
 
-def blocks_of(q: Tensor, v: Tensor, keys: int, most: int, area: int) -> dict:
-    """Sizes of tiles, of at most `area` numbers; those of head sizes are whole heads."""
+# Most queries and keys of a tile, by the wider head size: what the registers of 4 warps hold while
+# each has tiles of its own to multiply (counted on sm_90). Wider heads and doubles have 16 of each.
+OF_QUERIES = {64: (64, 32), 128: (16, 32)}
+OF_KEYS = {32: (32, 64), 64: (32, 32), 128: (16, 32)}
+
+
+def blocks_of(q: Tensor, v: Tensor, keys: int, tiles: dict[int, tuple[int, int]]) -> dict:
+    """Sizes of tiles; those of head sizes are whole heads, since whole rows of the operands of a
+    product lie in registers."""
     width, width_v = q.shape[3], v.shape[3]
     bd, be = (max(16, triton.next_power_of_2(n)) for n in (width, width_v))
     if max(bd, be) > 256:
@@ -332,24 +348,22 @@ def blocks_of(q: Tensor, v: Tensor, keys: int, most: int, area: int) -> dict:
             "attention: the Triton kernels take head sizes up to 256, got D = "
             f"{width} and E = {width_v}"
         )
-    # whole rows of the operands of a product lie in registers
-    most = min(most, max(16, area // max(bd, be)))
-    if q.dtype == torch.float64:
-        most = min(most, 16)
-    bm, bn = (max(16, power_of_2(n, most)) for n in (q.shape[2], keys))
-    return {"D": width, "E": width_v, "BM": bm, "BN": bn, "BD": bd, "BE": be}
+    known = [n for n in tiles if n >= max(bd, be) and q.dtype != torch.float64]
+    most = tiles[min(known)] if known else (16, 16)
+    bm, bn = (max(16, power_of_2(*n)) for n in zip((q.shape[2], keys), most, strict=True))
+    warps = 4 if known or max(bd, be) <= 64 else 8
+    return {"D": width, "E": width_v, "BM": bm, "BN": bn, "BD": bd, "BE": be, "num_warps": warps}
 
 
 def constants_of(
     q: Tensor, v: Tensor, mask: Tensor | None, keys: int, scale: float, dropout_p: float,
-    most: int, area: int = 2048,
+    tiles: dict[int, tuple[int, int]],
 ) -> dict:  # fmt: skip
     """What is compiled in; numbers among it, because as arguments they would be float32."""
-    found = blocks_of(q, v, keys, most, area) | {"scale": scale, "factor": 1 / (1 - dropout_p)}
-    width, rows = max(found["BD"], found["BE"]), max(found["BM"], found["BN"])
-    found["num_warps"] = 4 if width <= 32 or (width <= 64 and rows <= 16) else 8
+    found = blocks_of(q, v, keys, tiles) | {"scale": scale, "factor": 1 / (1 - dropout_p)}
     # three products of TF32 hold more in registers: of wider heads it would not fit
-    found["PREC"] = "ieee" if q.dtype == torch.float64 or width > 128 else "tf32x3"
+    wide = q.dtype == torch.float64 or max(found["BD"], found["BE"]) > 128
+    found["PREC"] = "ieee" if wide else "tf32x3"
     found["BOOLEAN"] = mask is not None and mask.dtype == torch.uint8
     return found | {"ACC": accumulator(q)}
 
@@ -369,33 +383,33 @@ def attention(
     mask = readable(mask, q)
     out = laid_out_as(q, v.shape[3])
     wide = wide_dtype(q)
-    lse = q.new_empty(q.shape[:3], dtype=wide)
-    constants = constants_of(q, v, mask, k.shape[2], scale, dropout_p, 64)
+    stats = q.new_empty(*q.shape[:3], 2, dtype=wide)
+    constants = constants_of(q, v, mask, k.shape[2], scale, dropout_p, OF_QUERIES)
     blocks = ceil_div(q.shape[2], constants["BM"])
     launch(
         forward_kernel,
         q.shape[0] * q.shape[1] * blocks,
-        *(q, k, v, mask, seed, out, lse),
+        *(q, k, v, mask, seed, out, stats),
         *sizes(q, k),
         *steps(q, k, v, out),
         *numbers(mask, lower, upper, dropout_p, period),
         blocks,
         **constants,
     )
-    return out, lse
+    return out, stats
 
 
 def attention_backward(
-    d_out, q, k, v, lse, mask, seed, places, scale, lower, upper, dropout_p, period, needs
+    d_out, q, k, v, stats, mask, seed, places, scale, lower, upper, dropout_p, period, needs
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_padded(places)
     mask = readable(mask, q)
     dq, dk, dv = (laid_out_as(t, t.shape[3], needs >> i & 1) for i, t in enumerate((q, k, v)))
-    constants = constants_of(q, v, mask, k.shape[2], scale, dropout_p, 32)
+    constants = constants_of(q, v, mask, k.shape[2], scale, dropout_p, OF_QUERIES)
     setting = numbers(mask, lower, upper, dropout_p, period)
     whole = fits(q, k, constants)
-    delta = torch.empty_like(lse)
-    given = (d_out, q, k, v, lse, mask, seed, delta)
+    delta = stats.new_empty(q.shape[:3])
+    given = (d_out, q, k, v, stats, mask, seed, delta)
     blocks = ceil_div(q.shape[2], constants["BM"])
     launch(
         rows_kernel,
@@ -409,6 +423,7 @@ def attention_backward(
         **constants,
     )
     if needs & 6 and not whole:
+        constants = constants_of(q, v, mask, k.shape[2], scale, dropout_p, OF_KEYS)
         blocks = ceil_div(k.shape[2], constants["BN"])
         launch(
             keys_kernel,

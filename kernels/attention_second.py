@@ -24,6 +24,7 @@ from fastmeta.kernels.attention import (
     put_tile,
     readable,
     sizes,
+    stats_of,
     steps,
     there,
     tile_of,
@@ -69,7 +70,7 @@ def optional_tile(
 
 @triton.jit(do_not_specialize=[*VARYING, "ROWS"])
 def second_rows_kernel(
-    a_at, b_at, c_at, d_out_at, q_at, k_at, v_at, lse_at, mask_at, seed_at, means_at,
+    a_at, b_at, c_at, d_out_at, q_at, k_at, v_at, stats_at, mask_at, seed_at, means_at,
     dd_at, dq_at, dk_at, dv_at,
     H, GROUP, LQ, LK, a_b, a_h, a_l, b_b, b_h, b_l, c_b, c_h, c_l,
     d_b, d_h, d_l, q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l,
@@ -88,7 +89,7 @@ def second_rows_kernel(
     head = program // BLOCKS
     batch, h = (head // H).to(tl.int64), (head % H).to(tl.int64)
     group = h // GROUP
-    first = program % BLOCKS * BM
+    first, rows = program % BLOCKS * BM, tl.cast(ROWS, tl.int64)
     i = first + tl.arange(0, BM)
     d, e = tl.arange(0, BD), tl.arange(0, BE)
     k_at += batch * k_b + group * k_h
@@ -105,7 +106,7 @@ def second_rows_kernel(
     d_out = tile_of(d_out_at + batch * d_b + h * d_h, i, e, d_l, LQ, E, ACC)
     a = optional_tile(a_at, q, i, d, a_l, LQ, D, A, ACC)
     row = head.to(tl.int64) * LQ
-    lse = tl.load(lse_at + row + i, mask=i < LQ, other=float("inf"))
+    top, share = stats_of(stats_at, row, i, LQ)
     if WHOLE:
         j = tl.arange(0, BN)
         k = tile_of(k_at, j, d, k_l, LK, D, ACC)
@@ -113,8 +114,8 @@ def second_rows_kernel(
         kc = optional_tile(b_at, k, j, d, b_l, LK, D, B, ACC)
         vc = optional_tile(c_at, v, j, e, c_l, LK, E, C, ACC)
         p, keep = weights_of(
-            q, k, lse, mask_at, seed_at, m_l, m_k, batch, h, i, j, LQ, LK, scale, lower, upper,
-            dropped, factor, period, BOOLEAN, PREC, ACC,
+            q, k, top, share, mask_at, seed_at, m_l, m_k, batch, h, i, j, LQ, LK, scale, lower,
+            upper, dropped, factor, period, BOOLEAN, PREC, ACC,
         )  # fmt: skip
         dp, g, r = parts_of(q, d_out, a, k, v, kc, vc, keep, scale, A, B, C, PREC, ACC)
         dp_mean, g_mean = tl.sum(p * dp, 1), tl.sum(p * g, 1)
@@ -150,8 +151,8 @@ def second_rows_kernel(
             kc = optional_tile(b_at, k, j, d, b_l, LK, D, B, ACC)
             vc = optional_tile(c_at, v, j, e, c_l, LK, E, C, ACC)
             p, keep = weights_of(
-                q, k, lse, mask_at, seed_at, m_l, m_k, batch, h, i, j, LQ, LK, scale, lower, upper,
-                dropped, factor, period, BOOLEAN, PREC, ACC,
+                q, k, top, share, mask_at, seed_at, m_l, m_k, batch, h, i, j, LQ, LK, scale, lower,
+                upper, dropped, factor, period, BOOLEAN, PREC, ACC,
             )  # fmt: skip
             dp, g, r = parts_of(q, d_out, a, k, v, kc, vc, keep, scale, A, B, C, PREC, ACC)
             dp_mean += tl.sum(p * dp, 1)
@@ -159,8 +160,8 @@ def second_rows_kernel(
             u_mean += tl.sum(p * (dp * g + r), 1)
         u_mean -= 2 * dp_mean * g_mean
         tl.store(means_at + row + i, dp_mean, mask=i < LQ)
-        tl.store(means_at + ROWS + row + i, g_mean, mask=i < LQ)
-        tl.store(means_at + 2 * ROWS + row + i, u_mean, mask=i < LQ)
+        tl.store(means_at + rows + row + i, g_mean, mask=i < LQ)
+        tl.store(means_at + 2 * rows + row + i, u_mean, mask=i < LQ)
         dd, dq = tl.zeros((BM, BE), ACC), tl.zeros((BM, BD), ACC)
         for at in range(start, end, BN):
             j = at + tl.arange(0, BN)
@@ -169,8 +170,8 @@ def second_rows_kernel(
             kc = optional_tile(b_at, k, j, d, b_l, LK, D, B, ACC)
             vc = optional_tile(c_at, v, j, e, c_l, LK, E, C, ACC)
             p, keep = weights_of(
-                q, k, lse, mask_at, seed_at, m_l, m_k, batch, h, i, j, LQ, LK, scale, lower, upper,
-                dropped, factor, period, BOOLEAN, PREC, ACC,
+                q, k, top, share, mask_at, seed_at, m_l, m_k, batch, h, i, j, LQ, LK, scale, lower,
+                upper, dropped, factor, period, BOOLEAN, PREC, ACC,
             )  # fmt: skip
             dp, g, r = parts_of(q, d_out, a, k, v, kc, vc, keep, scale, A, B, C, PREC, ACC)
             ds, hs, ws = combined(p, dp, g, r, dp_mean, g_mean, u_mean)
@@ -188,7 +189,7 @@ def second_rows_kernel(
 
 @triton.jit(do_not_specialize=[*VARYING, "ROWS"])
 def second_keys_kernel(
-    a_at, b_at, c_at, d_out_at, q_at, k_at, v_at, lse_at, mask_at, seed_at, means_at,
+    a_at, b_at, c_at, d_out_at, q_at, k_at, v_at, stats_at, mask_at, seed_at, means_at,
     dk_at, dv_at,
     H, GROUP, LQ, LK, a_b, a_h, a_l, b_b, b_h, b_l, c_b, c_h, c_l,
     d_b, d_h, d_l, q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l,
@@ -206,7 +207,7 @@ def second_keys_kernel(
     head = program // BLOCKS
     groups = H // GROUP
     batch, group = (head // groups).to(tl.int64), (head % groups).to(tl.int64)
-    first = program % BLOCKS * BN
+    first, rows = program % BLOCKS * BN, tl.cast(ROWS, tl.int64)
     j = first + tl.arange(0, BN)
     d, e = tl.arange(0, BD), tl.arange(0, BE)
     k = tile_of(k_at + batch * k_b + group * k_h, j, d, k_l, LK, D, ACC)
@@ -233,13 +234,13 @@ def second_keys_kernel(
             q = tile_of(q_at + batch * q_b + h * q_h, i, d, q_l, LQ, D, ACC)
             d_out = tile_of(d_out_at + batch * d_b + h * d_h, i, e, d_l, LQ, E, ACC)
             a = optional_tile(given_at, q, i, d, a_l, LQ, D, A, ACC)
-            lse = tl.load(lse_at + row + i, mask=i < LQ, other=float("inf"))
+            top, share = stats_of(stats_at, row, i, LQ)
             dp_mean = tl.load(means_at + row + i, mask=i < LQ, other=0.0)
-            g_mean = tl.load(means_at + ROWS + row + i, mask=i < LQ, other=0.0)
-            u_mean = tl.load(means_at + 2 * ROWS + row + i, mask=i < LQ, other=0.0)
+            g_mean = tl.load(means_at + rows + row + i, mask=i < LQ, other=0.0)
+            u_mean = tl.load(means_at + 2 * rows + row + i, mask=i < LQ, other=0.0)
             p, keep = weights_of(
-                q, k, lse, m_at, seed_at, m_l, m_k, batch, h, i, j, LQ, LK, scale, lower, upper,
-                dropped, factor, period, BOOLEAN, PREC, ACC,
+                q, k, top, share, m_at, seed_at, m_l, m_k, batch, h, i, j, LQ, LK, scale, lower,
+                upper, dropped, factor, period, BOOLEAN, PREC, ACC,
             )  # fmt: skip
             dp, g, r = parts_of(q, d_out, a, k, v, kc, vc, keep, scale, A, B, C, PREC, ACC)
             ds, hs, ws = combined(p, dp, g, r, dp_mean, g_mean, u_mean)
@@ -253,25 +254,50 @@ def second_keys_kernel(
         put_tile(dv_at + batch * dv_b + group * dv_h, dv, j, e, dv_l, LK, E)
 
 
+# As in `attention.py`: tiles that are a head, and those of the kernels that own queries and keys.
+WHOLE_HEADS = {32: (32, 32), 64: (16, 16)}
+OF_QUERIES = {64: (16, 32)}
+OF_KEYS = {32: (16, 16), 64: (16, 32)}
+
+
 def attention_double_backward(
-    a, b, c, d_out, q, k, v, lse, mask, seed, places, scale, lower, upper, dropout_p, period, needs
+    a,
+    b,
+    c,
+    d_out,
+    q,
+    k,
+    v,
+    stats,
+    mask,
+    seed,
+    places,
+    scale,
+    lower,
+    upper,
+    dropout_p,
+    period,
+    needs,
 ):
     check_padded(places)
     mask = readable(mask, q)
     dd, dq, dk, dv = (
         laid_out_as(t, t.shape[3], needs >> i & 1) for i, t in enumerate((d_out, q, k, v))
     )
-    # a head in one tile, or tiles of 16; what the former, and wider heads, hold leaves no registers
-    # for products in parts
-    constants = constants_of(q, v, mask, k.shape[2], scale, dropout_p, 32, 1024)
+
+    def constants_for(tiles: dict[int, tuple[int, int]]) -> dict:
+        found = constants_of(q, v, mask, k.shape[2], scale, dropout_p, tiles)
+        # what a whole head, and wider heads, hold leaves no registers for products in parts
+        parts = tiles is not WHOLE_HEADS and max(found["BD"], found["BE"]) <= 64
+        return found if parts else found | {"PREC": "ieee"}
+
+    constants = constants_for(WHOLE_HEADS)
     whole = fits(q, k, constants)
     if not whole:
-        constants = constants_of(q, v, mask, k.shape[2], scale, dropout_p, 16)
-    if whole or max(constants["BD"], constants["BE"]) > 64:
-        constants["PREC"] = "ieee"
+        constants = constants_for(OF_QUERIES)
     setting = numbers(mask, lower, upper, dropout_p, period)
-    means = lse.new_empty(3, *lse.shape)
-    given = (a, b, c, d_out, q, k, v, lse, mask, seed, means)
+    means = stats.new_empty(3, *q.shape[:3])
+    given = (a, b, c, d_out, q, k, v, stats, mask, seed, means)
     strided = (a, b, c, d_out, q, k, v)
     blocks = ceil_div(q.shape[2], constants["BM"])
     launch(
@@ -281,11 +307,12 @@ def attention_double_backward(
         *sizes(q, k),
         *steps(*strided, dd, dq, dk, dv),
         *setting,
-        *(blocks, lse.numel()),
+        *(blocks, means[0].numel()),
         WHOLE=whole,
         **constants,
     )
     if needs & 12 and not whole:
+        constants = constants_for(OF_KEYS)
         blocks = ceil_div(k.shape[2], constants["BN"])
         launch(
             second_keys_kernel,
@@ -294,7 +321,7 @@ def attention_double_backward(
             *sizes(q, k),
             *steps(*strided, dk, dv),
             *setting,
-            *(blocks, lse.numel()),
+            *(blocks, means[0].numel()),
             **constants,
         )
     return dd, dq, dk, dv

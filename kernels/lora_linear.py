@@ -3,8 +3,8 @@
 Shapes: rows ``x [M, K]`` of all tasks, ``weight [N, K]`` with any strides or in few bits, ``a [T,
 r, K]``, ``b [T, N, r]``. Three kernels make every operator: rows times the shared weight and a
 few columns times a task's matrix, those columns alone, and sums of products over a task's rows. A
-block of rows never holds two tasks. Sums over rows belong to one program, so that two runs give
-equal bits.
+block of rows never holds two tasks. Sums over rows belong to one program, or to a number of parts
+that shapes alone decide, so that two runs give equal bits.
 """
 
 from __future__ import annotations
@@ -16,6 +16,12 @@ from torch import Tensor
 
 from fastmeta.kernels._common import INTERPRETED, ceil_div, launch, power_of_2, wide_dtype
 from fastmeta.reference.lora_linear import dequantise
+
+_PROGRAMS = 512
+"""Programs that keep a GPU busy: with fewer, programs share the rows of a task."""
+
+_ROWS_OF_A_PART = 512
+"""Rows that are worth a program of their own, at least."""
 
 _HALF = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
@@ -156,15 +162,17 @@ def columns_kernel(
     tl.store(s + rows[:, None] * r + qs[None, :], (acc * scale).to(ACC), mask=mask)
 
 
-@triton.jit(do_not_specialize=["R"])
+@triton.jit(do_not_specialize=["R", "parts"])
 def outer_kernel(
-    left, x, left2, x2, out, sums, starts, R, C, r, o_t, o_q, o_c,
+    left, x, left2, x2, out, sums, starts, R, C, r, parts, o_p, o_t, o_q, o_c, s_p,
     ACC: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr,
     BM: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """``out_t [r, C] = left^T x + left2^T x2`` over a task's rows, and the sums of x there."""
+    """``out_t [r, C] = left^T x + left2^T x2`` over a part of a task's rows, and the sums of x
+    there."""
     along_c = tl.cdiv(C, BC)
-    program = tl.program_id(0)
+    part = (tl.program_id(0) % parts).to(tl.int64)
+    program = tl.program_id(0) // parts
     task = (program // along_c).to(tl.int64)
     cs = (program % along_c * BC + tl.arange(0, BC)).to(tl.int64)
     qs = tl.arange(0, BR)
@@ -173,6 +181,9 @@ def outer_kernel(
         first, last = tl.load(starts + task), tl.load(starts + task + 1)
     else:
         first, last = task * R, (task + 1) * R
+    each = tl.cdiv(tl.cdiv(last - first, BM), parts) * BM
+    first += part * each
+    last = tl.minimum(first + each, last)
     acc = tl.zeros((BR, BC), ACC)
     total = tl.zeros((BC,), ACC)
     for row in range(first, last, BM):
@@ -192,10 +203,10 @@ def outer_kernel(
             l_q = tl.load(at, mask=there[None, :] & known, other=0).to(DOT)
             acc = tl.dot(l_q, x_c, acc, input_precision=PREC, out_dtype=ACC)
     if left is not None:
-        at = out + task * o_t + qs[:, None] * o_q + cs[None, :] * o_c
+        at = out + part * o_p + task * o_t + qs[:, None] * o_q + cs[None, :] * o_c
         tl.store(at, acc, mask=known & c_ok)
     if sums is not None:
-        tl.store(sums + task * C + cs, total, mask=cs < C)
+        tl.store(sums + part * s_p + task * C + cs, total, mask=cs < C)
 
 
 class _Rows:
@@ -285,19 +296,33 @@ class _Rows:
         return s
 
     def outer(self, left, x, left2, x2, out, sums) -> None:
-        """`outer_kernel`; out is ``[T, r, C]`` with any strides."""
-        if self.tasks == 0 or x.shape[1] == 0:
+        """`outer_kernel`; out is ``[T, r, C]`` with any strides. Where few tasks have many rows,
+        programs share the rows of each, and their parts are summed up in a fixed order."""
+        columns = x.shape[1]
+        if self.tasks == 0 or columns == 0:
             return
+        programs = self.tasks * ceil_div(columns, self.bn)
+        parts = max(1, min(_PROGRAMS // programs, self.count // _ROWS_OF_A_PART))
+        results = [t if t is None or parts == 1 else self.room(parts, t) for t in (out, sums)]
         launch(
-            outer_kernel, self.tasks * ceil_div(x.shape[1], self.bn),
-            left, x, left2, x2, out, sums, self.offsets, self.count, x.shape[1], self.rank,
-            *_strides(out),
+            outer_kernel, programs * parts,
+            left, x, left2, x2, *results, self.offsets, self.count, columns, self.rank, parts,
+            *((0, *_strides(out)) if parts == 1 else _strides(results[0], 4)),
+            self.tasks * columns,
             BM=min(self.bk, self.bm), BC=self.bn, num_warps=4, **self.options,
         )  # fmt: skip
+        for result, found in zip((out, sums), results, strict=True):
+            if result is not None and parts > 1:
+                result.copy_(found.sum(0))
+
+    def room(self, parts: int, result: Tensor) -> Tensor:
+        """For the parts of a result, in the type of accumulation."""
+        wide = torch.float64 if self.acc == tl.float64 else torch.float32
+        return result.new_empty(parts, *result.shape, dtype=wide)
 
 
-def _strides(t: Tensor | None) -> tuple[int, ...]:
-    return (0, 0, 0) if t is None else tuple(t.stride())
+def _strides(t: Tensor | None, axes: int = 3) -> tuple[int, ...]:
+    return (0,) * axes if t is None else tuple(t.stride())
 
 
 def _if_wanted(like: Tensor, shape: tuple[int, ...], wanted: int) -> Tensor:

@@ -128,6 +128,15 @@ def test_conjugate_gradients_solve_every_row() -> None:
     assert not more[3].any()
 
 
+def test_conjugate_gradients_stop_at_negative_curvature() -> None:
+    a = torch.diag(torch.tensor([2.0, 1.0, -1.0]))
+    b = torch.tensor([[1.0, 1.0, 0.9], [1.0, 2.0, 0.0]])
+    found = [conjugate_gradient(lambda v: v @ a, b, steps) for steps in range(1, 6)]
+    for later in found[1:]:
+        torch.testing.assert_close(later[0], found[0][0])
+    torch.testing.assert_close(found[-1][1], torch.tensor([0.5, 2.0, 0.0]))
+
+
 def imaml(spec: fm.Spec, lam: float, steps: int, cg_steps: int, lr: float, **kwargs) -> fm.IMAML:
     model = oracle.tiny_bert()
     model.bert.embeddings.requires_grad_(False)

@@ -104,6 +104,34 @@ def test_losses_by_name(name: str, compile: bool) -> None:
     assert (out.accuracy is not None) is (name == "token_classification")
 
 
+class Tagger(nn.Module):
+    """A word's logits from the word alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.classifier = nn.Embedding(23, 8), nn.Linear(8, 23)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.classifier(self.words(input_ids))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_many_words_of_a_narrow_model(dtype: torch.dtype) -> None:
+    """Their losses are summed up in float32: in float16 the sum would be infinite."""
+    g = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, 23, (2, 80, 512), generator=g)
+    batch = fm.TaskBatch(*[{"input_ids": ids, "labels": ids}] * 2)
+    model = Tagger()
+    patched = fm.patch(model.to(dtype), fm.Head())
+    out = fm.MAML(patched, lr=1e-9, steps=1, loss_fn="causal_lm")(batch)  # a step of nothing
+    logits = patched(patched.init(2), input_ids=ids).float()
+    expected = [
+        nn.functional.cross_entropy(row[:, :-1].flatten(0, 1), own[:, 1:].flatten())
+        for row, own in zip(logits, ids, strict=True)
+    ]
+    torch.testing.assert_close(out.task_losses, torch.stack(expected).detach())
+
+
 def test_a_regression_of_one_number() -> None:
     """Labels ``[T, N]``; rows that collate adds do not count."""
     model = bert(tf.AutoModelForSequenceClassification)

@@ -167,6 +167,28 @@ def test_settings_of_each_task() -> None:
     torch.testing.assert_close(both, torch.stack([alone[0][0], alone[1][1]]))
 
 
+def test_a_learner_has_one_setting_for_all_tasks() -> None:
+    patched = fm.patch(oracle.tiny_bert(), fm.Head())
+    rule = rules.SGD(weight_decay=torch.tensor([0.1, 0.2]))
+    with pytest.raises(ValueError, match=r"weight_decay of SGD must be one value .* got shape \[2"):
+        fm.MAML(patched, optimizer=rule)
+
+
+def test_learned_settings_are_meta_parameters() -> None:
+    eps, beta = (torch.nn.Parameter(torch.tensor(x, dtype=torch.float64)) for x in (0.05, 0.8))
+    rule = rules.Adam(betas=(beta, 0.9), eps=eps)
+    learner = fm.MAML(fm.patch(oracle.tiny_bert(), fm.Head()), steps=2, optimizer=rule)
+    named = dict(learner.named_parameters())
+    assert named["optimizer.eps"] is eps and named["optimizer.betas.0"] is beta
+    learner(oracle.as_batch(oracle.make_tasks(2))).loss.backward()
+    assert eps.grad.abs() > 0 and beta.grad.abs() > 0
+    saved = {n: t.clone() for n, t in learner.state_dict().items()}
+    with torch.no_grad():
+        eps.fill_(1.0)
+    learner.load_state_dict(saved)
+    assert eps == 0.05
+
+
 @pytest.mark.parametrize("spec", [fm.Params("*"), fm.Head()], ids=["all", "head"])
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize("mode", [{"memory": "recompute"}, {"memory": "unroll", "task_chunk": 1}])

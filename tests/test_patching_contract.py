@@ -29,6 +29,26 @@ def assert_untouched(model: nn.Module, before: dict[str, object]) -> None:
         assert torch.equal(tensor, states[1][name]), name
 
 
+CHANGES = {
+    "classifier.hooks": lambda m: m.classifier.register_forward_hook(lambda *_: None),
+    "dropout.p": lambda m: setattr(m.dropout, "p", 0.5),
+    "bert.pooler.__class__": lambda m: setattr(m.bert, "pooler", torch.nn.Identity()),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_of_the_model_after_it_was_patched(change: str) -> None:
+    model = families.build("bert")
+    patched = fm.patch(model, fm.Head())
+    inputs = families.inputs("bert", 2, 2)
+    patched(patched.init(2), **inputs)
+    CHANGES[change](model)
+    with pytest.warns(UserWarning, match=rf"^{change}.* changed after it was patched"):
+        params = patched.init(2)
+    patched(params, **inputs)
+    patched.init(2)  # warned of once
+
+
 @pytest.mark.parametrize("family", ["bert", "gpt2", "t5", "deberta_v2_relative", "vit"])
 @pytest.mark.parametrize(
     "spec", [fm.Params("*"), fm.LoRA(r=2) + fm.Head(), fm.Norm()], ids=["all", "lora", "norm"]

@@ -222,3 +222,12 @@ def test_moving_a_patched_model(patched: fm.Patched) -> None:
     for move in (lambda: patched.to("meta"), patched.half, lambda: patched.to(torch.float16)):
         with pytest.raises(RuntimeError, match="move or convert the model, then patch"):
             move()
+
+
+def test_a_cache_is_for_generation() -> None:
+    patched = fm.patch(families.build("gpt2_lm"), fm.LoRA(r=2))
+    inputs = families.inputs("gpt2_lm", 2, 2)
+    cache = patched(patched.init(2), **inputs, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match=r"whole texts, got past_key_values: generate\(...\)"):
+        patched(patched.init(2), **inputs, past_key_values=cache)
+    assert cache.get_seq_length() == families.LENGTH

@@ -170,6 +170,15 @@ def test_a_random_prefix_is_not_reused() -> None:
     assert patched.record_prefix(patched.init(2), inputs) is None
 
 
+def test_texts_without_a_token_in_their_first_half_come_first() -> None:
+    """Trials must not leave out all that a text has."""
+    patched = fm.patch(families.build("t5"), fm.Prefix(length=3))
+    inputs = families.inputs("t5", 2, 2, padding="left")
+    inputs["attention_mask"][0, 1] = torch.tensor([0, 0, 0, 1, 1, 1])
+    with keep_float64():
+        patched(patched.init(2), **inputs)
+
+
 def test_no_prefix_before_an_adapted_embedding() -> None:
     patched = fm.patch(families.build("bert"), fm.Params("*"))
     inputs = families.inputs("bert", 2, 2)

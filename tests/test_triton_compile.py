@@ -345,8 +345,8 @@ def call_attention(launchers, shape, dtype, options: bool) -> None:
     mask = empty(b, 1, 1, keys, dtype=torch.bool) if options else None
     seed = empty(dtype=torch.int64) if options else None
     setting = (None, width**-0.5, -queries, 0 if options else keys, 0.1 if options else 0.0, b)
-    _, lse = launchers["attention"](q, k, v, mask, seed, *setting)
-    given = (d_out, q, k, v, lse, mask, seed, *setting)
+    _, stats = launchers["attention"](q, k, v, mask, seed, *setting)
+    given = (d_out, q, k, v, stats, mask, seed, *setting)
     launchers["attention_backward"](*given, 7)
     launchers["attention_double_backward"](a, kc, vc, *given, 15)
 

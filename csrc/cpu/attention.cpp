@@ -45,9 +45,10 @@ void to_keys(const Buffers<A>& w, const Block& at, const A* x, const A* rows, in
                       to + at.column * width, width, scale, true);
 }
 
-// Scores of a row to weights, dropped ones 0; returns the logarithm of their sum.
+// Scores of a row to weights, dropped ones 0. Its stats are two numbers: where a mask adds a large
+// negative number to all scores, the logarithm of their sum is less than a digit of their largest.
 template <typename L, typename A>
-FM_HD A softmax_row(A* p, const A* bias, const A* keep, int64_t from, int64_t to) {
+FM_HD void softmax_row(A* p, A* stats, const A* bias, const A* keep, int64_t from, int64_t to) {
   constexpr A kInfinity = std::numeric_limits<A>::infinity();
   const auto load = [](const A* x) FM_INLINE_LAMBDA { return L::template load<true>(x, 0); };
   L top = L::all(-kInfinity);
@@ -58,12 +59,13 @@ FM_HD A softmax_row(A* p, const A* bias, const A* keep, int64_t from, int64_t to
   }
   const A most_of_all = top.top();
   if (most_of_all == -kInfinity) {  // no key, or nothing but NaN
-    A sum = kInfinity;
+    A sum = 0;
     for (int64_t j = from; j < to; ++j) {
       p[j] = p[j] != p[j] ? p[j] : A(0);
       sum += p[j];
     }
-    return sum;
+    stats[0] = 0, stats[1] = sum;
+    return;
   }
   L sums = L::all(0);
   const L shift = L::all(most_of_all);
@@ -72,11 +74,11 @@ FM_HD A softmax_row(A* p, const A* bias, const A* keep, int64_t from, int64_t to
     x.template store<true>(p + j, 0);
     sums = sums + x;
   }
-  const A sum = sums.sum(), share = 1 / sum;
+  const A share = 1 / sums.sum();
   for (int64_t j = from; j < to; j += L::kCount) {
     ((share * load(p + j)) * load(keep + j)).template store<true>(p + j, 0);
   }
-  return most_of_all + A(std::log(double(sum)));
+  stats[0] = most_of_all, stats[1] = share;
 }
 
 template <typename A>
@@ -86,12 +88,12 @@ void forward_unit(const Problem<A>& s, const Buffers<A>& w, RowTerms<A>& terms, 
   read_keys<A>(s.v, b, group, s.keys, w, w.v, nullptr);
   for_blocks(s, w, terms, b, group, [&](const Block& at) {
     scores(s, w, at);
-    A* const lse = s.lse_of(at.b, at.h) + at.first;
+    A* const stats = s.stats_of(at);
     with_registers([&](auto bytes) FM_INLINE_LAMBDA {
       for (int64_t i = 0; i < at.rows; ++i) {
-        lse[i] = softmax_row<Lanes<A, bytes()>>(w.p + i * w.whole, terms.bias_of(at.first + i),
-                                                terms.keep_of(at.first + i), at.column,
-                                                at.column + at.columns);
+        softmax_row<Lanes<A, bytes()>>(w.p + i * w.whole, stats + 2 * i,
+                                       terms.bias_of(at.first + i), terms.keep_of(at.first + i),
+                                       at.column, at.column + at.columns);
       }
     });
     over_keys(w, at, w.p, w.v, w.e, w.out, A(1), false);
@@ -101,13 +103,13 @@ void forward_unit(const Problem<A>& s, const Buffers<A>& w, RowTerms<A>& terms, 
 
 // Scores p and dp = d_out v^T of a row to dropped weights and the gradient of the scores.
 template <typename L, typename A>
-FM_HD void gradient_row(A* p, A* dp, A lse, const A* bias, const A* keep, int64_t from,
+FM_HD void gradient_row(A* p, A* dp, const A* stats, const A* bias, const A* keep, int64_t from,
                         int64_t to) {
   const auto load = [](const A* x) FM_INLINE_LAMBDA { return L::template load<true>(x, 0); };
-  const L shift = L::all(lse);
+  const L top = L::all(stats[0]), share = L::all(stats[1]);
   L sums = L::all(0);
   for (int64_t j = from; j < to; j += L::kCount) {
-    const L weight = exponential((load(p + j) + load(bias + j)) - shift);
+    const L weight = share * exponential((load(p + j) + load(bias + j)) - top);
     const L slope = load(dp + j) * load(keep + j);
     weight.template store<true>(p + j, 0);
     slope.template store<true>(dp + j, 0);
@@ -132,10 +134,10 @@ void gradient_unit(const Problem<A>& s, const Buffers<A>& w, RowTerms<A>& terms,
     scores(s, w, at);
     pack(s.d_out, at.b, at.h, at.first, at.rows, w.d_out);
     by_keys(w, at, s.v.width, w.e, w.d_out, w.v_t, w.dp, A(1), false);
-    const A* const lse = s.lse_of(at.b, at.h) + at.first;
+    const A* const stats = s.stats_of(at);
     with_registers([&](auto bytes) FM_INLINE_LAMBDA {
       for (int64_t i = 0; i < at.rows; ++i) {
-        gradient_row<Lanes<A, bytes()>>(w.p + i * w.whole, w.dp + i * w.whole, lse[i],
+        gradient_row<Lanes<A, bytes()>>(w.p + i * w.whole, w.dp + i * w.whole, stats + 2 * i,
                                         terms.bias_of(at.first + i), terms.keep_of(at.first + i),
                                         at.column, at.column + at.columns);
       }
@@ -155,13 +157,13 @@ void gradient_unit(const Problem<A>& s, const Buffers<A>& w, RowTerms<A>& terms,
 // products need: dropped weights p, the scores' gradient dp, and the cotangents of dp (in g,
 // dropped too) and of the scores (in r).
 template <typename L, typename A>
-FM_HD void second_row(A* p, A* dp, A* g, A* r, A lse, const A* bias, const A* keep, int64_t from,
-                      int64_t to) {
+FM_HD void second_row(A* p, A* dp, A* g, A* r, const A* stats, const A* bias, const A* keep,
+                      int64_t from, int64_t to) {
   const auto load = [](const A* x) FM_INLINE_LAMBDA { return L::template load<true>(x, 0); };
-  const L shift = L::all(lse);
+  const L top = L::all(stats[0]), share = L::all(stats[1]);
   L dp_sums = L::all(0), g_sums = L::all(0), u_sums = L::all(0);
   for (int64_t j = from; j < to; j += L::kCount) {
-    const L weight = exponential((load(p + j) + load(bias + j)) - shift);
+    const L weight = share * exponential((load(p + j) + load(bias + j)) - top);
     const L slope = load(dp + j) * load(keep + j);
     weight.template store<true>(p + j, 0);
     slope.template store<true>(dp + j, 0);
@@ -211,11 +213,11 @@ void second_unit(const Problem<A>& s, const Buffers<A>& w, RowTerms<A>& terms, i
     } else {
       std::fill_n(w.r, at.rows * w.whole, A(0));
     }
-    const A* const lse = s.lse_of(at.b, at.h) + at.first;
+    const A* const stats = s.stats_of(at);
     with_registers([&](auto bytes) FM_INLINE_LAMBDA {
       for (int64_t i = 0; i < at.rows; ++i) {
         const int64_t row = i * w.whole;
-        second_row<Lanes<A, bytes()>>(w.p + row, w.dp + row, w.g + row, w.r + row, lse[i],
+        second_row<Lanes<A, bytes()>>(w.p + row, w.dp + row, w.g + row, w.r + row, stats + 2 * i,
                                       terms.bias_of(at.first + i), terms.keep_of(at.first + i),
                                       at.column, at.column + at.columns);
       }
@@ -274,17 +276,17 @@ void clear_others(const Problem<A>& s) {
 }
 
 template <typename A>
-Problem<A> problem(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lse,
+Problem<A> problem(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& stats,
                    const Optional& mask, const Optional& seed, const std::optional<Texts>& texts,
                    const Setting& setting) {
   Problem<A> s{};
   s.batch = q.size(0), s.heads = q.size(1), s.queries = q.size(2);
   s.groups = k.size(1), s.keys = k.size(2);
-  s.lse = data_of<A>(lse), s.lse_batch = s.heads * s.queries, s.lse_head = s.queries;
+  s.stats = data_of<A>(stats), s.stats_head = 2 * s.queries, s.stats_batch = s.heads * s.stats_head;
   if (texts) {
     s.texts = &*texts;
     s.batch = int64_t(texts->first.size()), s.queries = s.keys = texts->longest;
-    s.lse_batch = 0;
+    s.stats_batch = 0;
   }
   s.q = heads_of(q), s.k = heads_of(k), s.v = heads_of(v);
   s.scale = A(setting.scale);
@@ -328,31 +330,34 @@ std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, Optional mask, 
   const auto texts = texts_of(places, q, k);
   const Tensor out = empty_like(q, v.size(3));
   const bool wide = q.scalar_type() == ScalarType::Double;
-  const Tensor lse = empty_rows({q.size(0), q.size(1), q.size(2)},
-                                wide ? ScalarType::Double : ScalarType::Float, q);
+  const Tensor stats = empty_rows({q.size(0), q.size(1), q.size(2), 2},
+                                  wide ? ScalarType::Double : ScalarType::Float, q);
   with_accumulation(q, [&](auto zero) {
     using A = decltype(zero);
-    auto s = problem<A>(q, k, v, lse, mask, seed, texts, {scale, lower, upper, dropout_p, period});
+    auto s =
+        problem<A>(q, k, v, stats, mask, seed, texts, {scale, lower, upper, dropout_p, period});
     s.out = heads_of(out);
-    if (texts) std::fill_n(s.lse, lse.numel(), A(0));
+    if (texts) std::fill_n(s.stats, stats.numel(), A(0));
     clear_others(s);
     for_units(s, 0,
               [](const Problem<A>& s, const Buffers<A>& w, RowTerms<A>& terms, int64_t b,
                  int64_t group) { forward_unit(s, w, terms, b, group); });
   });
-  return {out, lse};
+  return {out, stats};
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor lse,
-                                            Optional mask, Optional seed, Optional places,
-                                            double scale, int64_t lower, int64_t upper,
-                                            double dropout_p, int64_t period, int64_t needs) {
+std::tuple<Tensor, Tensor, Tensor> backward(Tensor d_out, Tensor q, Tensor k, Tensor v,
+                                            Tensor stats, Optional mask, Optional seed,
+                                            Optional places, double scale, int64_t lower,
+                                            int64_t upper, double dropout_p, int64_t period,
+                                            int64_t needs) {
   const auto texts = texts_of(places, q, k);
   const Tensor dq = if_wanted(needs & 1, q), dk = if_wanted(needs & 2, k),
                dv = if_wanted(needs & 4, v);
   with_accumulation(q, [&](auto zero) {
     using A = decltype(zero);
-    auto s = problem<A>(q, k, v, lse, mask, seed, texts, {scale, lower, upper, dropout_p, period});
+    auto s =
+        problem<A>(q, k, v, stats, mask, seed, texts, {scale, lower, upper, dropout_p, period});
     s.d_out = heads_of(d_out);
     s.to_q = heads_of(dq), s.to_k = heads_of(dk), s.to_v = heads_of(dv);
     clear_others(s);
@@ -364,7 +369,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor d_out, Tensor q, Tensor k, Te
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> double_backward(
-    Optional a, Optional b, Optional c, Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor lse,
+    Optional a, Optional b, Optional c, Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor stats,
     Optional mask, Optional seed, Optional places, double scale, int64_t lower, int64_t upper,
     double dropout_p, int64_t period, int64_t needs) {
   const auto texts = texts_of(places, q, k);
@@ -372,7 +377,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> double_backward(
                dk = if_wanted(needs & 4, k), dv = if_wanted(needs & 8, v);
   with_accumulation(q, [&](auto zero) {
     using A = decltype(zero);
-    auto s = problem<A>(q, k, v, lse, mask, seed, texts, {scale, lower, upper, dropout_p, period});
+    auto s =
+        problem<A>(q, k, v, stats, mask, seed, texts, {scale, lower, upper, dropout_p, period});
     s.d_out = heads_of(d_out);
     s.a = heads_of(a), s.b = heads_of(b), s.c = heads_of(c);
     s.to_d_out = heads_of(dd), s.to_q = heads_of(dq), s.to_k = heads_of(dk), s.to_v = heads_of(dv);

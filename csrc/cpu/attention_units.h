@@ -10,27 +10,36 @@
 
 namespace fastmeta {
 
+// Queries [first, first + rows) of a head, with the range of keys that they attend, in whole
+// vectors.
+struct Block {
+  int64_t b, h, first, rows, column, columns;
+};
+
 template <typename A>
 struct Problem {
   int64_t batch, heads, groups, queries, keys;
   Heads q, k, v, d_out, a, b, c;          // operands; a, b, c: cotangents of dq, dk, dv
   Heads out, to_d_out, to_q, to_k, to_v;  // results
-  A* lse;                                 // [B, H, Lq]
-  int64_t lse_batch, lse_head;
+  // [B, H, Lq, 2]: the largest score of a row, and what exp(score - it) is multiplied with
+  A* stats;
+  int64_t stats_batch, stats_head;
   const Texts* texts;  // null: padded
   A scale;
   RowTerms<A> terms;
   static constexpr int64_t kCount = 64 / sizeof(A);
 
   int64_t whole() const { return padded(keys, kCount); }
-  A* lse_of(int64_t b, int64_t h) const { return lse + b * lse_batch + h * lse_head; }
+  A* stats_of(const Block& at) const {
+    return stats + at.b * stats_batch + at.h * stats_head + 2 * at.first;
+  }
   // That of one text alone.
   Problem text(int64_t b) const {
     Problem own = *this;
     const int64_t first = texts->first[b];
     own.queries = own.keys = texts->count[b];
     for (Heads* h : own.tensors()) *h = h->from(first / texts->each, first % texts->each);
-    own.lse += first / texts->each * heads * texts->each + first % texts->each;
+    own.stats += 2 * (first / texts->each * heads * texts->each + first % texts->each);
     return own;
   }
   // Every tensor of [B, H, L, width].
@@ -81,12 +90,6 @@ struct Buffers {
     to_k = part(order > 0, whole, d), to_v = part(order > 0, whole, e);
     bias = part(true, 1, whole), keep = part(true, 1, whole);
   }
-};
-
-// Queries [first, first + rows) of a head, with the range of keys that they attend, in whole
-// vectors.
-struct Block {
-  int64_t b, h, first, rows, column, columns;
 };
 
 template <typename A>

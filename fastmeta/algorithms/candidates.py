@@ -18,8 +18,9 @@ from fastmeta.engine.checks import check_clip_norm, check_steps
 from fastmeta.engine.chunks import split
 from fastmeta.engine.head import frozen_features, head_may_serve, head_steps
 from fastmeta.engine.losses import WAYS, accuracy, classification
-from fastmeta.engine.optimizers import UpdateRule, resolve_rule
+from fastmeta.engine.optimizers import resolve_rule
 from fastmeta.engine.rates import Rates, check_rate
+from fastmeta.engine.update_rule import UpdateRule
 from fastmeta.patching import Patched, TaskParams
 from fastmeta.patching.head import linear_head
 from fastmeta.patching.task_axes import is_input

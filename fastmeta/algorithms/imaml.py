@@ -17,7 +17,8 @@ class IMAML(GradientLearner):
     The inner loop minimises ``L_support(phi) + lam/2 |phi - theta|^2``; the meta-gradient solves
     ``(I + H / lam) g = dL_query/dphi`` by conjugate gradients, batched over tasks. Memory does not
     depend on the number of steps. Exact where the inner loop has converged. The initial values
-    learn; shared weights that are not adapted receive the query loss's direct gradient.
+    learn; shared weights that are not adapted receive the query loss's gradient and what reaches
+    them through the adapted weights.
 
     Args:
         patched: The model, from `fm.patch`.

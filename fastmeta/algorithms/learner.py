@@ -25,9 +25,10 @@ from fastmeta.engine.inner import InnerLoop
 from fastmeta.engine.losses import LossFn, mask_ways, resolve_loss
 from fastmeta.engine.memory import MemoryPlan, check_memory
 from fastmeta.engine.memory_plans import forget_others, plan_for
-from fastmeta.engine.optimizers import UpdateRule, resolve_rule
+from fastmeta.engine.optimizers import resolve_rule
 from fastmeta.engine.rates import LearnedRate, Rates
 from fastmeta.engine.replays import WHOLE, replays_of
+from fastmeta.engine.update_rule import UpdateRule
 from fastmeta.meta_module import MetaModule
 from fastmeta.patching import Patched, TaskParams
 

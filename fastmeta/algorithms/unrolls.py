@@ -19,7 +19,7 @@ from fastmeta.engine.conditions import computing
 from fastmeta.engine.episode import MetaOutput, with_ways, zero_loss
 from fastmeta.engine.inner import InnerLoop, Support, inner_step, model_inputs, task_losses
 from fastmeta.engine.losses import scores
-from fastmeta.engine.optimizers import State
+from fastmeta.engine.update_rule import State
 from fastmeta.meta_module import MetaModule
 from fastmeta.patching import Patched, TaskParams
 from fastmeta.patching.prefix import PrefixCache

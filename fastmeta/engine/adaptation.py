@@ -18,8 +18,9 @@ from fastmeta.engine.episode import adapt_tasks
 from fastmeta.engine.inner import InnerLoop, Trajectory
 from fastmeta.engine.losses import WAYS, LossFn, resolve_loss
 from fastmeta.engine.memory import check_memory
-from fastmeta.engine.optimizers import UpdateRule, resolve_rule
+from fastmeta.engine.optimizers import resolve_rule
 from fastmeta.engine.rates import LearnedRate, Rates
+from fastmeta.engine.update_rule import UpdateRule
 from fastmeta.patching import Patched, TaskParams
 
 

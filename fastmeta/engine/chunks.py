@@ -15,8 +15,8 @@ from fastmeta.engine.free_memory import free_bytes, is_out_of_memory
 from fastmeta.engine.inner import InnerLoop
 from fastmeta.engine.losses import name_of
 from fastmeta.engine.memory import MemoryPlan
-from fastmeta.engine.optimizers import FusedRule
 from fastmeta.engine.recompute import add, backpropagate
+from fastmeta.engine.update_rule import FusedRule
 from fastmeta.patching import TaskParams
 from fastmeta.patching.later_params import LaterParams
 from fastmeta.patching.narrow_params import joined

@@ -22,8 +22,8 @@ from fastmeta.engine.conditions import computing
 from fastmeta.engine.episode import support_of
 from fastmeta.engine.inner import inner_step, task_losses
 from fastmeta.engine.losses import WAYS, LossFn
-from fastmeta.engine.optimizers import UpdateRule
 from fastmeta.engine.rates import Rates
+from fastmeta.engine.update_rule import UpdateRule
 from fastmeta.patching import ParamLayout, Patched, TaskParams
 
 Place = slice | Tensor

@@ -17,7 +17,7 @@ from fastmeta.engine.learned import (
     lstm_state,
     lstm_step,
 )
-from fastmeta.engine.optimizers import State
+from fastmeta.engine.update_rule import State
 
 _INPUTS = 4  # gradient and loss, two numbers each
 _LOG_RANGE = 10.0

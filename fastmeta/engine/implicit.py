@@ -36,11 +36,12 @@ def conjugate_gradient(product: Callable[[Tensor], Tensor], b: Tensor, iteration
     r = b
     p = b
     rr = r.square().sum(1, keepdim=True)
+    go = torch.ones_like(rr, dtype=torch.bool)
     for _ in range(iterations):
         ap = product(p)
         curvature = (p * ap).sum(1, keepdim=True)
-        # Negative or no curvature, or a finished row: a step of length 0.
-        go = (curvature > 0) & (rr > 0)
+        # Negative or no curvature, or a finished row: steps of length 0 from then on.
+        go = go & (curvature > 0) & (rr > 0)
         alpha = torch.where(go, rr / torch.where(go, curvature, 1.0), 0.0)
         x = x + alpha * p
         r = r - alpha * ap

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastmeta.engine.losses import MANY_CLASSES, WAYS, LossFn, name_of, of_words, words_loss
-from fastmeta.engine.optimizers import State, UpdateRule
 from fastmeta.engine.prototype_head import PrototypeHead
 from fastmeta.engine.rates import Rates
+from fastmeta.engine.update_rule import State, UpdateRule
 from fastmeta.patching import ParamLayout, Patched, TaskParams
 from fastmeta.patching.narrow_params import Narrowing, NarrowParams, joined
 from fastmeta.patching.prefix import PrefixCache

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastmeta import ops
 from fastmeta._settings import above_0, integer
 from fastmeta.engine.factored import SecondMoments, by_segment, spread
-from fastmeta.engine.optimizers import Rate, State, UpdateRule
+from fastmeta.engine.update_rule import Rate, State, UpdateRule
 from fastmeta.patching import ParamLayout
 
 KINDS = ("lstm", "mlp")

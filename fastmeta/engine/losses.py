@@ -191,6 +191,7 @@ def _mean_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """``[T, ..., C]`` and ``[T, ...]`` -> ``[T]``."""
     rows, flat = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
     if logits.shape[-1] < MANY_CLASSES:
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))  # as of many classes
         losses = F.cross_entropy(rows, flat, ignore_index=IGNORE_INDEX, reduction="none")
     else:
         losses = rows_cross_entropy(rows, flat, IGNORE_INDEX)

@@ -1,11 +1,11 @@
 """Attention as raw operators, and the Functions that differentiate them.
 
-Shapes: ``q, d_out [B, H, Lq, .]``, ``k, v [B, Hk, Lk, .]``, ``lse [B, H, Lq]``; a mask (bool, or
-additive in the dtype of computation) with four axes of size 1 or the full one; seed an int64
+Shapes: ``q, d_out [B, H, Lq, .]``, ``k, v [B, Hk, Lk, .]``, ``stats [B, H, Lq, 2]``; a mask (bool,
+or additive in the dtype of computation) with four axes of size 1 or the full one; seed an int64
 scalar. With places ``[B, L]`` texts lie one after another in ``[T, H, M, .]`` (see `Setting`).
-Nothing of the size Lq x Lk is kept: kernels rebuild the weights from ``lse``, in the
-gradient and in its derivative. What comes after that, and every derivative with respect to a mask,
-differentiates the reference.
+Nothing of the size Lq x Lk is kept: kernels rebuild the weights from ``stats`` (see
+`reference.attention.forward`), in the gradient and in its derivative. What comes after that, and
+every derivative with respect to a mask, differentiates the reference.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ _ATTENTION = define(
 )
 # bits of `needs`: the results in their order
 _BACKWARD = define(
-    "attention_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor lse, Tensor? mask, "
+    "attention_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor stats, Tensor? mask, "
     f"Tensor? seed, {_SETTING}, int needs) -> (Tensor, Tensor, Tensor)",
     fake=lambda d_out, q, k, v, *rest: _wanted(rest[-1], q, k, v),
 )
 _DOUBLE_BACKWARD = define(
     "attention_double_backward(Tensor? a, Tensor? b, Tensor? c, Tensor d_out, Tensor q, Tensor k, "
-    f"Tensor v, Tensor lse, Tensor? mask, Tensor? seed, {_SETTING}, int needs) "
+    f"Tensor v, Tensor stats, Tensor? mask, Tensor? seed, {_SETTING}, int needs) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     fake=lambda a, b, c, d_out, q, k, v, *rest: _wanted(rest[-1], d_out, q, k, v),
 )
@@ -103,7 +103,7 @@ def _fold(batch: int, dims: tuple, mask_at: int, args: tuple) -> list[Tensor | N
     seed behind it; a mask that all samples and rows share stays so."""
     if dims[mask_at + 1] is not None:
         raise ValueError("attention: seed must be shared by all samples of vmap, got one for each")
-    q, q_dim = args[mask_at - 1], dims[mask_at - 1]  # lse or v, which has all rows
+    q, q_dim = args[mask_at - 1], dims[mask_at - 1]  # stats or v, which has all rows
     rows = q.shape[0 if q_dim is None else int(q_dim == 0)]
     folded: list[Tensor | None] = []
     for i, (t, dim) in enumerate(zip(args[: mask_at + 1], dims, strict=False)):
@@ -116,7 +116,7 @@ def _fold(batch: int, dims: tuple, mask_at: int, args: tuple) -> list[Tensor | N
 
 
 class _Attend(Function):
-    """``(q, k, v, mask, seed, setting)`` -> ``(out, lse)`` by the kernel."""
+    """``(q, k, v, mask, seed, setting)`` -> ``(out, stats)`` by the kernel."""
 
     @staticmethod
     def forward(q, k, v, mask, seed, setting):
@@ -132,14 +132,14 @@ class _Attend(Function):
 
     @staticmethod
     def backward(ctx, d_out, _):
-        q, k, v, mask, seed, lse = ctx.saved_tensors
+        q, k, v, mask, seed, stats = ctx.saved_tensors
         if d_out is None:
             return (None,) * 6
         if ctx.needs_input_grad[3]:
             found = reference.gradients(d_out, q, k, v, mask, seed, ctx.setting)
             return *_only(ctx.needs_input_grad[:4], found), None, None
         needs = bits(ctx.needs_input_grad[:3])
-        args = (d_out, q, k, v, lse, mask, seed, ctx.setting, needs)
+        args = (d_out, q, k, v, stats, mask, seed, ctx.setting, needs)
         function = _Gradients.call if needs_autograd(d_out, q, k, v, mask) else _Gradients.forward
         return tuple(placed(function(*args), needs, range(3), 6))
 
@@ -157,13 +157,13 @@ def _only(wanted: tuple[bool, ...], found) -> tuple[Tensor | None, ...]:
 
 
 class _Gradients(Function):
-    """``(d_out, q, k, v, lse, mask, seed, setting, needs)`` -> the wanted ones of dq, dk, dv."""
+    """``(d_out, q, k, v, stats, mask, seed, setting, needs)`` -> the wanted ones of dq, dk, dv."""
 
     @staticmethod
-    def forward(d_out, q, k, v, lse, mask, seed, setting, needs):
+    def forward(d_out, q, k, v, stats, mask, seed, setting, needs):
         kernel = _backend.kernel(_BACKWARD, q.device.type)
         given = map(dense, (d_out, q, k, v))
-        results = kernel(*given, lse.contiguous(), mask, seed, *_arguments(setting), needs)
+        results = kernel(*given, stats.contiguous(), mask, seed, *_arguments(setting), needs)
         return chosen(results, needs)
 
     @staticmethod
@@ -174,7 +174,7 @@ class _Gradients(Function):
 
     @staticmethod
     def backward(ctx, *cotangents):
-        d_out, q, k, v, lse, mask, seed = ctx.saved_tensors
+        d_out, q, k, v, stats, mask, seed = ctx.saved_tensors
         found: list[Tensor | None] = [None] * 9
         if all(c is None for c in cotangents):
             return tuple(found)
@@ -186,7 +186,7 @@ class _Gradients(Function):
             )
             return _only(wanted, found)
         needs = bits(wanted[:4])
-        args = (a, b, c, d_out, q, k, v, lse, mask, seed, ctx.setting, needs)
+        args = (a, b, c, d_out, q, k, v, stats, mask, seed, ctx.setting, needs)
         tensors = (a, b, c, d_out, q, k, v, mask)
         function = _Second.call if needs_autograd(*tensors) else _Second.forward
         return tuple(placed(function(*args), needs, range(4), 9))
@@ -201,14 +201,14 @@ class _Gradients(Function):
 
 
 class _Second(Function):
-    """``(a, b, c, d_out, q, k, v, lse, mask, seed, setting, needs)``: the wanted derivatives of
+    """``(a, b, c, d_out, q, k, v, stats, mask, seed, setting, needs)``: the wanted derivatives of
     ``a dq + b dk + c dv`` with respect to d_out, q, k and v."""
 
     @staticmethod
-    def forward(a, b, c, d_out, q, k, v, lse, mask, seed, setting, needs):
+    def forward(a, b, c, d_out, q, k, v, stats, mask, seed, setting, needs):
         kernel = _backend.kernel(_DOUBLE_BACKWARD, q.device.type)
         given = map(dense, (a, b, c, d_out, q, k, v))
-        results = kernel(*given, lse.contiguous(), mask, seed, *_arguments(setting), needs)
+        results = kernel(*given, stats.contiguous(), mask, seed, *_arguments(setting), needs)
         return chosen(results, needs)
 
     @staticmethod

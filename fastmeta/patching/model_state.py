@@ -28,6 +28,7 @@ class ModelState:
             for name, buffer in module._buffers.items()
             if buffer is not None and name not in module._non_persistent_buffers_set
         ]
+        self._settings = settings_of(model)
         self._like = next((p for p in model.parameters() if p.is_floating_point()), None)
         self._was = None if self._like is None else (self._like.dtype, self._like.device)
 
@@ -45,6 +46,27 @@ class ModelState:
                 UserWarning,
                 stacklevel=4,
             )
+
+    def warn_of_changes(self) -> None:
+        """Warn, once, where a module is another, has other hooks or other settings than when the
+        model was patched, or was put to rest since."""
+        now = settings_of(self.model)
+        if now == self._settings:
+            return
+        was, self._settings = self._settings, now
+        changed = [
+            f"{name}.{key}".lstrip(".")
+            for name in {**was, **now}
+            for key in {**was.get(name, {}), **now.get(name, {})}
+            if was.get(name, {}).get(key) != now.get(name, {}).get(key)
+        ]
+        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        warnings.warn(
+            f"{changed[0]}{more} of the model changed after it was patched, which may have no "
+            "effect: patch the model again",
+            UserWarning,
+            stacklevel=4,
+        )
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The model's, by name; RuntimeError where one is another than when it was patched: the
@@ -70,3 +92,24 @@ class ModelState:
                     f"buffer {name!r} of the model was replaced after it was patched (as by "
                     "load_state_dict(assign=True) or a conversion): patch the model again"
                 )
+
+
+def settings_of(model: nn.Module) -> dict[str, dict[str, object]]:
+    """Of every module, by name: its class, its number of hooks, and its public attributes that are
+    numbers or texts, without those that modes and memory change."""
+    return {
+        name: {
+            "__class__": type(module),
+            "hooks": sum(len(getattr(module, hooks)) for hooks in _HOOKS),
+            **{k: v for k, v in vars(module).items() if type(v) in _PLAIN and _is_public(k)},
+        }
+        for name, module in model.named_modules()
+    }
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_PLAIN = (bool, int, float, str)
+
+
+def _is_public(attribute: str) -> bool:
+    return attribute[0] != "_" and attribute not in ("training", "gradient_checkpointing")

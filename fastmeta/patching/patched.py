@@ -137,6 +137,7 @@ class Patched(MetaModule):
         """
         if num_tasks < 1:
             raise ValueError(f"num_tasks must be at least 1, got {num_tasks}")
+        self._state.warn_of_changes()
         return InitialParams(self.layout, with_zeros(self.slots.leaves()), num_tasks)
 
     # -- running -----------------------------------------------------------------------------
@@ -218,16 +219,23 @@ class Patched(MetaModule):
             inputs: The model's inputs with a task axis, ``[T, N, ...]``. ``labels`` are not passed
                 to the model (its own loss would mix tasks); an encoder-decoder model derives its
                 decoder inputs from them. Labels ``[T, N, L]`` that ignore all padding (-100) say
-                that nobody reads the outputs there, which then need not be computed.
+                that nobody reads the outputs there, which then need not be computed. The model
+                runs as with ``use_cache=False``: without a mask, ``position_ids`` that start again
+                begin another text in a row.
 
         Returns:
             The model's output with ``[T, N, ...]`` in place of ``[B, ...]``.
 
         Raises:
             ValueError: Inputs and params disagree on T, or a mask and its words on their shape;
-                a word that the model does not know, or a text that is too long.
+                a word that the model does not know, or a text that is too long; a cache of keys
+                and values.
         """
         check_inputs(inputs, "given", self.device, self.model)
+        if inputs.get("past_key_values") is not None:
+            raise ValueError(
+                "a pass takes whole texts, got past_key_values: generate(...) goes on with a cache"
+            )
         return self.run(params, inputs, prefix_cache)
 
     def generate(self, params: TaskParams, **given: Any) -> Any:

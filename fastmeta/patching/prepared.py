@@ -106,6 +106,7 @@ def _trials(inputs: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] > 1:
         padded = mask.clone()
         padded[1::2, mask.shape[1] - mask.shape[1] // 2 :] = 0
+        padded = torch.where(padded.any(1, keepdim=True), padded, mask)  # no text without a token
         yield {**inputs, unpadded.MASK: padded}
 
 

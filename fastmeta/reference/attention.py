@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastmeta._dtypes import wide_dtype
@@ -134,17 +135,21 @@ def kept(seed: Tensor, shape: torch.Size, setting: Setting, dtype: torch.dtype) 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, seed: Tensor | None, setting: Setting
 ) -> tuple[Tensor, Tensor]:
-    """The result, laid out as q is, and the logarithm ``[B, H, Lq]`` of every row's sum of
-    exponentials: +inf for rows without a key, so that ``exp(score - it)`` is their weight."""
+    """The result, laid out as q is, and of every row two numbers ``[B, H, Lq, 2]``: its largest
+    score, and what ``exp(score - it)`` is multiplied with, both 0 for rows without a key."""
     places, rows, own = setting.places, (q, k), mask
     if places is not None:
         rows, own = (as_texts(t, places) for t in (q, k)), at_places(mask, places)
-    lse = torch.logsumexp(masked_scores(*rows, own, setting), -1)
-    lse = torch.where(lse == float("-inf"), float("inf"), lse)
+    scores = masked_scores(*rows, own, setting)
+    top = F.pad(scores, (0, 1), value=float("-inf")).amax(-1, keepdim=True)
+    empty = top == float("-inf")
+    top = top.masked_fill(empty, 0)
+    share = (1 / (scores - top).exp().sum(-1, keepdim=True)).masked_fill(empty, 0)
+    stats = torch.cat([top, share], -1)
     if places is not None:
-        lse = as_rows(lse.unsqueeze(-1), places, q).squeeze(-1)
+        stats = as_rows(stats, places, q)
     out = empty_like(q, v.shape[3])
-    return out.copy_(attention(q, k, v, mask, seed, setting)), lse
+    return out.copy_(attention(q, k, v, mask, seed, setting)), stats
 
 
 def empty_like(t: Tensor, width: int) -> Tensor:

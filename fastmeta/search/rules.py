@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastmeta.engine.optimizers import RULES, State, UpdateRule
+from fastmeta.engine.optimizers import RULES
+from fastmeta.engine.update_rule import State, UpdateRule
 
 
 class RowRules(UpdateRule):

@@ -39,18 +39,28 @@ CASES: dict[str, dict[str, Any]] = {
     "causal": {"causal": True, "mask": "padding"},
     "window": {"window": (2, 1), "scale": 0.3},
     "heads": {"mask": "heads", "causal": True, "offset": 1},
+    "finite": {"mask": "finite"},
     "dropout": {"dropout_p": 0.3, "seed": 2**40 + 7, "mask": "rows"},
 }
-SMALL = (((2, 2, 1, 3, 4, 2, 3), tuple(CASES)), ((1, 2, 2, 2, 3, 2, 2), ("bias",)))
+# not "finite": differences of scores vanish beside its number, their derivatives do not
+SMALL = (
+    ((2, 2, 1, 3, 4, 2, 3), tuple(c for c in CASES if c != "finite")),
+    ((1, 2, 2, 2, 3, 2, 2), ("bias",)),
+)
 
 
 def mask_of(kind: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """``padding`` and ``rows``: bool ``[B, 1, 1, Lk]`` and ``[B, 1, Lq, Lk]``, the last row of the
-    batch without a key; ``heads``: additive ``[H, Lq, Lk]`` with an excluded key."""
+    batch without a key; ``heads``: additive ``[H, Lq, Lk]`` with an excluded key; ``finite``:
+    additive ``[B, 1, Lq, Lk]`` with a large number in place of -inf, everywhere in one row."""
     batch, heads, _, queries, keys, _, _ = shape
     if kind == "heads":
         made = torch.randn(heads, queries, keys, generator=generator, dtype=torch.float64)
         made[:, :, keys // 2 : keys // 2 + 1] = float("-inf")
+        return made
+    if kind == "finite":
+        made = torch.zeros(batch, 1, queries, keys, dtype=torch.float64)
+        made[batch - 1 :, :, :1] = made[:, :, 1:, keys // 2 :] = -1e30
         return made
     rows = 1 if kind == "padding" else queries
     made = torch.rand(batch, 1, rows, keys, generator=generator) < 0.7
@@ -99,9 +109,10 @@ def samples(shapes_and_cases, dtypes, device: str | torch.device = "cpu") -> Ite
 
 
 def some(dtypes, device: str | torch.device = "cpu") -> Iterator[Sample]:
-    """Every shape in two cases, every case with three shapes."""
+    """Every shape in two cases, every case with several shapes."""
     names = list(CASES)
-    chosen = [(s, (names[i % 6], names[(i + 2 + i // 6) % 6])) for i, s in enumerate(SHAPES)]
+    n = len(names)
+    chosen = [(s, (names[i % n], names[(i + 2 + i // n) % n])) for i, s in enumerate(SHAPES)]
     return samples([*chosen, (SHAPES[1], ("bias",))], dtypes, device)
 
 

@@ -7,6 +7,7 @@ import torch
 from second_order import derivatives
 
 from fastmeta import ops
+from fastmeta.kernels import lora_linear
 from fastmeta.ops import QuantizedWeight, use_impl
 from fastmeta.testing.lora_linear import samples
 
@@ -33,6 +34,12 @@ def test_derivatives(index: int):
     for g, e in zip(got, expected, strict=True):
         torch.testing.assert_close(g, e, rtol=1e-11, atol=1e-11)
     assert all(torch.equal(g, a) for g, a in zip(got, again, strict=True))
+
+
+@pytest.mark.parametrize("index", range(len(SHAPES)))
+def test_programs_share_the_rows_of_a_task(index: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(lora_linear, "_ROWS_OF_A_PART", 2)
+    test_derivatives(index)
 
 
 @pytest.mark.parametrize("frozen", range(4))
