@@ -237,6 +237,27 @@ def test_sums_over_tasks(shape: tuple[int, ...], adjacent: bool, bf16: bool, cpu
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("apart", ["neither", "left", "right", "both"])
+def test_sums_over_tasks_of_one_row(apart: str, bf16: bool, cpu_impl) -> None:
+    """Rows of a task each, every third number of a row: no axis of their sum is adjacent."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (
+        torch.randn(6, 1, 3 * n, generator=generator)[:, :, ::3]
+        if apart in (side, "both")
+        else torch.randn(6, 1, n, generator=generator)
+        for side, n in (("left", 20), ("right", 37))
+    )
+    x, y = (t.bfloat16().double() if bf16 else t.double() for t in (left, right))
+    expected = torch.einsum("tkm,tkn->mn", x, y)[None].float()
+    torch.testing.assert_close(over_tasks(left.mT, right, bf16), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_no_columns(cpu_impl) -> None:
+    assert over_tasks(torch.zeros(3, 0, 2), torch.zeros(3, 2, 0)).shape == (1, 0, 0)
+    assert over_tasks(torch.zeros(3, 4, 2), torch.zeros(3, 2, 0)).shape == (1, 4, 0)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 3.4e38])
 def test_what_is_not_finite_stays_so_in_bfloat16(value: float, cpu_impl) -> None:
     a = torch.zeros(1, 20, 33)

@@ -39,6 +39,17 @@ class WithOwnParameters(nn.Module):
         return torch.cat([self.token.expand(len(x), -1, -1), x * self.gain], 1).tanh()
 
 
+class WithRow(nn.Module):
+    """A row of its own, as if it were one of the batch, that is used otherwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.row = nn.Parameter(torch.rand(1, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.cat([self.row, torch.ones(4, 4, dtype=x.dtype)])
+
+
 class WithToken(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -155,6 +166,7 @@ PLAIN: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], dict[str, 
     "convolutional": (convolutional, floats, {}),
     "positions-without-batch": (WithPositions, ids, {"positions": "lift"}),
     "own-parameters": (WithOwnParameters, floats, {"": "loop"}),
+    "own-row": (WithRow, floats, {"": "loop"}),
     "own-parameters-inside": (lambda: nn.Sequential(WithOwnParameters()), floats, {"0": "vmap"}),
     "class-token": (WithToken, floats, {"": "expand"}),
     "reads-child": (lambda: nn.Sequential(ReadsChild(), nn.Linear(4, 2)), floats, {"0": "vmap"}),
@@ -244,6 +256,23 @@ def test_what_cannot_work_names_module_and_remedy() -> None:
     # The remedy works.
     outside = fm.patch(nn.Sequential(nn.Linear(4, 4), nn.Tanh()).double(), fm.Params("0"))
     assert outside(outside.init(2), input=floats()).shape == (2, 3, 5, 4)
+
+
+class Masking(nn.Module):
+    """Reads half of its input, another half every time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(x * (torch.rand_like(x) < 0.5))
+
+
+def test_a_model_that_is_random_when_it_is_evaluated() -> None:
+    patched = fm.patch(Masking().double().eval(), fm.Params("*"))
+    with pytest.raises(fm.PatchError, match="Masking draws random numbers in evaluation mode"):
+        patched(patched.init(2), x=floats())
 
 
 def test_unit_arguments_are_told_apart_by_the_probe_not_by_their_size() -> None:

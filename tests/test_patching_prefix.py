@@ -170,6 +170,55 @@ def test_a_random_prefix_is_not_reused() -> None:
     assert patched.record_prefix(patched.init(2), inputs) is None
 
 
+class Parallel(nn.Module):
+    """What is frozen is written to once it was returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.main, self.side = (nn.Linear(4, 4) for _ in range(3))
+        self.classifier = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).tanh()
+        out = self.main(x)
+        out += self.side(x)
+        return self.classifier(out.tanh())
+
+
+@pytest.mark.parametrize("memory", ["unroll", "recompute"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_results_that_are_written_to_are_not_stored(frozen: bool, memory: str) -> None:
+    torch.manual_seed(0)
+    model = Parallel().double().requires_grad_(not frozen)
+    patched = fm.patch(model, fm.Params("side.*"))
+    x, labels = torch.randn(2, 2, 3, 4, dtype=torch.float64), torch.randint(0, 3, (2, 2, 3))
+    support, query = ({"x": x[i], "labels": labels[i]} for i in range(2))
+    assert patched.plan(support).prefix == ["first"]
+    out = fm.MAML(patched, lr=0.5, steps=3, memory=memory)(fm.TaskBatch(support, query))
+    for t in range(2):
+        fast = {n: p.detach().clone().requires_grad_() for n, p in model.side.named_parameters()}
+        for i in (0, 0, 0, 1):
+            named = {f"side.{n}": p for n, p in fast.items()}
+            logits = torch.func.functional_call(model, named, (x[i, t],))
+            loss = nn.functional.cross_entropy(logits, labels[i, t])
+            if i == 0:
+                grads = torch.autograd.grad(loss, list(fast.values()))
+                fast = {n: p - 0.5 * g for (n, p), g in zip(fast.items(), grads, strict=True)}
+        torch.testing.assert_close(out.task_losses[t], loss, rtol=1e-10, atol=1e-12)
+
+
+def test_a_module_that_a_shared_method_calls_again_is_not_stored() -> None:
+    patched = fm.patch(families.build("deberta_v2_relative"), fm.LoRA(r=2, targets=("value_proj",)))
+    inputs = families.inputs("deberta_v2_relative", 2, 2, padding="right")
+    with keep_float64():
+        params = patched.init(2)
+        cache = patched.record_prefix(params, inputs)
+        assert cache is not None and cache.outputs
+        expected = patched(params, **inputs).logits
+        found = patched(params, prefix_cache=cache, **inputs).logits
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
 def test_texts_without_a_token_in_their_first_half_come_first() -> None:
     """Trials must not leave out all that a text has."""
     patched = fm.patch(families.build("t5"), fm.Prefix(length=3))

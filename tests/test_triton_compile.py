@@ -241,12 +241,12 @@ def check(
             f"{what}: {registers} registers, {binary.metadata.shared} bytes shared, {stack} stack"
         )
         # a few registers around a branch, or a power or exponential of doubles; derivatives of
-        # attention with heads of 64 and more, the second ones of which hold eight tiles
+        # attention, the second ones of which hold eight tiles of wide heads or of doubles
         doubles = launch.constants.get("ACC") == triton.language.float64
         width = max(launch.constants.get("BD", 0), launch.constants.get("BE", 0))
-        second = launch.name.startswith("second_") and width >= 64
-        first = launch.name in ("rows_kernel", "keys_kernel") and width >= 64
-        most = 512 if second else 128 if first else 64 if doubles else 16
+        second = launch.name.startswith("second_") and (width >= 64 or doubles)
+        first = launch.name in ("rows_kernel", "keys_kernel") and width >= 32
+        most = 512 if second else 4 * max(width, 32) if first else 64 if doubles else 16
         if local or stack > (known or {}).get(launch.name, most):
             spilled.append(f"{what}: {registers} registers, {stack} bytes of stack")
         assert_vectors(launch, binary, what)

@@ -63,17 +63,20 @@ struct Batch {
 
   // Columns of a unit of work that has all tasks: as many units for every thread.
   static int64_t share(int64_t n) {
+    if (n == 0) return kColumns;
     const int64_t threads = torch::stable::get_num_threads();
     const int64_t units = threads * ceil_div(n, threads * kColumns);
     return ceil_div(ceil_div(n, units), 32) * 32;
   }
 
   // Tasks of a sum that count as one, whose rows lie one after the other: more would not stay in a
-  // cache.
+  // cache. Where a task has one row, what is then the step between rows is none between its
+  // numbers.
   static int64_t grouped(const Tensor& a, const Tensor& b) {
     const int64_t k = a.size(2);
     const bool adjacent = a.stride(0) == k * a.stride(2) && b.stride(0) == k * b.stride(1);
-    return adjacent ? most(1, batched::kDepth<A> / most(k, 1)) : 1;
+    const bool together = k > 1 || (b.stride(2) == 1 && (a.size(1) == 1 || a.stride(1) == 1));
+    return adjacent && together ? most(1, batched::kDepth<A> / most(k, 1)) : 1;
   }
 
   bool empty() const { return tasks == 0 || m == 0 || n == 0; }

@@ -101,7 +101,8 @@ def run_episode(
         loss = (results.losses if every else results.losses[good]).mean()
     else:
         loss = zero_loss([*start.tensors(), *loop.added_parameters(), *loop.shared])
-    logits = results.logits if results.logits.numel() else None
+    plain = isinstance(results.logits, Tensor) and results.logits.numel()
+    logits = results.logits if plain else None
     return MetaOutput(
         loss=loss,
         task_losses=results.losses,

@@ -40,6 +40,7 @@ class Trace:
         outputs: Module -> the result of each call, where they are kept.
         open: Modules entered and not left, outermost first; after an error the last is its place.
         inside: Modules called from inside a shared method.
+        written: Modules whose results were written in place after they had returned them.
     """
 
     order: list[tuple[str, str]] = field(default_factory=list)
@@ -47,6 +48,7 @@ class Trace:
     outputs: dict[str, list[Any]] = field(default_factory=dict)
     open: list[str] = field(default_factory=list)
     inside: set[str] = field(default_factory=set)
+    written: set[str] = field(default_factory=set)
 
 
 def watch_methods(structure: nn.Module, traces: list[Trace]) -> None:
@@ -91,11 +93,14 @@ def record(structure: nn.Module, trace: Trace, keep_outputs: bool = False) -> It
                 return
             trace.open.pop()
             trace.order.append(("exit", name))
+            found = [t for t in tree_flatten(output)[0] if isinstance(t, Tensor)]
+            results.extend((name, t, t._version) for t in found)
             if keep_outputs:
                 trace.outputs.setdefault(name, []).append(output)
 
         return hook
 
+    results: list[tuple[str, Tensor, int]] = []  # and how often each had been written by then
     handles: list[Any] = []
     for name, module in structure.named_modules():
         handles.append(module.register_forward_pre_hook(enter(name), with_kwargs=True))
@@ -105,6 +110,7 @@ def record(structure: nn.Module, trace: Trace, keep_outputs: bool = False) -> It
     finally:
         for handle in handles:
             handle.remove()
+        trace.written |= {name for name, t, version in results if t._version != version}
 
 
 @contextmanager
@@ -180,7 +186,8 @@ def call_kinds(small: Trace, large: Trace, rows: tuple[int, int]) -> dict[str, C
 
 
 def prefix_modules(trace: Trace, adapted: set[str]) -> list[str]:
-    """Outermost modules whose calls all end before the first adapted module is entered."""
+    """Outermost modules whose calls all end before the first adapted module is entered, and whose
+    results nobody writes to: those can be stored."""
     boundary = next(
         (i for i, (kind, name) in enumerate(trace.order) if kind == "enter" and name in adapted),
         None,
@@ -192,7 +199,8 @@ def prefix_modules(trace: Trace, adapted: set[str]) -> list[str]:
     for i, (_kind, name) in enumerate(trace.order):
         first.setdefault(name, i)
         last[name] = i
-    done = {n for n in last if last[n] < boundary and not n.endswith("()")}
+    others = trace.inside | trace.written
+    done = {n for n in last if last[n] < boundary and not n.endswith("()") and n not in others}
     return sorted(
         (n for n in done if not any(p in done for p in ancestors(n))), key=lambda n: first[n]
     )

@@ -254,7 +254,7 @@ class _Search:
             error = e
         place = self._locate(plan)
         self.blamed = self.blamed or place
-        if "" in modes:
+        if modes.get("") in WHOLE:
             raise self._error(error) from error
         self._move_down(place, modes)
         return None
@@ -391,6 +391,12 @@ class _Search:
                 self._add_around(place)
 
     def _error(self, error: Exception | None) -> PatchError:
+        again = zip(self._per_task(self.small), self.expected, strict=True)
+        if not all(probe.agrees(out, [before], self.tolerance) for out, before in again):
+            return PatchError(
+                f"{type(self.model).__name__} draws random numbers in evaluation mode too: no pass "
+                "shows whether it computes the right results with per-task parameters"
+            )
         name = self.blamed or ""
         where = f"module {name!r} of {type(self.model).__name__}" if name else "the model"
         kind = type(self.modules[name]).__name__
