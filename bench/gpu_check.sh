@@ -83,7 +83,7 @@ for name in "${learners[@]}"; do
 done
 wait
 unset OMP_NUM_THREADS
-benchmark metasteps 85 compare --rounds 2
+benchmark metasteps 110 compare --rounds 2
 benchmark attention 40 compare_attention
 benchmark lora 25 compare_lora --rounds 5
 benchmark updates 30 compare_updates

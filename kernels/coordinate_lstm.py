@@ -135,7 +135,7 @@ def cell_kernel(
     ACC: tl.constexpr, PREC: tl.constexpr,
     BM: tl.constexpr, BF: tl.constexpr, BH: tl.constexpr, BJ: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     x_b = block_of(x, rows, tl.arange(0, BF), M, F, ACC)
     h_b = block_of(h, rows, tl.arange(0, BH), M, H, ACC)
     for first in tl.range(0, H, BJ, num_stages=1):
@@ -167,7 +167,7 @@ def gradient_kernel(
     BM: tl.constexpr, BF: tl.constexpr, BH: tl.constexpr, BJ: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a block's inputs and states, or with directions u their derivative."""
-    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    rows = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     fs, hs = tl.arange(0, BF), tl.arange(0, BH)
     x_b, h_b = block_of(x, rows, fs, M, F, ACC), block_of(h, rows, hs, M, H, ACC)
     ux_b = block_of(ux, rows, fs, M, F, ACC) if ux is not None else None

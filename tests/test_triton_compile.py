@@ -241,10 +241,10 @@ def check(
             f"{what}: {registers} registers, {binary.metadata.shared} bytes shared, {stack} stack"
         )
         # a few registers around a branch, or a power or exponential of doubles; derivatives of
-        # attention, the second ones of which hold eight tiles of wide heads or of doubles
+        # attention, the second ones of which hold eight tiles, of wide heads
         doubles = launch.constants.get("ACC") == triton.language.float64
         width = max(launch.constants.get("BD", 0), launch.constants.get("BE", 0))
-        second = launch.name.startswith("second_") and (width >= 64 or doubles)
+        second = launch.name.startswith("second_") and width >= 64
         first = launch.name in ("rows_kernel", "keys_kernel") and width >= 32
         most = 512 if second else 4 * max(width, 32) if first else 64 if doubles else 16
         if local or stack > (known or {}).get(launch.name, most):
@@ -355,7 +355,7 @@ def call_attention(launchers, shape, dtype, options: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_attention_compiles(dtype, options: bool, launchers, recorded, tmp_path):
     call_attention(launchers, ATTENTION["short"], dtype, options)
-    check(recorded, 90, tmp_path, {"second_rows_kernel": 160} if dtype == torch.float64 else None)
+    check(recorded, 90, tmp_path, {"second_rows_kernel": 192} if dtype == torch.float64 else None)
 
 
 @pytest.mark.slow

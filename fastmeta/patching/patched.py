@@ -158,12 +158,14 @@ class Patched(MetaModule):
             with self._lock:
                 plan = self._plans.get(key)
                 if plan is None:
-                    small, large = (
-                        model_inputs(self.model, few(inputs, probe.TASKS, rows))
-                        for rows in (probe.ROWS, probe.ROWS + 1)
-                    )
-                    # Exact: what passes show then does not depend on who comes first.
-                    with torch.autocast(self.device.type, enabled=False):
+                    # What passes show must not depend on who comes first: exact, and gradients may
+                    # follow an evaluation in inference mode.
+                    exact = torch.autocast(self.device.type, enabled=False)
+                    with exact, torch.inference_mode(False):
+                        small, large = (
+                            model_inputs(self.model, few(inputs, probe.TASKS, rows))
+                            for rows in (probe.ROWS, probe.ROWS + 1)
+                        )
                         plan = make_plan(self.model, self.slots, small, large, self.boundaries)
                     plan.train(self.training, self._state.rest)
                     warn_of_unknown(self.model, inputs)

@@ -94,7 +94,7 @@ def record(structure: nn.Module, trace: Trace, keep_outputs: bool = False) -> It
             trace.open.pop()
             trace.order.append(("exit", name))
             found = [t for t in tree_flatten(output)[0] if isinstance(t, Tensor)]
-            results.extend((name, t, t._version) for t in found)
+            results.extend((name, t, t._version) for t in found if not t.is_inference())
             if keep_outputs:
                 trace.outputs.setdefault(name, []).append(output)
 
