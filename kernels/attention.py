@@ -333,9 +333,21 @@ def readable(mask: Tensor | None, q: Tensor) -> Tensor | None:
 
 
 # Most queries and keys of a tile, by the wider head size: what the registers of 4 warps hold while
-# each has tiles of its own to multiply (counted on sm_90). Wider heads and doubles have 16 of each.
-OF_QUERIES = {64: (64, 32), 128: (16, 32)}
+# each has tiles of its own to multiply (counted in what is compiled). Wider heads and doubles have
+# 16 of each.
+OF_QUERIES = {64: (32, 32), 128: (16, 32)}
+OF_QUERIES_64 = {64: (64, 32), 128: (16, 32)}
 OF_KEYS = {32: (32, 64), 64: (32, 32), 128: (16, 32)}
+
+
+def multiplies_64_rows(device: torch.device) -> bool:
+    """Whether 4 warps multiply 64 rows as one, as Hopper's do; others spill where tiles have as
+    many."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def tiles_of_queries(q: Tensor) -> dict[int, tuple[int, int]]:
+    return OF_QUERIES_64 if multiplies_64_rows(q.device) else OF_QUERIES
 
 
 def blocks_of(q: Tensor, v: Tensor, keys: int, tiles: dict[int, tuple[int, int]]) -> dict:
@@ -384,7 +396,7 @@ def attention(
     out = laid_out_as(q, v.shape[3])
     wide = wide_dtype(q)
     stats = q.new_empty(*q.shape[:3], 2, dtype=wide)
-    constants = constants_of(q, v, mask, k.shape[2], scale, dropout_p, OF_QUERIES)
+    constants = constants_of(q, v, mask, k.shape[2], scale, dropout_p, tiles_of_queries(q))
     blocks = ceil_div(q.shape[2], constants["BM"])
     launch(
         forward_kernel,
@@ -405,7 +417,7 @@ def attention_backward(
     check_padded(places)
     mask = readable(mask, q)
     dq, dk, dv = (laid_out_as(t, t.shape[3], needs >> i & 1) for i, t in enumerate((q, k, v)))
-    constants = constants_of(q, v, mask, k.shape[2], scale, dropout_p, OF_QUERIES)
+    constants = constants_of(q, v, mask, k.shape[2], scale, dropout_p, tiles_of_queries(q))
     setting = numbers(mask, lower, upper, dropout_p, period)
     whole = fits(q, k, constants)
     delta = stats.new_empty(q.shape[:3])
