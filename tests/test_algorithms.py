@@ -103,6 +103,31 @@ def test_reptile_evaluates_on_the_support_set() -> None:
     torch.testing.assert_close(found.params.packed, expected.params.packed)
 
 
+def test_reptile_sums_over_the_places_of_a_word() -> None:
+    """A table of which the texts name few rows, against one that is held whole."""
+    support, query = (dict(rows) for rows in (BATCH.support, BATCH.query))
+    support["input_ids"] = support["input_ids"][:, :1].expand(-1, 3, -1).clone()
+    patched = fm.patch(oracle.tiny_bert(words=200), fm.Params("*"))
+    whole = fm.rules.SGD(weight_decay=torch.tensor(0.0, dtype=torch.float64))
+    found = []
+    for optimizer in ("sgd", whole):
+        learner = fm.Reptile(patched, lr=0.1, steps=2, optimizer=optimizer)
+        found.append(oracle.gradients(learner, learner(fm.TaskBatch(support, query)).loss))
+    oracle.assert_close(found[0], found[1])
+
+
+def test_reptile_stays_where_every_task_diverges() -> None:
+    def lost(outputs, batch) -> Tensor:
+        return outputs.logits.flatten(1).sum(1) * float("nan")
+
+    patched = fm.patch(oracle.tiny_bert(), fm.Head())
+    learner = fm.Reptile(patched, lr=0.1, steps=1, loss_fn=lost)
+    out = learner(BATCH)
+    out.loss.backward()
+    assert out.diverged.all()
+    assert all((p.grad == 0).all() for p in learner.parameters() if p.grad is not None)
+
+
 def test_reptile_is_first_order() -> None:
     patched = fm.patch(oracle.tiny_bert(), fm.Head())
     assert fm.Reptile(patched).order == 1

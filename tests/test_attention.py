@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from fastmeta import ops
 from fastmeta.ops import use_impl
+from fastmeta.patching import attention as patched
 from fastmeta.testing.attention import laid_out, mask_of, operands
 
 pytestmark = pytest.mark.usefixtures("_seed")
@@ -136,6 +137,39 @@ def test_samples_of_vmap_see_the_same_dropout():
         torch.func.vmap(lambda s: ops.attention(q, k, v, dropout_p=0.5, seed=s))(seeds)
 
 
+# ---- as models call it
+
+
+def test_a_mask_alone_says_what_is_seen():
+    """Transformers passes ``is_causal`` beside a mask that has it already, or that does not."""
+    q, k, v = made(1, 2, 2, 3, 3, 4, 4)
+    mask = torch.zeros(1, 1, 3, 3, dtype=torch.float64)
+    found, expected = (
+        patched.attention(None, q, k, v, mask, is_causal=causal)[0] for causal in (True, False)
+    )
+    torch.testing.assert_close(found, expected)
+
+
+def test_one_query_is_the_last_word_where_the_model_says_causal():
+    q, k, v = made(1, 2, 2, 1, 3, 4, 4)
+    found, expected = (
+        patched.attention(None, q, k, v, None, is_causal=causal)[0] for causal in (True, False)
+    )
+    torch.testing.assert_close(found, expected)
+
+
+def test_one_query_is_the_first_word_as_torch_has_it():
+    q, k, v = made(1, 2, 2, 1, 3, 4, 4)
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    torch.testing.assert_close(patched._in_place_of_torch(q, k, v, is_causal=True), expected)
+
+
+def test_dropout_differs_from_row_to_row():
+    q = torch.randn(1, 1, 6, 4).expand(4, 1, 6, 4).contiguous()
+    out, _ = patched.attention(None, q, q, q, None, dropout=0.5, is_causal=False)
+    assert all(not torch.equal(out[0], row) for row in out[1:])
+
+
 # ---- everything else
 
 
@@ -174,6 +208,15 @@ def test_mask_is_learned_under_func():
         expected = gradient(bias), second(bias)
     for got, e in zip((gradient(bias), second(bias)), expected, strict=True):
         torch.testing.assert_close(got, e, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_mask_of_another_dtype(dtype):
+    q, k, v = made(2, 2, 2, 4, 4, 8, 8, dtype=torch.float32)
+    mask = torch.randn(2, 1, 4, 4).to(dtype)
+    with use_impl("reference"):
+        expected = ops.attention(q, k, v, mask)
+    torch.testing.assert_close(ops.attention(q, k, v, mask), expected)
 
 
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2)])

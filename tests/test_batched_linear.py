@@ -290,6 +290,14 @@ def test_autocast_in_bfloat16() -> None:
     assert any((got - want).abs().max() > 1e-4 for got, want in zip(found, exact, strict=True))
 
 
+def test_autocast_under_vmap() -> None:
+    x, weight = torch.randn(3, 2, 4, 8), torch.randn(2, 5, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.func.vmap(lambda x: ops.batched_linear(x, weight))(x)
+        expected = torch.stack([ops.batched_linear(rows, weight) for rows in x])
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 class Rounded(torch.autograd.Function):
     """``a b`` of factors rounded to bfloat16, as are those of its derivatives."""
 

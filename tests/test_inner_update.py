@@ -182,6 +182,16 @@ def test_check_finite_keeps_derivatives_clean(rule, impl):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
+def test_a_task_that_is_frozen_already_stays_so_where_gradients_are_checked(impl):
+    params = torch.randn(2, 5, dtype=torch.float64, device=impl[1])
+    grads = torch.randn_like(params).requires_grad_()
+    active = torch.tensor([True, False], device=impl[1])
+    new, finite = ops.sgd_update(params, grads, 0.1, active=active, check_finite=True)
+    (found,) = torch.autograd.grad(new.sum(), grads)
+    assert finite.all() and torch.equal(new[1], params[1])
+    assert (found[0] == -0.1).all() and not found[1].any()
+
+
 @pytest.mark.parametrize("rule", ["adam", "adamw", "rmsprop", "adagrad"])
 def test_coordinates_without_gradients_have_finite_derivatives(rule, impl):
     """sqrt at 0 is the trap: state 0 and gradient 0, first and second derivatives."""

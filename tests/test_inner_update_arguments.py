@@ -26,6 +26,12 @@ def test_in_place_refuses_gradients_and_shared_rows():
     assert torch.equal(params, torch.full((2, 3), -0.1))
 
 
+def test_in_place_refuses_a_decay_that_learns():
+    decay = torch.tensor(0.1, requires_grad=True)
+    with pytest.raises(RuntimeError, match="sgd_update_ has no derivative"):
+        ops.sgd_update_(torch.zeros(2, 3), torch.ones(2, 3), 0.1, weight_decay=decay)
+
+
 def test_in_place_refuses_elements_that_share_memory():
     def arguments(**change):
         names = ("params", "grads", "exp_avg", "exp_avg_sq")
@@ -173,6 +179,15 @@ def test_state_of_another_layout(rule, in_place, name):
     ):
         with pytest.raises(ValueError, match=rf"{name} must be like params, float32 \[2, 3\] on"):
             call(rule, in_place, {name: state})
+
+
+@pytest.mark.parametrize("in_place", ["", "_"])
+@pytest.mark.parametrize(
+    ("rule", "name"), [(rule, names[0]) for rule, names in STATES.items() if rule != "momentum"]
+)
+def test_state_that_is_missing(rule, in_place, name):
+    with pytest.raises(ValueError, match=rf"{name} must be like params, .* got None"):
+        call(rule, in_place, dict.fromkeys(STATES[rule]))
 
 
 def test_explicit_choice_never_falls_back():

@@ -8,7 +8,7 @@ from learned_oracle import Small, batch, oracle
 
 import fastmeta as fm
 
-LR = 0.3
+LR, NAN = 0.3, float("nan")
 KINDS = ("lstm", "mlp", "gated")
 
 
@@ -80,6 +80,27 @@ def test_a_task_that_diverges_is_frozen_alone(kind: str):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-6, atol=1e-12)
     start = bad.patched.init(1).packed[0]
     torch.testing.assert_close(out.params.packed[1], start)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_frozen_task_gives_no_gradient_that_is_not_finite(kind: str):
+    rule = learner_of(kind, Small()).rule.double()
+    params = torch.randn(2, rule.layout.num_params, dtype=torch.float64, requires_grad=True)
+    grads, losses = torch.ones_like(params), torch.tensor([0.5, NAN], dtype=torch.float64)
+    grads[1] = NAN
+    active = torch.tensor([True, False])
+    options = {"losses": losses} if kind == "gated" else {}
+    new, _ = rule.update(params, grads, rule.init(params), LR, 0, active=active, **options)
+    found = torch.autograd.grad(new.sum(), [params, *rule.parameters()])
+    assert torch.equal(new[1], params[1]) and all(g.isfinite().all() for g in found)
+
+
+@pytest.mark.parametrize("kind", KINDS[:2])
+def test_a_gradient_of_zeros(kind: str):
+    rule = learner_of(kind, Small()).rule.double()
+    params = torch.randn(2, rule.layout.num_params, dtype=torch.float64)
+    new, _ = rule.update(params, torch.zeros_like(params), rule.init(params), LR, 0)
+    assert new.isfinite().all()
 
 
 @pytest.mark.parametrize("kind", KINDS)

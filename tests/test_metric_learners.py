@@ -256,6 +256,16 @@ def test_ignored_rows_change_nothing(model, name: str) -> None:
     oracle.assert_close(got, want)
 
 
+@pytest.mark.parametrize("measure", ["sqeuclidean", "cosine"])
+def test_a_query_without_an_answer_changes_no_logits(model, measure: str) -> None:
+    learner, batch = fm.ProtoNet(model, metric=measure), oracle.as_batch(TASKS)
+    batch.support["labels"] = torch.arange(3).repeat(3, 1)  # none of which is ignored
+    expected = learner(batch).logits
+    batch.query["labels"] = batch.query["labels"].clone()
+    batch.query["labels"][0, 1] = -100
+    torch.testing.assert_close(learner(batch).logits, expected)
+
+
 @pytest.mark.parametrize("name", LEARNERS)
 def test_a_task_that_is_not_finite_leaves_no_trace(model, name: str) -> None:
     """One task's tokens have a NaN embedding that no other task uses."""

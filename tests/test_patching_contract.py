@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 
 import families
@@ -9,6 +10,7 @@ import oracle
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import TokenClassifierOutput
 
 import fastmeta as fm
 
@@ -67,6 +69,35 @@ def test_the_model_is_not_modified(family: str, spec: fm.Spec) -> None:
     patched(patched.init(2), **inputs)
     patched.record_prefix(patched.init(2), inputs)
     assert_untouched(model, before)
+
+
+class Gained(nn.Module):
+    """Words through a batch norm that a gain of its own follows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.norm = nn.Embedding(20, 6), nn.BatchNorm1d(6)
+        self.gain, self.head = nn.Parameter(torch.ones(6)), nn.Linear(6, 20)
+
+    def forward(self, input_ids: Tensor) -> TokenClassifierOutput:
+        logits = self.head(self.norm(self.words(input_ids).mT).mT * self.gain)
+        return TokenClassifierOutput(logits=logits)
+
+
+@pytest.mark.parametrize(
+    ("spec", "training"),
+    [(fm.Params("words"), False), (fm.Params("gain", "norm"), True)],
+    ids=["evaluating", "training"],
+)
+@pytest.mark.filterwarnings("ignore:the whole model .* runs one task after another")
+def test_running_statistics_stay(spec: fm.Spec, training: bool) -> None:
+    torch.manual_seed(0)
+    model = Gained().train(training)
+    before = copy.deepcopy(dict(model.named_buffers()))
+    patched = fm.patch(model, spec)
+    patched(patched.init(2), input_ids=torch.arange(16).view(2, 2, 4))
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, before[name]), name
 
 
 def test_the_model_is_not_modified_by_errors() -> None:
@@ -136,6 +167,18 @@ def test_frozen_initial_values_get_the_same_gradients(spec: fm.Spec) -> None:
         results.append({n: g for n, g in meta.items() if n in adapted})
         assert all(p.requires_grad is not frozen for p in model.parameters())
     oracle._compare(results[1], results[0], 1e-12)
+
+
+def test_gradients_of_frozen_initial_values_add_up() -> None:
+    model = families.build("bert").requires_grad_(False)
+    learner = fm.MAML(fm.patch(model, fm.Head()), lr=0.1, steps=1)
+    rows = families.inputs("bert", 2, 3) | {"labels": torch.arange(3).repeat(2, 1)}
+    found = []
+    for _ in range(2):
+        learner(fm.TaskBatch(rows, rows)).loss.backward()
+        found.append(model.classifier.weight.grad.clone())
+    assert found[0].any()
+    torch.testing.assert_close(found[1], 2 * found[0])
 
 
 @pytest.mark.parametrize(
@@ -242,6 +285,15 @@ def test_modules_at_rest_stay_so(spec: fm.Spec) -> None:
     model.bert.train()
     patched = fm.patch(model, spec)
     assert not torch.equal(patched(params, **inputs).logits, before)
+
+
+def test_modules_at_rest_stay_so_in_copies() -> None:
+    model = families.build("bert").train()
+    model.bert.encoder.layer[0].eval()
+    twin = copy.deepcopy(fm.patch(model, fm.Head())).train()
+    structure = twin.plan(families.inputs("bert", 2, 3)).structure
+    assert structure.bert.embeddings.dropout.training
+    assert not structure.bert.encoder.layer[0].training
 
 
 @pytest.mark.parametrize("word", [-1, families.VOCAB])

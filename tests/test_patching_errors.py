@@ -5,6 +5,7 @@ from __future__ import annotations
 import families
 import pytest
 import torch
+import transformers as tf
 from torch import nn
 from transformers import BertConfig, BertModel
 
@@ -188,6 +189,25 @@ def test_inputs(patched: fm.Patched) -> None:
     plain = fm.patch(nn.Linear(4, 2), fm.Params("*"))
     with pytest.raises(ValueError, match=r"Linear expects the inputs input, got x \(unknown: x\)"):
         plain(plain.init(2), x=torch.zeros(2, 3, 4))
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "most"),
+    [
+        ("Roberta", {"intermediate_size": 8, "max_position_embeddings": 12}, 10),
+        ("OPT", {"ffn_dim": 8, "word_embed_proj_dim": 8, "max_position_embeddings": 8}, 8),
+    ],
+)
+def test_texts_longer_than_positions_that_do_not_start_at_0(
+    family: str, sizes: dict[str, int], most: int
+) -> None:
+    small = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = getattr(tf, f"{family}Config")(**small, **sizes, num_labels=3, pad_token_id=1)
+    model = getattr(tf, f"{family}ForSequenceClassification")(config).eval()
+    patched = fm.patch(model, fm.LoRA(r=1))
+    patched(patched.init(1), input_ids=torch.full((1, 1, most), 3))
+    with pytest.raises(ValueError, match=f"at most {most} tokens, got given texts of {most + 1}"):
+        patched(patched.init(1), input_ids=torch.full((1, 1, most + 1), 3))
 
 
 def test_fast_weights_of_another_kind() -> None:

@@ -53,17 +53,32 @@ def test_classifiers_are_shortened(family: str, spec: fm.Spec):
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
 
 
-def test_means_of_texts_of_one_word_do_not_hide_the_others():
+class Mean(nn.Module):
+    """A mean of words that patching does not know, as it knows that of a `SentenceClassifier`."""
+
+    def __init__(self, bert: nn.Module, num_labels: int) -> None:
+        super().__init__()
+        self.bert, self.classifier = bert, nn.Linear(16, num_labels)
+
+    def forward(self, input_ids, attention_mask):
+        states, mask = self.bert(input_ids, attention_mask)[0], attention_mask.unsqueeze(-1)
+        logits = self.classifier((states * mask).sum(1) / mask.sum(1))
+        return tf.modeling_outputs.SequenceClassifierOutput(logits=logits)
+
+
+@pytest.mark.parametrize("spec", [fm.Params("*"), fm.Params("classifier")])
+@pytest.mark.parametrize("kind", [fm.models.SentenceClassifier, Mean])
+def test_means_of_texts_of_one_word_do_not_hide_the_others(kind: type[nn.Module], spec: fm.Spec):
     torch.manual_seed(0)
     bert = tf.BertModel(tf.BertConfig(**SIZE), add_pooling_layer=False)
-    model = fm.models.SentenceClassifier(bert, num_labels=3).double().eval()
-    patched = fm.patch(model, fm.Params("*"))
+    model = kind(bert, num_labels=3).double().eval()
+    patched = fm.patch(model, spec)
     inputs = _inputs()
     one = {**inputs, "attention_mask": (torch.arange(6) < 1).long().expand(2, 3, 6).clone()}
-    patched(patched.init(2), **one)
-    want = model(**{k: v.flatten(0, 1) for k, v in inputs.items()}).logits
-    got = patched(patched.init(2), **inputs).logits.flatten(0, 1)
-    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
+    for given in (one, inputs):
+        want = model(**{k: v.flatten(0, 1) for k, v in given.items()}).logits
+        got = patched(patched.init(2), **given).logits.flatten(0, 1)
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("head", ["ForTokenClassification", "Model"])
@@ -99,6 +114,15 @@ def test_single_tokens_are_left_alone():
     assert _last_layer_length(patched, long) in (1, 6)
     want = model(**{k: v.flatten(0, 1) for k, v in long.items()}).logits
     torch.testing.assert_close(patched(patched.init(2), **long).logits.flatten(0, 1), want)
+
+
+def test_a_shortened_layer_drops_attention_in_training():
+    torch.manual_seed(0)
+    only = {"num_hidden_layers": 1, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.5}
+    model = tf.BertForSequenceClassification(tf.BertConfig(**SIZE | only)).train()
+    patched, inputs = fm.patch(model, fm.Prefix(2)), _inputs()
+    params = patched.init(2)
+    assert not torch.equal(patched(params, **inputs).logits, patched(params, **inputs).logits)
 
 
 @pytest.mark.parametrize("kind", ["linear", "hook", "subclass"])

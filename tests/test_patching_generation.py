@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import families
 import pytest
 import torch
@@ -138,6 +140,24 @@ def test_the_models_configuration_is_asked_each_time() -> None:
         assert patched.generate(params, **inputs).shape == (3, 2, families.LENGTH + count)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert fm.patch(model, fm.LoRA(r=2)).generate(params, **inputs).shape[-1] == 8
+
+
+def test_the_models_configuration_stays() -> None:
+    model = prepared(llama)
+    patched = fm.patch(model, fm.LoRA(r=2))
+    before = copy.deepcopy(model.generation_config.to_dict())
+    inputs = families.inputs("llama", 3, 2, padding="left")
+    patched.generate(patched.init(3), **inputs, max_new_tokens=2, do_sample=False)
+    assert model.generation_config.to_dict() == before
+
+
+def test_a_text_that_would_go_on_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    patched = fm.patch(prepared(llama), fm.LoRA(r=2))
+    params, inputs = patched.init(3), families.inputs("llama", 3, 2, padding="left")
+    patched.plan(inputs)  # which compares too, and agrees
+    monkeypatch.setattr("fastmeta.patching.probe.agrees", lambda *_: False)
+    with pytest.raises(fm.PatchError, match="does not continue texts with per-task parameters"):
+        patched.generate(params, **inputs, max_new_tokens=2, do_sample=False)
 
 
 def test_texts_of_an_encoder_may_be_padded_on_the_right() -> None:

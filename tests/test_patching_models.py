@@ -63,6 +63,25 @@ def test_lora_beside_a_weight_that_is_computed(kind: str | None) -> None:
         torch.testing.assert_close(found[task], expected)
 
 
+class Quantised(torch.nn.Linear):
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        whole = (self.weight * 100).to(torch.int8)
+        self.weight = torch.nn.Parameter(whole, requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, self.weight.float() / 100, self.bias)
+
+
+def test_lora_beside_a_weight_of_integers() -> None:
+    model = Normed(torch.nn.Identity)
+    model.head = Quantised(6, 3)
+    patched = fm.patch(model, fm.LoRA(r=2, targets="head"))
+    assert patched.dtype == torch.float32
+    x = torch.randn(2, 5, 4)
+    torch.testing.assert_close(patched(patched.init(2), x=x)[1], model(x[1]))
+
+
 def test_a_flag_that_comes_later() -> None:
     """Layers that compute less for one flag compute all for another."""
     model = oracle.tiny_bert()

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import episode_oracle as oracle
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 from transformers.pytorch_utils import Conv1D
 
+import fastmeta as fm
 from fastmeta.patching.context import Call, running
 from fastmeta.patching.rules import Adapted, rule_for
 from fastmeta.testing.float64 import keep_float64
@@ -208,3 +211,40 @@ def test_lora_around_a_linear_layer_with_its_own_forward() -> None:
         return torch.func.vmap(one)(x.unflatten(0, (TASKS, -1)), *views).flatten(0, 1)
 
     check(module, adapted, x, by_vmap)
+
+
+class Normed(nn.Module):
+    """A mean of normalised words, with a head."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.words, self.norm, self.head = nn.Embedding(20, 6), norm, nn.Linear(6, 3)
+
+    def forward(self, input_ids: Tensor) -> SequenceClassifierOutput:
+        states = self.norm(self.words(input_ids))
+        return SequenceClassifierOutput(logits=self.head(states.tanh().mean(1)))
+
+
+def test_a_norm_of_two_axes_that_does_not_adapt() -> None:
+    torch.manual_seed(0)
+    model = Normed(nn.LayerNorm((5, 6))).double()
+    nn.init.normal_(model.norm.weight)
+    learner = fm.MAML(fm.patch(model, fm.Params("head")), lr=0.3, steps=2)
+    tasks = [
+        (*({k: v for k, v in rows.items() if k != "attention_mask"} for rows in task[:2]), None)
+        for task in oracle.make_tasks()
+    ]
+    oracle.assert_same(learner, learner(oracle.as_batch(tasks)), oracle.loop(learner, tasks), tasks)
+
+
+def test_words_under_autocast_are_not_rounded() -> None:
+    """Few of them, which adapt: a product with one-hot rows would round what it copies."""
+    torch.manual_seed(0)
+    model = Normed(nn.Identity())
+    patched = fm.patch(model, fm.Params("words"))
+    ids, seen = torch.arange(8).view(1, 2, 4), []
+    norm = patched.plan({"input_ids": ids}).structure.norm
+    norm.register_forward_hook(lambda module, args, out: seen.append(out))
+    with torch.autocast("cpu", torch.bfloat16):
+        patched(patched.init(1), input_ids=ids)
+    assert torch.equal(seen[0].flatten(0, 1), model.words.weight[:8])

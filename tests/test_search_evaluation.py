@@ -7,6 +7,7 @@ import search_oracle as oracle
 import torch
 
 import fastmeta as fm
+from fastmeta.search.budget import Budget
 from fastmeta.search.importance import ordered_copy
 from fastmeta.search.passes import FrozenPass, LivePass
 from fastmeta.testing.float64 import keep_float64
@@ -82,6 +83,13 @@ def test_candidates_that_agree_below_share_their_layers(setting):
     assert frozen.computed == [1, 3, 0]
     assert frozen.entries[0] == frozen.entries[1] == frozen.entries[2]
     assert [level for level, _ in frozen.entries] == [2, 2, 2, 2, 1, 2]
+
+
+def test_a_candidate_that_costs_exactly_the_bound_is_within_it(setting):
+    space, _, _ = setting
+    cost, whole = fm.search.CostModel(space, rounds=1), space.proposal()
+    for name in cost.names():
+        assert Budget(space, cost, {name: cost(whole)[name]})(whole), name
 
 
 @pytest.fixture(scope="module")

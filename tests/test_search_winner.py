@@ -14,6 +14,7 @@ from search_oracle import make_space, run
 import fastmeta as fm
 from fastmeta.cli import main
 from fastmeta.search import CostModel, Evaluator, Space
+from fastmeta.search.healing import _distance
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +168,13 @@ def test_healing_without_dropout():
         )
         assert all(m.training for m in whole.modules()) and not copy.training
     assert found[0] == found[1] and abs(found[0]) < 1e-6
+
+
+def test_padding_heals_nothing():
+    states, target = torch.randn(2, 2, 3, 4).unbind()
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    expected = (1 - torch.cosine_similarity(states, target, dim=-1))[mask.bool()].mean()
+    torch.testing.assert_close(_distance(states, target, mask), expected)
 
 
 def test_an_export_heals(parts, tmp_path):
