@@ -107,3 +107,14 @@ def test_threads_share_a_model() -> None:
         thread.join()
     for got, want in zip(found, expected, strict=True):
         close(got, want)
+
+
+def test_rates_of_tasks_in_chunks() -> None:
+    patched = fm.patch(oracle.tiny_bert(), fm.Params("*"))
+    support, found = oracle.as_batch(oracle.make_tasks(4)).support, []
+    for chunk in (None, 2):
+        rates = fm.LearnedRate(per="task", init=0.1, num_tasks=4)
+        learner = fm.MAML(patched, lr=rates, steps=2, task_chunk=chunk)
+        oracle.with_varied_rates(learner)
+        found.append(learner.adapt(support).packed)
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)

@@ -8,8 +8,9 @@ import weakref
 import episode_oracle as oracle
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GPT2Config, GPT2ForSequenceClassification
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 import fastmeta as fm
 from fastmeta import ops
@@ -300,3 +301,37 @@ def test_nothing_outlives_its_meta_step(backward: bool, compile: bool) -> None:
     del out
     assert seen and not any(ref() is not None for ref in seen)
     assert not any(type(thing) is Frame for thing in gc.get_objects())
+
+
+class TableTwice(nn.Module):
+    """Looks up all words, and the first ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(100, 6), nn.Linear(12, 3)
+
+    def forward(self, input_ids: Tensor) -> SequenceClassifierOutput:
+        first, every = self.words(input_ids[:, :1]).mean(1), self.words(input_ids).mean(1)
+        return SequenceClassifierOutput(logits=self.head(torch.cat([every, first], -1).tanh()))
+
+
+class LayerTwice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.mid, self.head = nn.Embedding(20, 32), nn.Linear(32, 32), nn.Linear(32, 3)
+
+    def forward(self, input_ids: Tensor) -> SequenceClassifierOutput:
+        x = self.mid(self.mid(self.words(input_ids)).tanh())
+        return SequenceClassifierOutput(logits=self.head(x.mean(1)))
+
+
+@pytest.mark.parametrize("kind", [TableTwice, LayerTwice])
+def test_what_runs_twice(kind: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    learner = fm.MAML(fm.patch(kind().double(), fm.Params("*")), lr=0.3, steps=2, memory="unroll")
+    tasks = [
+        (*({k: v for k, v in rows.items() if k != "attention_mask"} for rows in task[:2]), None)
+        for task in oracle.make_tasks()
+    ]
+    expected = oracle.loop(learner, tasks)
+    oracle.assert_same(learner, learner(oracle.as_batch(tasks)), expected, tasks)

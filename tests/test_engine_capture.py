@@ -11,6 +11,8 @@ import families
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 import fastmeta as fm
 from fastmeta import rules
@@ -366,3 +368,65 @@ def test_inductor(tmp_path) -> None:
     patched = fm.patch(oracle.tiny_bert(), fm.Params("bert.encoder.layer.0.output", "classifier"))
     check(fm.MAML(patched, lr=0.1, steps=3, memory="unroll", **settings))
     assert counters["fxgraph_cache_hit"] == before + 2
+
+
+def pair(patched: fm.Patched, make=fm.MAML, **settings) -> list:
+    """The same learner, captured and not."""
+    return [make(patched, lr=0.1, compile=c, **settings) for c in (True, False)]
+
+
+def same_gradients(learners: list, batch: fm.TaskBatch, tolerance: float = 1e-9) -> None:
+    found, expected = ({**oracle.gradients(o, o(batch).loss)} for o in learners)
+    oracle.assert_close(found, expected, tolerance)
+
+
+def test_captured_pulls_of_another_strength() -> None:
+    patched = fm.patch(oracle.tiny_bert(), fm.Params("*"))
+    for lam in (1.0, 3.0):
+        same_gradients(
+            pair(patched, fm.IMAML, steps=2, lam=lam), oracle.as_batch(oracle.make_tasks(4))
+        )
+
+
+def test_one_captured_learner_in_and_out_of_autocast() -> None:
+    patched = fm.patch(oracle.tiny_bert().float(), fm.Params("*"))
+    learners = pair(patched, steps=2, memory="unroll", clip_norm=1e6)
+    batch = oracle.as_batch(oracle.make_tasks(4))
+    same_gradients(learners, batch, 1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = [learner(batch).loss for learner in learners]
+    gradients = (oracle.gradients(o, loss) for o, loss in zip(learners, losses, strict=True))
+    oracle.assert_close(*gradients, 1e-5)
+
+
+class Wide(nn.Module):
+    """Reads one word of a text, by a layer so wide that steps keep its inputs, not its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.mid, self.head = nn.Embedding(20, 64), nn.Linear(64, 64), nn.Linear(64, 3)
+
+    def forward(self, input_ids: torch.Tensor) -> SequenceClassifierOutput:
+        return SequenceClassifierOutput(
+            logits=self.head(self.mid(self.words(input_ids[..., 0])).tanh())
+        )
+
+
+def test_numbers_of_steps_where_rows_are_kept() -> None:
+    torch.manual_seed(0)
+    patched = fm.patch(Wide().double(), fm.Params("mid", "head"))
+    batch = oracle.as_batch(oracle.make_tasks(4))
+    for rows in (batch.support, batch.query):
+        del rows["attention_mask"]
+    for steps in (2, 3, 4):
+        learners = pair(patched, steps=steps, memory="unroll")
+        same_gradients(learners, batch)
+        assert all(step is not None for step in learners[0].capture.steps.values())
+    assert len(learners[0].capture.steps) == 9  # three of each number of steps
+
+
+def test_captured_and_truncated() -> None:
+    patched = fm.patch(oracle.tiny_bert(), fm.Params("*"))
+    batch = oracle.as_batch(oracle.make_tasks(4))
+    for memory in ("unroll", "recompute"):
+        same_gradients(pair(patched, steps=3, truncate=1, memory=memory), batch)

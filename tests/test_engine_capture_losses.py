@@ -59,9 +59,11 @@ def test_what_a_loss_holds_and_its_mode_may_change(dtype: torch.dtype) -> None:
         fm.MAML(patched, lr=0.1, steps=2, memory="unroll", loss_fn=loss, compile=compile)
         for compile in (True, False)
     )
-    for change in ("nothing", "tensors", "mode"):
+    for change in ("nothing", "buffer", "tensors", "mode"):
         if change == "mode":
             loss.eval()
+        elif change == "buffer":
+            loss.weight = torch.tensor([9.0, 1.0, 5.0], dtype=dtype)
         elif change == "tensors":
             loss.weight = torch.tensor([1.0, 5.0, 9.0], dtype=dtype)
             weight = model.bert.pooler.dense.weight
@@ -120,3 +122,38 @@ def test_tensors_that_a_loss_holds_may_be_replaced(kind: str) -> None:
     found = gradients_of(learner)
     oracle.assert_close(found, gradients_of(eager))
     assert found["loss"] != first["loss"]
+
+
+class Buffered(torch.nn.Module):
+    """Cross-entropy with weights of classes in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.ones(3, dtype=torch.float64))
+
+    def forward(self, outputs, batch) -> torch.Tensor:
+        logits = outputs.logits.mT
+        return F.cross_entropy(logits, batch["labels"], self.weight, reduction="none").mean(1)
+
+
+def test_a_buffer_of_a_loss_is_replaced() -> None:
+    loss, patched = Buffered(), fm.patch(oracle.tiny_bert(), fm.Params("*query*"))
+    batch = oracle.as_batch(oracle.make_tasks(2))
+    settings = {"lr": 0.1, "steps": 2, "memory": "unroll", "loss_fn": loss}
+    learners = [fm.MAML(patched, compile=c, **settings) for c in (True, False)]
+    learners[0](batch)
+    loss.weight = torch.tensor([1.0, 5.0, 9.0], dtype=torch.float64)
+    oracle.assert_close(*(oracle.gradients(o, o(batch).loss) for o in learners))
+
+
+def test_numbers_with_a_factor() -> None:
+    def moved(outputs, batch) -> torch.Tensor:
+        rows = F.cross_entropy(outputs.logits.mT, batch["labels"], reduction="none").mean(1)
+        return torch.add(rows, 2.0, alpha=3)
+
+    patched = fm.patch(oracle.tiny_bert(), fm.Params("*query*"))
+    batch = oracle.as_batch(oracle.make_tasks(2))
+    settings = {"lr": 0.1, "steps": 1, "memory": "unroll", "loss_fn": moved}
+    found, expected = (fm.MAML(patched, compile=c, **settings)(batch) for c in (True, False))
+    torch.testing.assert_close(found.loss, expected.loss)
+    torch.testing.assert_close(found.support_losses, expected.support_losses)

@@ -6,9 +6,11 @@ import episode_oracle as oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 import fastmeta as fm
+from fastmeta.engine.episode import zero_loss
 
 BAD = 1
 STEPS = 3
@@ -204,3 +206,43 @@ def test_a_task_lost_to_other_dropout_masks_ends_too() -> None:
     assert out.diverged.all() and out.loss.item() == 0
     # by leaf, then as tasks that may diverge; both again for the survivors
     assert calls == [4, 4, 4, 3, 3, 3]
+
+
+class Rooted(nn.Module):
+    """Logits with a square root, whose slope is infinite where a layer gives 0."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.words, self.layer = nn.Embedding(20, 16), nn.Linear(16, 16, bias=bias)
+        self.head = nn.Linear(16, 3)
+        if bias:
+            nn.init.zeros_(self.layer.bias)
+
+    def forward(self, input_ids: Tensor) -> SequenceClassifierOutput:
+        x = self.words(input_ids).mean(1)
+        root = self.layer(x).abs().sqrt().mean(1, keepdim=True)
+        return SequenceClassifierOutput(logits=self.head(x) + root * torch.arange(3))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_infinite_gradients_of_a_layer(bias: bool) -> None:
+    """Its loss is finite."""
+    torch.manual_seed(0)
+    model = Rooted(bias).double()
+    model.words.requires_grad_(False)
+    with torch.no_grad():
+        model.words.weight[19] = 0
+    batch = oracle.as_batch(oracle.make_tasks(2))
+    for rows in (batch.support, batch.query):
+        del rows["attention_mask"]
+    batch.support["input_ids"][1] = 19
+    patched = fm.patch(model, fm.Params("layer", "head"))
+    out = fm.MAML(patched, lr=0.1, steps=1, memory="unroll")(batch)
+    assert out.diverged.tolist() == [False, True] and out.params.packed.isfinite().all()
+
+
+def test_no_loss_of_anything_has_gradients_of_zero() -> None:
+    t = torch.tensor([float("nan"), float("inf")], requires_grad=True)
+    loss = zero_loss([t])
+    loss.backward()
+    assert loss == 0 and (t.grad == 0).all()

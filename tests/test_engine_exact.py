@@ -255,3 +255,49 @@ def test_everything_together(name: str, clip_norm, truncate, per, mode: str) -> 
     if per is not None:
         oracle.with_varied_rates(learner)
     check(learner, oracle.make_tasks(3, ragged=True, classes=4), rule=formula)
+
+
+class ReadsModel(torch.nn.Module):
+    """A loss that reads a weight of the model too."""
+
+    def __init__(self, layer: torch.nn.Linear) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, outputs, batch) -> torch.Tensor:
+        logits, labels = outputs.logits.mT, batch["labels"]
+        rows = torch.nn.functional.cross_entropy(logits, labels, reduction="none").mean(1)
+        return rows + self.layer.weight.square().mean()
+
+
+def test_a_weight_of_the_model_that_a_loss_reads_counts_once() -> None:
+    found, batch = [], oracle.as_batch(oracle.make_tasks(4))
+    for mode in ({"memory": "unroll"}, {"memory": "recompute"}, {"task_chunk": 2}):
+        model = oracle.tiny_bert()
+        layer = model.bert.pooler.dense
+        patched = fm.patch(model, fm.Head())
+        fm.MAML(patched, lr=0.1, steps=2, loss_fn=ReadsModel(layer), **mode)(batch).loss.backward()
+        found.append(layer.weight.grad)
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("memory", ["unroll", "recompute"])
+def test_support_losses_carry_no_gradient(memory: str) -> None:
+    patched = fm.patch(oracle.tiny_bert(), fm.Params("*"))
+    learner = fm.MAML(patched, steps=2, memory=memory, clip_norm=1.0)
+    out = learner(oracle.as_batch(oracle.make_tasks(2)))
+    assert not out.support_losses.requires_grad and not out.diverged.requires_grad
+
+
+def test_weights_of_chunks_serve() -> None:
+    batch = oracle.as_batch(oracle.make_tasks(4))
+    patched = fm.patch(oracle.tiny_bert(words=200), fm.Params("*"))
+    out = fm.MAML(patched, lr=0.1, steps=2, memory="unroll", task_chunk=2)(batch)
+    assert (out.params.device, out.params.dtype) == (patched.device, torch.float64)
+    given = {k: v for k, v in batch.query.items() if k != "labels"}
+    torch.testing.assert_close(patched(out.params, **given).logits, out.logits)
+    kept = out.params.detach()
+    assert not kept.packed.requires_grad
+    both = fm.TaskParams.joined([out.params, kept])
+    assert torch.equal(both.packed[:4], both.packed[4:])

@@ -203,3 +203,11 @@ def test_fast_weights_are_read_by_several_modules(calls) -> None:
         oracle.as_batch(TASKS)
     )
     assert not calls
+
+
+@pytest.mark.parametrize("settings", [{"dampening": 0.4}, {"nesterov": True}], ids=str)
+def test_momentum_of_all_kinds(settings: dict) -> None:
+    patched, tasks = fm.patch(oracle.tiny_bert(), fm.Head()), oracle.make_tasks()
+    learner = fm.MAML(patched, lr=0.1, steps=3, optimizer=Momentum(**settings))
+    expected = oracle.loop(learner, tasks, rule=lambda *a: oracle.momentum(*a, **settings))
+    oracle.assert_same(learner, learner(oracle.as_batch(tasks)), expected, tasks)

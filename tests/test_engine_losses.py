@@ -13,6 +13,7 @@ import transformers as tf
 from torch import Tensor, nn
 
 import fastmeta as fm
+from fastmeta.engine.losses import regression
 
 SMALL = {"vocab_size": 20, "pad_token_id": 0, "num_labels": 3}
 BERT = {
@@ -382,3 +383,30 @@ def test_a_loss_that_holds_the_model(mode: dict) -> None:
         learner = fm.MAML(patched, lr=0.1, steps=2, loss_fn=Holding(model), **settings)
         found.append(oracle.gradients(learner, learner(oracle.as_batch(oracle.make_tasks(2))).loss))
     oracle.assert_close(found[1], found[0])
+
+
+def test_ways_of_tokens() -> None:
+    """Classes beyond a task's ways are none of the loss's, nor of the accuracy's."""
+
+    class Four(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.head = nn.Embedding(20, 8), nn.Linear(8, 4)
+
+        def forward(self, input_ids: Tensor) -> tf.modeling_outputs.TokenClassifierOutput:
+            logits = self.head(self.words(input_ids))
+            return tf.modeling_outputs.TokenClassifierOutput(logits=logits)
+
+    model = Four()
+    with torch.no_grad():
+        model.head.bias[3] = 90.0
+    ids = torch.arange(12).view(2, 2, 3)
+    rows = {"input_ids": ids, "labels": ids % 3}
+    patched = fm.patch(model, fm.Params("head"))
+    out = fm.MAML(patched, steps=1, loss_fn="token_classification")(fm.TaskBatch(rows, rows, 3))
+    assert out.loss < 50 and (out.accuracy > 0).any()
+
+
+def test_a_regression_of_narrow_numbers() -> None:
+    values, labels = torch.randn(2, 300, 1).bfloat16(), torch.randn(2, 300).bfloat16()
+    assert regression(values, {"labels": labels}).dtype == torch.float32

@@ -295,3 +295,13 @@ def test_words() -> None:
 
     torch.autograd.gradcheck(both, g)
     torch.autograd.gradgradcheck(both, g)
+
+
+def test_weights_first_packed_under_autocast_are_exact() -> None:
+    patched = fm.patch(oracle.tiny_bert().float(), fm.Params("*"))
+    settings = {"lr": 0.1, "steps": 1, "memory": "unroll", "compute_dtype": "bfloat16"}
+    batch = oracle.as_batch(oracle.make_tasks(4))
+    one, two = (fm.MAML(patched, **settings)(batch).params for _ in range(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        packed = one.packed
+    assert torch.equal(packed, two.packed)

@@ -250,3 +250,50 @@ def test_wrong_calls_change_nothing() -> None:
     assert torch.equal(tuner.params.packed, before) and tuner.steps.tolist() == [0, 0, 0]
     with pytest.raises(TypeError, match="expected a patched model"):
         fm.FineTuner(torch.nn.Linear(2, 2), 3, lr=0.1)
+
+
+def test_a_task_that_diverged_is_left_alone() -> None:
+    def scaled(outputs, batch) -> Tensor:
+        rows = F.cross_entropy(outputs.logits.mT, batch["labels"], reduction="none").mean(1)
+        return rows * batch["labels_by"][:, 0]
+
+    support = oracle.as_batch(oracle.make_tasks(2)).support
+    tuner = fm.FineTuner(fm.patch(oracle.tiny_bert(), fm.Head()), 2, lr=0.1, loss_fn=scaled)
+    by = torch.ones(2, 3, dtype=torch.float64)
+    bad = by.clone()
+    bad[1] = float("nan")
+    tuner.step(support | {"labels_by": bad})
+    kept = tuner.params.packed[1].clone()
+    tuner.step(support | {"labels_by": by})
+    assert tuner.diverged.tolist() == [False, True] and tuner.steps.tolist() == [2, 0]
+    assert torch.equal(tuner.params.packed[1], kept)
+
+
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_adjacent_tasks_after_the_first(chunk: int | None) -> None:
+    support = oracle.as_batch(oracle.make_tasks(4)).support
+    patched = fm.patch(oracle.tiny_bert(), fm.Head())
+    tuner = fm.FineTuner(patched, range(4), lr=0.1, task_chunk=chunk)
+    before = tuner.params.packed.clone()
+    tuner.step({k: v[1:] for k, v in support.items()}, [1, 2, 3])
+    assert (tuner.params.packed != before).any(1).tolist() == [False, True, True, True]
+
+
+def test_what_a_tuner_gives_and_takes_are_copies() -> None:
+    tuner = fm.FineTuner(fm.patch(oracle.tiny_bert(), fm.Head()), ["a", "b"], lr=0.1)
+    kept = tuner.task("a")
+    before = kept.packed.clone()
+    tuner.step(oracle.as_batch(oracle.make_tasks(2)).support)
+    assert torch.equal(kept.packed, before)
+    rates = torch.tensor([0.1, 0.2], dtype=torch.float64)
+    tuner.lr = rates
+    rates.zero_()
+    assert tuner.lr.tolist() == [0.1, 0.2]
+
+
+def test_all_tasks_leave_and_others_come_without_ways() -> None:
+    tuner = fm.FineTuner(fm.patch(oracle.tiny_bert(), fm.Head()), ["a", "b"], lr=0.1, ways=3)
+    tuner.remove(["a", "b"])
+    tuner.add(["c", "d"], lr=0.1)
+    tuner.step(oracle.as_batch(oracle.make_tasks(2)).support)
+    assert tuner.steps.tolist() == [1, 1]
