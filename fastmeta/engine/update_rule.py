@@ -139,6 +139,7 @@ class FusedRule(UpdateRule):
     steps_apart = True
 
     def bound(self, layout):
+        """Itself; ValueError for settings of each task."""
         for name, value in vars(self).items():
             for setting in _each(value):
                 if setting.numel() > 1:  # tasks are also run in other groups
