@@ -19,6 +19,7 @@ from fastmeta import rules
 from fastmeta._library import has_extension
 from fastmeta.engine.capture import Capture
 from fastmeta.engine.graphs import TapePair
+from fastmeta.ops import use_impl
 from fastmeta.patching.leaf_params import LeafParams
 from fastmeta.testing.float64 import keep_float64
 
@@ -286,6 +287,16 @@ def test_loops_by_leaf_have_three_graphs() -> None:
         assert isinstance(learner(BATCH).params, LeafParams)
         captured(learner)
         assert 3 <= len(learner.capture.steps) <= 3 * number
+
+
+def test_implementations_have_graphs_of_their_own() -> None:
+    patched = fm.patch(oracle.tiny_bert(), fm.Params("*query*"))
+    learner = fm.MAML(patched, steps=1, memory="unroll", compile=True)
+    learner(BATCH)
+    before = len(learner.capture.steps)
+    with use_impl("reference"):
+        learner(BATCH)
+    assert len(learner.capture.steps) > before
 
 
 def test_operators_stay_whole(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,8 @@ import torch
 
 import fastmeta as fm
 from fastmeta import rules
+from fastmeta.engine.episode import run_episode
+from fastmeta.engine.memory import MemoryPlan
 
 EVERYTHING = fm.Params("*")
 
@@ -232,6 +234,17 @@ def test_gradient_through_params_and_logits() -> None:
         found[mode] = oracle.gradients(learner, loss)
     for mode in found:
         oracle.assert_close(found[mode], found["unroll"])
+
+
+@pytest.mark.parametrize("keep", [0, 1])
+def test_backward_twice_through_steps_that_are_kept(keep: int) -> None:
+    batch, patched = oracle.as_batch(oracle.make_tasks()), fm.patch(oracle.tiny_bert(), EVERYTHING)
+    learner = fm.MAML(patched, lr=0.1, steps=2)
+    plan = MemoryPlan("recompute", keep=keep)
+    out = run_episode(learner.inner_loop(), patched.initial(3), batch, plan)
+    first = oracle.gradients(learner, out.loss, retain_graph=True)
+    oracle.assert_close(oracle.gradients(learner, out.loss), first)
+    oracle.assert_close(first, oracle.loop(learner, oracle.make_tasks()).gradients())
 
 
 @pytest.mark.slow

@@ -189,6 +189,42 @@ def test_learned_settings_are_meta_parameters() -> None:
     assert eps == 0.05
 
 
+class Plain(rules.UpdateRule):
+    """A user's own rule."""
+
+    def __init__(self, scale: float | Tensor = 1.0) -> None:
+        self.held = {"scale": scale}
+
+    def update(self, params, grads, state, lr, step, *, active=None, segments=None):
+        new = params - lr * self.held["scale"] * grads
+        return (new if active is None else torch.where(active.unsqueeze(1), new, params)), state
+
+
+def test_rules_of_users_may_hold_what_learns() -> None:
+    patched, batch = fm.patch(oracle.tiny_bert(), fm.Head()), oracle.as_batch(oracle.make_tasks(2))
+    found = []
+    for mode in ({"memory": "unroll"}, {"memory": "recompute"}, {"task_chunk": 1}):
+        scale = torch.nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
+        learner = fm.MAML(patched, lr=0.1, steps=2, optimizer=Plain(scale), **mode)
+        learner(batch).loss.backward()
+        found.append(scale.grad)
+    assert found[0].abs() > 0
+    torch.testing.assert_close(found[1:], found[:1] * 2, rtol=1e-9, atol=1e-12)
+
+
+def test_rules_of_users_are_clipped() -> None:
+    patched, tasks = fm.patch(oracle.tiny_bert(), fm.Params("*")), oracle.make_tasks()
+    settings = {"clip_norm": 0.1, "optimizer": Plain(), "memory": "unroll"}
+    learner = fm.MAML(patched, lr=0.1, steps=2, **settings)
+    out = learner(oracle.as_batch(tasks))
+    oracle.assert_same(learner, out, oracle.loop(learner, tasks), tasks)
+
+
+def test_rates_of_narrow_models_are_not_narrow() -> None:
+    patched = fm.patch(oracle.tiny_bert().bfloat16(), fm.Head())
+    assert fm.MAML(patched, lr=LearnedRate(per="step")).rates.values.dtype == torch.float32
+
+
 @pytest.mark.parametrize("spec", [fm.Params("*"), fm.Head()], ids=["all", "head"])
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize("mode", [{"memory": "recompute"}, {"memory": "unroll", "task_chunk": 1}])

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
 from fastmeta import ops
 from fastmeta.patching import ParamLayout
@@ -54,7 +55,8 @@ class UpdateRule:
         return (parameter for _, parameter in self.named_parameters())
 
     def learned(self) -> list[Tensor]:
-        """What gradients may lead to: parameters, and settings that are tensors and require one."""
+        """What gradients may lead to: parameters, and tensors that require one and that settings
+        are or hold."""
         settings = [t for value in vars(self).values() for t in _each(value)]
         found = [*self.parameters(), *(t for t in settings if t.requires_grad)]
         return list({id(t): t for t in found}.values())
@@ -188,8 +190,8 @@ class FusedRule(UpdateRule):
 
 
 def _each(setting: object) -> list[Tensor]:
-    values = setting if isinstance(setting, tuple) else (setting,)
-    return [value for value in values if isinstance(value, Tensor)]
+    """Tensors that an attribute is or holds."""
+    return [value for value in tree_flatten(setting)[0] if isinstance(value, Tensor)]
 
 
 def _accumulation(grads: Tensor) -> torch.dtype | None:

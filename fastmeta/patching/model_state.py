@@ -48,8 +48,8 @@ class ModelState:
             )
 
     def warn_of_changes(self) -> None:
-        """Warn, once, where a module is another, or has other hooks or settings, than when the model
-        was patched."""
+        """Warn, once, where a module is another, or has other hooks or settings, than when the
+        model was patched."""
         now = settings_of(self.model)
         if now == self._settings:
             return
