@@ -29,14 +29,15 @@ def launch(kernel, programs: int, *args, num_warps: int, **constants) -> None:
         kernel[(programs,)](*args, **constants, **options)
 
 
+# A reduction is split among programs until there are this many (four per multiprocessor of the
+# largest devices), each with at least so many terms. Constants, not the device's own numbers: a
+# result must not depend on the device it is computed on.
+PROGRAMS, TERMS = 528, 256
+
+
 def accumulator(*tensors: Tensor) -> tl.dtype:
     """The type of computation: float64 for float64, float32 for all that is narrower."""
     return tl.float64 if any(t.dtype == torch.float64 for t in tensors) else tl.float32
-
-
-def wide_dtype(t: Tensor) -> torch.dtype:
-    """The dtype of what is accumulated, as torch says it."""
-    return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 
 def empty_like(t: Tensor, wanted: int = 1) -> Tensor:

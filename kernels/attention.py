@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastmeta._dtypes import wide_dtype
 from fastmeta.kernels._common import (
     INTERPRETED,
     accumulator,
@@ -21,7 +22,6 @@ from fastmeta.kernels._common import (
     launch,
     mixed,
     power_of_2,
-    wide_dtype,
 )
 
 # What differs from batch to batch: kernels are not compiled again for it.
@@ -394,7 +394,7 @@ def attention(
     check_padded(places)
     mask = readable(mask, q)
     out = laid_out_as(q, v.shape[3])
-    wide = wide_dtype(q)
+    wide = wide_dtype(q.dtype)
     stats = q.new_empty(*q.shape[:3], 2, dtype=wide)
     constants = constants_of(q, v, mask, k.shape[2], scale, dropout_p, tiles_of_queries(q))
     blocks = ceil_div(q.shape[2], constants["BM"])

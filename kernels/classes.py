@@ -3,13 +3,19 @@ gathers rows in any order too, ``fastmeta.ops.take_rows``."""
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmeta.kernels._common import accumulator, ceil_div, launch, power_of_2
-from fastmeta.kernels.pairwise import PROGRAMS, TERMS
+from fastmeta._dtypes import wide_dtype
+from fastmeta.kernels._common import (
+    PROGRAMS,
+    TERMS,
+    accumulator,
+    ceil_div,
+    launch,
+    power_of_2,
+)
 
 
 @triton.jit(do_not_specialize=["N", "C", "part"])
@@ -82,8 +88,7 @@ def class_sums(x: Tensor, labels: Tensor, classes: int) -> Tensor:
     parts = ceil_div(rows, part)
     to = out
     if parts > 1:
-        dtype = torch.float64 if acc == tl.float64 else torch.float32
-        to = out.new_empty(parts, *out.shape, dtype=dtype)
+        to = out.new_empty(parts, *out.shape, dtype=wide_dtype(x.dtype))
     launch(
         class_sums_kernel, programs * parts,
         x, labels, to, rows, classes, d, out.numel(), part, ACC=acc, num_warps=4, **tile,

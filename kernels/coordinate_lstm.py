@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastmeta._dtypes import wide_dtype
 from fastmeta.kernels._common import (
     accumulator,
     ceil_div,
@@ -19,7 +20,6 @@ from fastmeta.kernels._common import (
     power_of_2,
     sigmoid,
     tanh,
-    wide_dtype,
 )
 
 _STRIPS = 256  # of coordinates, whose sums are added at last
@@ -316,7 +316,7 @@ def _derivative(directions, gh, gc, x, h, c, w_ih, w_hh, bias, needs, second: bo
     if needs & 8:
         per_strip = max(ceil_div(blocks, _STRIPS), 1)
         strips = ceil_div(blocks, per_strip)
-        wide = wide_dtype(x)
+        wide = wide_dtype(x.dtype)
         parts = x.new_empty(strips, 4 * hidden, features + hidden + 1, dtype=wide)
         if parts.numel():
             launch(

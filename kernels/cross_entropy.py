@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmeta.kernels._common import accumulator, exp, launch, log, power_of_2, wide_dtype
+from fastmeta._dtypes import wide_dtype
+from fastmeta.kernels._common import accumulator, exp, launch, log, power_of_2
 
 _BLOCK = 4096  # logits of a row at a time
 
@@ -101,7 +102,9 @@ def _options(x: Tensor) -> dict:
 
 def cross_entropy(x: Tensor, labels: Tensor, ignored: int) -> tuple[Tensor, Tensor]:
     rows, classes = x.shape
-    losses, stats = (x.new_empty(*shape, dtype=wide_dtype(x)) for shape in ((rows,), (rows, 2)))
+    losses, stats = (
+        x.new_empty(*shape, dtype=wide_dtype(x.dtype)) for shape in ((rows,), (rows, 2))
+    )
     launch(
         cross_entropy_kernel, rows,
         x, labels, losses, stats, classes, IGNORED=ignored, **_options(x),

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmeta.kernels._common import accumulator, ceil_div, launch, square_root, wide_dtype
+from fastmeta._dtypes import wide_dtype
+from fastmeta.kernels._common import accumulator, ceil_div, launch, square_root
 
 
 @triton.jit
@@ -131,7 +132,7 @@ def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, rms: bool
 ) -> tuple[Tensor, Tensor]:
     _, rows, _, row = _shape(x, weight)
-    y, stats = torch.empty_like(x), x.new_empty(x.shape[0], 2, dtype=wide_dtype(x))
+    y, stats = torch.empty_like(x), x.new_empty(x.shape[0], 2, dtype=wide_dtype(x.dtype))
     launch(
         layer_norm_kernel, x.shape[0] if x.numel() else 0,
         x, weight, bias, y, stats, rows, weight.stride(0),
@@ -146,7 +147,7 @@ def layer_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     tasks, rows, (parts, some), row = _shape(x, weight)
     dx = torch.empty_like(x)
-    dw, db = (x.new_empty(tasks, parts, x.shape[1], dtype=wide_dtype(x)) for _ in range(2))
+    dw, db = (x.new_empty(tasks, parts, x.shape[1], dtype=wide_dtype(x.dtype)) for _ in range(2))
     launch(
         layer_norm_backward_kernel, tasks * parts if x.numel() else 0,
         dy, x, weight, stats, dx, dw, db, rows, parts, weight.stride(0), x.shape[1],
@@ -167,7 +168,7 @@ def layer_norm_double_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     tasks, rows, (parts, some), row = _shape(x, weight)
     d_dy, d_x = torch.empty_like(x), torch.empty_like(x)
-    d_w = x.new_empty(tasks, parts, x.shape[1], dtype=wide_dtype(x))
+    d_w = x.new_empty(tasks, parts, x.shape[1], dtype=wide_dtype(x.dtype))
     strides = [0 if g is None else g.stride(0) for g in (gw, gb)]
     launch(
         layer_norm_double_backward_kernel, tasks * parts if x.numel() else 0,

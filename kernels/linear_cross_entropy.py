@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastmeta.kernels._common import wide_dtype
+from fastmeta._dtypes import wide_dtype
 from fastmeta.kernels.cross_entropy import (
     cross_entropy,
     cross_entropy_backward,
@@ -42,7 +42,9 @@ def linear_cross_entropy(
     wanted: bool,
     bf16: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    losses, stats = (x.new_empty(*shape, dtype=wide_dtype(x)) for shape in ((len(x),), (len(x), 2)))
+    losses, stats = (
+        x.new_empty(*shape, dtype=wide_dtype(x.dtype)) for shape in ((len(x),), (len(x), 2))
+    )
     slopes = torch.empty_like(x) if wanted else x.new_empty(0)
     one = torch.ones_like(losses)
     for some in _chunks(x, weight):

@@ -14,11 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmeta.kernels._common import INTERPRETED, ceil_div, launch, power_of_2, wide_dtype
+from fastmeta._dtypes import wide_dtype
+from fastmeta.kernels._common import INTERPRETED, PROGRAMS, ceil_div, launch, power_of_2
 from fastmeta.reference.lora_linear import dequantise
-
-_PROGRAMS = 512
-"""Programs that keep a GPU busy: with fewer, programs share the rows of a task."""
 
 _ROWS_OF_A_PART = 512
 """Rows that are worth a program of their own, at least."""
@@ -282,8 +280,7 @@ class _Rows:
     def shrink(self, x, m, x2, m2, scale) -> Tensor:
         """`columns_kernel`: ``scale (x m^T + x2 m2^T)`` in the type of accumulation."""
         some = x if x is not None else x2
-        wide = torch.float64 if self.acc == tl.float64 else torch.float32
-        s = some.new_empty(some.shape[0], self.rank, dtype=wide)
+        s = some.new_empty(some.shape[0], self.rank, dtype=wide_dtype(some.dtype))
         if s.numel() == 0:
             return s
         blocks, tables = self.tables(self.bm)
@@ -302,7 +299,7 @@ class _Rows:
         if self.tasks == 0 or columns == 0:
             return
         programs = self.tasks * ceil_div(columns, self.bn)
-        parts = max(1, min(_PROGRAMS // programs, self.count // _ROWS_OF_A_PART))
+        parts = max(1, min(PROGRAMS // programs, self.count // _ROWS_OF_A_PART))
         results = [t if t is None or parts == 1 else self.room(parts, t) for t in (out, sums)]
         launch(
             outer_kernel, programs * parts,
@@ -317,8 +314,7 @@ class _Rows:
 
     def room(self, parts: int, result: Tensor) -> Tensor:
         """For the parts of a result, in the type of accumulation."""
-        wide = torch.float64 if self.acc == tl.float64 else torch.float32
-        return result.new_empty(parts, *result.shape, dtype=wide)
+        return result.new_empty(parts, *result.shape, dtype=wide_dtype(self.x.dtype))
 
 
 def _strides(t: Tensor | None, axes: int = 3) -> tuple[int, ...]:
@@ -335,7 +331,7 @@ def lora_linear(
     """``x W^T + bias + s B^T`` and ``s = scale x A^T``, summed up in one loop. `bf16` is for CPUs:
     here rows come in it."""
     rows = _Rows(x, a.shape[0], a.shape[1], offsets)
-    wide = wide_dtype(x)
+    wide = wide_dtype(x.dtype)
     y, s = x.new_empty(x.shape[0], b.shape[1]), x.new_empty(x.shape[0], a.shape[1], dtype=wide)
     if y.numel() == 0 and s.numel():
         s = rows.shrink(x, a, None, None, scale)

@@ -19,7 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastmeta._dtypes import wide_dtype
 from fastmeta.kernels._common import (
+    PROGRAMS,
+    TERMS,
     accumulator,
     ceil_div,
     empty_like,
@@ -35,11 +38,6 @@ ABSOLUTE = tl.constexpr(reference.ABSOLUTE)
 POWER = tl.constexpr(reference.POWER)
 MAXIMUM = tl.constexpr(reference.MAXIMUM)
 PRODUCT = tl.constexpr(reference.PRODUCT)
-
-# A reduction is split among programs until there are this many (four per multiprocessor of the
-# largest devices), each with at least so many terms. Constants, not the device's own numbers: a
-# result must not depend on the device it is computed on.
-PROGRAMS, TERMS = 528, 256
 
 
 @triton.jit
@@ -421,8 +419,7 @@ def write_owned(
     parts = ceil_div(others, part)
     to = out
     if parts > 1:
-        dtype = torch.float64 if acc == tl.float64 else torch.float32
-        to = out.new_empty(parts, *out.shape, dtype=dtype)
+        to = out.new_empty(parts, *out.shape, dtype=wide_dtype(r.dtype))
     launch(
         owned_kernel, programs * parts,
         w, r, o, sums, cr, co, to, rows, others, d, *w.stride(), *r.stride()[:2],

@@ -270,31 +270,6 @@ def test_everything_together(name: str, clip_norm, truncate, per, mode: str) -> 
     check(learner, oracle.make_tasks(3, ragged=True, classes=4), rule=formula)
 
 
-class ReadsModel(torch.nn.Module):
-    """A loss that reads a weight of the model too."""
-
-    def __init__(self, layer: torch.nn.Linear) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, outputs, batch) -> torch.Tensor:
-        logits, labels = outputs.logits.mT, batch["labels"]
-        rows = torch.nn.functional.cross_entropy(logits, labels, reduction="none").mean(1)
-        return rows + self.layer.weight.square().mean()
-
-
-def test_a_weight_of_the_model_that_a_loss_reads_counts_once() -> None:
-    found, batch = [], oracle.as_batch(oracle.make_tasks(4))
-    for mode in ({"memory": "unroll"}, {"memory": "recompute"}, {"task_chunk": 2}):
-        model = oracle.tiny_bert()
-        layer = model.bert.pooler.dense
-        patched = fm.patch(model, fm.Head())
-        fm.MAML(patched, lr=0.1, steps=2, loss_fn=ReadsModel(layer), **mode)(batch).loss.backward()
-        found.append(layer.weight.grad)
-    for other in found[1:]:
-        torch.testing.assert_close(other, found[0], rtol=1e-9, atol=1e-12)
-
-
 @pytest.mark.parametrize("memory", ["unroll", "recompute"])
 def test_support_losses_carry_no_gradient(memory: str) -> None:
     patched = fm.patch(oracle.tiny_bert(), fm.Params("*"))
