@@ -411,3 +411,17 @@ def test_ways_of_tokens() -> None:
 def test_a_regression_of_narrow_numbers() -> None:
     values, labels = torch.randn(2, 300, 1).bfloat16(), torch.randn(2, 300).bfloat16()
     assert regression(values, {"labels": labels}).dtype == torch.float32
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_model_that_returns_its_logits(compile: bool) -> None:
+    g = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, 23, (3, 5, 7), generator=g)
+    batch = fm.TaskBatch(*[{"input_ids": ids, "labels": ids}] * 2)
+    patched = fm.patch(Tagger().double(), fm.Params("*"))
+    out = fm.MAML(patched, lr=1.0, steps=1, loss_fn="token_classification", compile=compile)(batch)
+    logits = patched(out.params, input_ids=ids)
+    close(out.logits, logits)
+    right = (logits.argmax(-1) == ids).flatten(1).double().mean(1)
+    close(out.accuracy, right.to(out.accuracy))
+    assert 0 < float(out.accuracy.mean()) < 1

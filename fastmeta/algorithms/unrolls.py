@@ -18,7 +18,7 @@ from fastmeta.batch import TaskBatch
 from fastmeta.engine.conditions import computing
 from fastmeta.engine.episode import MetaOutput, with_ways, zero_loss
 from fastmeta.engine.inner import InnerLoop, Support, inner_step, model_inputs, task_losses
-from fastmeta.engine.losses import scores
+from fastmeta.engine.losses import logits_of, scores
 from fastmeta.engine.update_rule import State
 from fastmeta.meta_module import MetaModule
 from fastmeta.patching import Patched, TaskParams
@@ -251,7 +251,7 @@ class TruncatedUnroll(_Unrolls):
         with torch.set_grad_enabled(bool(self.at.active.all())):  # else its graph would be of NaN
             at, found, before, outputs = self._advance(loop, batch, self.at, self.prefixes)
         losses = torch.stack(found).mean(0)
-        logits = getattr(outputs, "logits", None)
+        logits = logits_of(outputs)
         if bool(at.active.all()):
             loss = losses.mean()
         else:  # lets go of the graph before another one is built
@@ -363,7 +363,7 @@ class PES(_Unrolls):
         value = losses[active].mean() if bool(active.any()) else losses.new_zeros(())
         surrogate = sum((p * g).sum() for p, g in zip(own, gradient, strict=True))
         loss = value + (surrogate - surrogate.detach())
-        logits = getattr(outputs, "logits", None)
+        logits = logits_of(outputs)
         return self._output(loss, losses, before, logits, replace(at, active=active))
 
     def _draw(self, like: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from fastmeta.engine.capture import Unsuited, signature, token_tensors, traced_s
 from fastmeta.engine.graph_function import GraphFunction
 from fastmeta.engine.inner import InnerLoop, Support, task_losses
 from fastmeta.engine.leaf_step import one_step
+from fastmeta.engine.losses import logits_of
 from fastmeta.engine.recompute import backpropagate
 from fastmeta.patching import TaskParams
 from fastmeta.patching.adapted_linear import Gate, Gathering
@@ -59,7 +60,7 @@ def captured_losses(
     def losses_of(own: _Operands, before: LeafParams, texts: Support) -> _Computed:
         params = before.reading(texts.rows)
         losses, outputs = task_losses(loop, params, texts.inputs, texts.prefix)
-        logits = getattr(outputs, "logits", None)
+        logits = logits_of(outputs)
         return _Computed([], [losses] if logits is None else [losses, logits], None)
 
     found = _captured("losses", loop, [], params, support, losses_of)

@@ -24,7 +24,7 @@ from fastmeta.engine.inner import (
     task_losses,
     unroll,
 )
-from fastmeta.engine.losses import WAYS, scores
+from fastmeta.engine.losses import WAYS, logits_of, scores
 from fastmeta.engine.memory import MemoryPlan
 from fastmeta.engine.narrow import looked_up, narrowed
 from fastmeta.engine.recompute import recompute, slices
@@ -41,8 +41,9 @@ class MetaOutput:
         loss: Mean over tasks of the mean query loss; scalar, differentiable. Diverged tasks are
             left out; where all diverged it is 0, with a gradient of zeros.
         task_losses: Query losses ``[T]``, differentiable; NaN for diverged tasks.
-        logits: Query logits ``[T, Q, ...]``, or None where the model has none, or where a loss of
-            words did without (``patched(out.params, **batch.query)`` has them).
+        logits: Query logits ``[T, Q, ...]`` (what the model returns, where that is a tensor), or
+            None where it has none, or where a loss of words did without
+            (``patched(out.params, **batch.query)`` has them).
         params: Adapted fast weights; of a metric learner what support sets became (prototypes). Of
             an embedding's table they hold the rows of each task's words, the others are the model's
             own: read them before the model learns on, or keep ``params.packed``.
@@ -288,7 +289,7 @@ def _judge(
         if found is not None:
             return found
     losses, outputs = task_losses(loop, params.reading(rows), inputs, prefix)
-    return losses, getattr(outputs, "logits", None)
+    return losses, logits_of(outputs)
 
 
 def _leaves(loop: InnerLoop, params: TaskParams) -> LeafParams | None:

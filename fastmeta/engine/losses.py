@@ -158,11 +158,16 @@ def accuracy(logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
     return right / valid.flatten(1).sum(1).clamp_min(1)
 
 
+def logits_of(outputs: Any) -> Tensor | None:
+    """The ``logits`` of what a model returns, or that itself where it is a tensor."""
+    return getattr(outputs, "logits", outputs if isinstance(outputs, Tensor) else None)
+
+
 def _logits(
     outputs: Any, dim: int, name: str, classified: Mapping[str, Tensor] | None = None
 ) -> Tensor:
     """The logits of an output, of `dim` axes: one row of them for each label of `classified`."""
-    logits = getattr(outputs, "logits", outputs if isinstance(outputs, Tensor) else None)
+    logits = logits_of(outputs)
     if logits is None:
         raise ValueError(
             f"the {name} loss needs a model with a head whose output has logits, "
