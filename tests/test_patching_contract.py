@@ -51,6 +51,19 @@ def test_a_change_of_the_model_after_it_was_patched(change: str) -> None:
     patched.init(2)  # warned of once
 
 
+def test_longer_texts_of_the_model_itself_are_no_change() -> None:
+    """Rotary angles that grow with the longest text seen."""
+    model = families.build("llama")
+    config = copy.deepcopy(model.config)
+    config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    model = type(model)(config).eval()
+    patched = fm.patch(model, fm.LoRA(r=2))
+    length = config.max_position_embeddings + 3
+    model(torch.ones(1, length, dtype=torch.int64))
+    assert int(model.model.rotary_emb.max_seq_len_cached) == length
+    patched.init(2)
+
+
 @pytest.mark.parametrize("family", ["bert", "gpt2", "t5", "deberta_v2_relative", "vit"])
 @pytest.mark.parametrize(
     "spec", [fm.Params("*"), fm.LoRA(r=2) + fm.Head(), fm.Norm()], ids=["all", "lora", "norm"]

@@ -96,12 +96,12 @@ class ModelState:
 
 def settings_of(model: nn.Module) -> dict[str, dict[str, object]]:
     """Of every module, by name: its class, its number of hooks, and its public attributes that are
-    numbers or texts, without those that modes and memory change."""
+    numbers or texts, without those that modes, memory or the last texts change."""
     return {
         name: {
             "__class__": type(module),
             "hooks": sum(len(getattr(module, hooks)) for hooks in _HOOKS),
-            **{k: v for k, v in vars(module).items() if type(v) in _PLAIN and _is_public(k)},
+            **{k: v for k, v in vars(module).items() if type(v) in _PLAIN and _is_setting(k)},
         }
         for name, module in model.named_modules()
     }
@@ -111,5 +111,6 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _PLAIN = (bool, int, float, str)
 
 
-def _is_public(attribute: str) -> bool:
-    return attribute[0] != "_" and attribute not in ("training", "gradient_checkpointing")
+def _is_setting(attribute: str) -> bool:
+    kept = attribute[0] == "_" or "cached" in attribute  # as the longest text of rotary angles
+    return not kept and attribute not in ("training", "gradient_checkpointing")
