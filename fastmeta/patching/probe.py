@@ -279,10 +279,15 @@ def _close(x: Tensor, y: Tensor, tolerance: float) -> bool:
 
 
 def warn_loop(name: str, module: nn.Module) -> None:
-    where = f"module {name!r}" if name else "the whole model"
+    if name:
+        where, why = f"module {name!r}", "no task-batched rule fits it"
+        advice = "adapt fewer of its parameters, or use LoRA"
+    else:
+        where, why = "the whole model", "rows of a batch meet in it, or no rule fits its parameters"
+        advice = "patch a part of it, such as an encoder, or adapt fewer of its parameters"
     warnings.warn(
-        f"{where} ({type(module).__name__}) runs one task after another: no task-batched rule "
-        "fits it; adapt fewer of its parameters, or use LoRA, to run all tasks at once",
+        f"{where} ({type(module).__name__}) runs one task after another: {why}; {advice}, "
+        "to run all tasks at once",
         PerformanceWarning,
         stacklevel=2,
     )
