@@ -21,7 +21,7 @@ EVERYTHING = fm.Params("*")
 
 
 def plan_of(learner: fm.MAML) -> MemoryPlan:
-    (plan,) = learner._memory_plans.values()
+    (plan,) = learner.plans.known.values()
     return plan
 
 

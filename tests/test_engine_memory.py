@@ -127,7 +127,7 @@ def test_auto_follows_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         learner = fm.MAML(patched, lr=0.1, steps=16)
         out = learner(BATCH)
         found = oracle.gradients(learner, out.loss)
-        (plan,) = learner._memory_plans.values()
+        (plan,) = learner.plans.known.values()
         return plan, found
 
     loop = fm.MAML(patched, lr=0.1, steps=16).inner_loop()
@@ -157,9 +157,33 @@ def test_auto_prefers_large_chunks_to_recomputing(monkeypatch: pytest.MonkeyPatc
         learner = fm.MAML(patched, **settings)
         out = learner(BATCH)
         oracle.assert_close(oracle.gradients(learner, out.loss), expected)
-        (found,) = learner._memory_plans.values()
+        (found,) = learner.plans.known.values()
         # of 4 tasks, of which 3 fit: 2 and 2
         assert found.mode == mode and (mode == "recompute" or found.task_chunk == 2)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_passes_without_a_long_graph_follow_the_free_memory(
+    order: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """First order, evaluation and adaptation: no memory mode helps, fewer tasks do."""
+    patched = fm.patch(oracle.tiny_bert(), fm.Params("*"))
+    settings = {"lr": 0.1, "steps": 3, "optimizer": "momentum", "order": order}
+    learner = fm.MAML(patched, **settings)
+    fast = learner.adapt(BATCH.support).packed
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1)
+    little = fm.MAML(patched, **settings)
+    with torch.no_grad():
+        out, expected = little(BATCH), learner(BATCH)
+    assert torch.equal(out.task_losses, expected.task_losses)
+    assert torch.equal(little.adapt(BATCH.support).packed, fast)
+    given = {"steps": 3, "lr": 0.1, "optimizer": "momentum", "task_chunk": "auto"}
+    assert torch.equal(fm.adapt(patched, BATCH.support, **given).params.packed, fast)
+    assert {plan.task_chunk for plan in little.plans.known.values()} == {1}
+    if order == 1:
+        found = oracle.gradients(little, little(BATCH).loss)
+        oracle.assert_close(found, oracle.gradients(learner, learner(BATCH).loss))
+        assert [plan.task_chunk for plan in little.plans.known.values()] == [1, 1, 1]
 
 
 def test_measuring_leaves_no_trace() -> None:
@@ -244,7 +268,7 @@ def test_backward_pass_out_of_memory(
     oracle.assert_close(oracle.gradients(learner, oracle.weighted(out)), expected)
     backwards = [(mode, tasks) for mode, tasks, when in limit.tried if when == "backward"]
     assert ("recompute", 1) in backwards and max(tasks for _, tasks in backwards) == 3
-    (plan,) = learner._memory_plans.values()
+    (plan,) = learner.plans.known.values()
     assert (plan.mode, plan.task_chunk) == ("recompute", 1)
 
 

@@ -32,7 +32,7 @@ def run(learner, seed: int = 5, batch: fm.TaskBatch = BATCH) -> dict[str, Tensor
     torch.rand(7)
     before = torch.get_rng_state()
     found |= oracle.gradients(learner, loss)
-    if learner.memory != "unroll" or learner.task_chunk:
+    if learner.plans.memory != "unroll" or learner.plans.task_chunk:
         assert torch.equal(torch.get_rng_state(), before)
     return found
 

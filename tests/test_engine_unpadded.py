@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import episode_oracle
@@ -20,7 +21,7 @@ from unpadded_texts import (
 import fastmeta as fm
 from fastmeta.engine import memory
 from fastmeta.engine.capture import Capture
-from fastmeta.engine.memory_plans import forget_others, growth
+from fastmeta.engine.memory_plans import growth
 
 # -- what adapts -----------------------------------------------------------------------------
 
@@ -166,7 +167,7 @@ def test_memory_modes(name: str, mode: str) -> None:
 
 
 def test_first_order() -> None:
-    learner = fm.MAML(fm.patch(bert(), EVERYTHING), lr=0.1, steps=2, order=1)
+    learner = fm.MAML(fm.patch(bert(), EVERYTHING), lr=0.1, steps=2, order=1, memory="unroll")
     found, shapes = steps_of(learner)
     assert shapes == {SUPPORT, QUERY}
     episode_oracle.assert_close(found, expected("everything", order=1))
@@ -289,7 +290,7 @@ def batch_of(tokens: int) -> fm.TaskBatch:
 
 def plan_of(learner: fm.MAML, batch: fm.TaskBatch) -> memory.MemoryPlan:
     learner(batch)
-    (plan,) = learner._memory_plans.values()
+    (plan,) = learner.plans.known.values()
     return plan
 
 
@@ -352,14 +353,14 @@ def test_what_is_sure_to_fit_is_not_measured(monkeypatch: pytest.MonkeyPatch) ->
     learner(
         fm.TaskBatch(*({k: v[:, :2] for k, v in s.items()} for s in (batch.support, batch.query)))
     )
-    *_, fewer = learner._memory_plans.values()
-    assert len(measured) == 1 and len(learner._memory_plans) == 2
+    *_, fewer = learner.plans.known.values()
+    assert len(measured) == 1 and len(learner.plans.known) == 2
     assert fewer.predicted_bytes == second.predicted_bytes  # a bound
     with torch.no_grad():
         learner(batch)
     learner(batch, steps=2)
     learner(batch[:1])
-    assert len(measured) == 3  # nothing is kept without gradients
+    assert len(measured) == 4
 
 
 def test_a_plan_allows_a_few_more_tokens() -> None:
@@ -369,9 +370,17 @@ def test_a_plan_allows_a_few_more_tokens() -> None:
 
 
 def test_plans_that_ran_out_of_memory_are_no_example() -> None:
-    plans = {n: memory.MemoryPlan("unroll", predicted_bytes=n) for n in range(3)}
-    forget_others(plans, plans[1])
-    assert [*plans] == [1]
+    learner = fm.MAML(fm.patch(bert(), EVERYTHING), lr=0.1, steps=1)
+    plan, failures = plan_of(learner, batch_of(6)), [MemoryError()]
+    learner.plans.known["another"] = replace(plan)
+
+    def run(given: memory.MemoryPlan) -> memory.MemoryPlan:
+        if failures:
+            raise failures.pop()
+        return given
+
+    assert learner.plans.run(learner.inner_loop(), batch_of(6), run) is plan
+    assert [*learner.plans.known.values()] == [plan] and plan.mode == "recompute"
 
 
 def test_hardly_smaller_batches_are_recomputed_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -387,10 +396,10 @@ def test_hardly_smaller_batches_are_recomputed_too(monkeypatch: pytest.MonkeyPat
         batch = batch_of(10)
         sets = ({k: v[..., :width] for k, v in s.items()} for s in (batch.support, batch.query))
         learner(fm.TaskBatch(*sets))
-        return [*learner._memory_plans.values()][-1]
+        return [*learner.plans.known.values()][-1]
 
     assert not first.is_whole and narrower(7).mode == first.mode and len(measured) == count
-    assert len(learner._memory_plans) == 2
+    assert len(learner.plans.known) == 2
     narrower(5)
     assert len(measured) > count
 
@@ -400,7 +409,7 @@ def test_room_for_a_jump(monkeypatch: pytest.MonkeyPatch) -> None:
     learner = fm.MAML(fm.patch(bert(), EVERYTHING), lr=0.1, steps=1, memory_budget="1GiB")
     measured = measurements(monkeypatch)
     first = plan_of(learner, batch_of(6))
-    learner.memory_budget = int(2.25 * first.predicted_bytes / memory._TRUSTED) + 1
+    learner.plans.budget = int(2.25 * first.predicted_bytes / memory._TRUSTED) + 1
     second = plan_of(learner, batch_of(9))
     assert len(measured) > 1 and second.predicted_bytes < 2.25 * first.predicted_bytes
 

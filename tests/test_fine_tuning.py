@@ -13,6 +13,10 @@ from torch import Tensor
 
 import fastmeta as fm
 from fastmeta import rules
+from fastmeta.engine import memory
+from fastmeta.engine.fine_tuning import FineTuner
+from fastmeta.engine.meter import PeakMemory
+from fastmeta.engine.places import Place
 
 SETS = [oracle.make_tasks(3, classes=4, seed=seed) for seed in range(4)]
 """Batches of three tasks: support sets of four draws."""
@@ -202,7 +206,7 @@ class Unaware(rules.UpdateRule):
         ({"lr": float("inf")}, ValueError, "lr must be finite, got inf"),
         ({"lr": [0.1, 0.2]}, ValueError, "a number or one for each of 3 tasks"),
         ({"optimizer": Unaware()}, ValueError, "which Unaware does not know"),
-        ({"task_chunk": "auto"}, ValueError, "task_chunk must be None or an integer"),
+        ({"task_chunk": 0}, ValueError, "task_chunk must be an integer of at least 1, None or"),
         ({"clip_norm": -1.0}, ValueError, "clip_norm must be positive or None"),
         ({"ways": [1, 2]}, ValueError, r"ways must have shape \[3\]"),
         ({"ways": [1, 2, 5]}, ValueError, r"ways must be in 1..4, got \[1, 2, 5\]"),
@@ -277,6 +281,39 @@ def test_adjacent_tasks_after_the_first(chunk: int | None) -> None:
     before = tuner.params.packed.clone()
     tuner.step({k: v[1:] for k, v in support.items()}, [1, 2, 3])
     assert (tuner.params.packed != before).any(1).tolist() == [False, True, True, True]
+
+
+@pytest.mark.parametrize("names", [[0, 1, 2, 3], [3, 1, 0]])
+def test_as_many_tasks_as_have_room(names: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the free memory, and where that was wrong by errors: no task takes a step twice."""
+    support = oracle.as_batch(oracle.make_tasks(len(names))).support
+    patched = fm.patch(oracle.tiny_bert(), fm.Params("*"))
+    plain, auto = (fm.FineTuner(patched, 4, lr=0.1, task_chunk=c) for c in (None, "auto"))
+    assert torch.equal(auto.step(support, names), plain.step(support, names))
+    (plan,) = auto._plans[len(names) == 4].known.values()
+    with PeakMemory() as meter:
+        plain.step(support, names)
+    auto.step(support, names)
+    assert plan.task_chunk is None and 0.8 <= plan.predicted_bytes / meter.peak <= 1.2
+    step, sizes = FineTuner._step, []
+
+    def limited(self: FineTuner, place: Place, inputs: dict) -> Tensor:
+        sizes.append(len(inputs["labels"]))
+        if sizes[-1] > 1 and len(sizes) != 2:  # what the second one has is enough for two
+            raise MemoryError
+        return step(self, place, inputs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FineTuner, "_step", limited)
+        losses = auto.step(support, names)
+    assert torch.equal(losses, plain.step(support, names))
+    assert sizes == ([4, 2, 2, 1, 1] if len(names) == 4 else [3, 2, 1])
+    assert torch.equal(auto.params.packed, plain.params.packed)
+    assert torch.equal(auto.steps, plain.steps)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1)
+    little = fm.FineTuner(patched, 4, lr=0.1, task_chunk="auto")
+    little.step(support, names)
+    assert [plan.task_chunk for plan in little._plans[len(names) == 4].known.values()] == [1]
 
 
 def test_what_a_tuner_gives_and_takes_are_copies() -> None:

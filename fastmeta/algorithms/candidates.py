@@ -122,7 +122,6 @@ class Run:
             optimizer=first.optimizer,
             loss_fn=classification,
             clip_norm=first.clip_norm,
-            task_chunk=self.task_chunk,
         )
         wide = wide_dtype(start.dtype)
         rates = start.new_tensor([self.candidates[i].lr for i in group], dtype=wide)

@@ -210,7 +210,7 @@ class HyperNetwork(GradientLearner):
         self._warn_of_frozen()
         loop = replace(self.inner_loop(steps), own_rows=True)
         with computing(self.device, self.compute_dtype):
-            return self._with_memory(
+            return self.plans.run(
                 loop, batch, lambda plan: self._judge(loop, batch, description, plan)
             )
 

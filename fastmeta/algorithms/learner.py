@@ -20,11 +20,10 @@ from fastmeta.engine.capture import capture_of
 from fastmeta.engine.checks import check_clip_norm, check_sets, check_steps, compute_dtype_of
 from fastmeta.engine.conditions import computing
 from fastmeta.engine.episode import MetaOutput, run_episode, with_ways
-from fastmeta.engine.free_memory import is_out_of_memory
 from fastmeta.engine.inner import InnerLoop
 from fastmeta.engine.losses import LossFn, mask_ways, resolve_loss
-from fastmeta.engine.memory import MemoryPlan, check_memory
-from fastmeta.engine.memory_plans import forget_others, plan_for
+from fastmeta.engine.memory import MemoryPlan
+from fastmeta.engine.memory_plans import MemoryPlans
 from fastmeta.engine.optimizers import resolve_rule
 from fastmeta.engine.rates import LearnedRate, Rates
 from fastmeta.engine.replays import WHOLE, replays_of
@@ -133,7 +132,7 @@ class GradientLearner(MetaModule):
         steps = check_steps(steps)
         if order not in (1, 2):
             raise ValueError(f"order must be 1 or 2, got {order!r}")
-        self.memory_budget = check_memory(memory, task_chunk, memory_budget)
+        self.plans = MemoryPlans(memory, task_chunk, memory_budget)
         check_clip_norm(clip_norm)
         if truncate is not None:
             if not is_integer(truncate):
@@ -145,15 +144,12 @@ class GradientLearner(MetaModule):
         self.steps = steps
         self.order = order
         self.rule = resolve_rule(optimizer).bound(patched.layout)
-        self.memory = memory
-        self.task_chunk = task_chunk
         self.loss_fn = resolve_loss(loss_fn)
         self.clip_norm = clip_norm
         self.truncate = truncate
         self.compute_dtype = compute_dtype_of(compute_dtype, patched.dtype)
         self.capture = capture_of(patched, compile, compile_cache, others=(WHOLE,))
         self.replays = replays_of(patched, compile)
-        self._memory_plans: dict[Any, MemoryPlan] = {}
         self.train(patched.training)
         if patched.device.type == "cpu":
             reuse_large_buffers()
@@ -194,7 +190,7 @@ class GradientLearner(MetaModule):
         return InnerLoop(
             patched=self.patched,
             # what is kept by leaf depends on the number of steps, so no few steps predict its peak
-            by_leaf=self.memory_budget is None,
+            by_leaf=self.plans.budget is None,
             rule=self.rule,
             rates=self.rates,
             steps=steps,
@@ -230,7 +226,7 @@ class GradientLearner(MetaModule):
         self._warn_of_frozen()
         loop = self.inner_loop(steps)
         with computing(self.device, self.compute_dtype):
-            return self._with_memory(loop, batch, lambda plan: self._run(loop, batch, plan))
+            return self.plans.run(loop, batch, lambda plan: self._run(loop, batch, plan))
 
     def _run(self, loop: InnerLoop, batch: TaskBatch, plan: MemoryPlan) -> MetaOutput:
         return run_episode(loop, self.patched.initial(batch.num_tasks), batch, plan)
@@ -257,8 +253,7 @@ class GradientLearner(MetaModule):
             steps: Inner steps, when other than the learner's.
 
         Returns:
-            Detached fast weights for :meth:`predict`, of so many tasks at a time as a number in
-            `task_chunk` says. A task whose loss or gradient becomes NaN or
+            Detached fast weights for :meth:`predict`. A task whose loss or gradient becomes NaN or
             Inf keeps those from before that step; under ``torch.no_grad()`` a call of the learner
             says which did.
 
@@ -272,9 +267,13 @@ class GradientLearner(MetaModule):
 
     def _adapted(self, start: TaskParams, batch: TaskBatch, loop: InnerLoop) -> TaskParams:
         """Fast weights after the inner loop on the support sets."""
-        chunk = None if self.task_chunk == "auto" else self.task_chunk
-        with computing(self.device, self.compute_dtype):
-            return adapted(loop, start, with_ways(batch)[0], chunk).params
+        support = with_ways(batch)[0]
+
+        def run(plan: MemoryPlan) -> TaskParams:
+            return adapted(loop, start, support, plan.task_chunk).params
+
+        with computing(self.device, self.compute_dtype), torch.no_grad():
+            return self.plans.run(loop, batch, run)
 
     def predict(
         self,
@@ -308,19 +307,6 @@ class GradientLearner(MetaModule):
         check_sets(self.patched, self.loss_fn, {"support": support, "query": query})
         self.rates.check_tasks(batch.num_tasks)
 
-    def _with_memory(self, loop: InnerLoop, batch: TaskBatch, run) -> MetaOutput:
-        """Run under the memory plan; halve the chunk when an allocation fails, and go on."""
-        how = self.memory, self.task_chunk, self.memory_budget
-        plan = plan_for(self._memory_plans, loop, batch, *how)
-        while True:
-            try:
-                return run(plan)
-            except (RuntimeError, MemoryError) as error:
-                tasks = plan.task_chunk or batch.num_tasks
-                if not (is_out_of_memory(error) and plan.shrink(tasks)):
-                    raise
-                forget_others(self._memory_plans, plan)
-
     def _warn_of_frozen(self) -> None:
         """Warn, once, that several processes do not average gradients of what is frozen."""
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
@@ -338,7 +324,7 @@ class GradientLearner(MetaModule):
         )
 
     def extra_repr(self) -> str:
-        return f"steps={self.steps}, order={self.order}, memory={self.memory!r}"
+        return f"steps={self.steps}, order={self.order}, memory={self.plans.memory!r}"
 
 
 def warn_of_nothing(learner: nn.Module) -> None:

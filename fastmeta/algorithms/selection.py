@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastmeta._settings import is_number
+from fastmeta._settings import integer, is_number
 from fastmeta.algorithms.candidates import Candidate, Run
 from fastmeta.algorithms.disagreement import COMPARISONS, candidate_distances, check_metric
 from fastmeta.batch import IGNORE_INDEX, check_set, ways_of
@@ -119,6 +119,8 @@ def select_models(
     """
     candidates = list(candidates) if isinstance(candidates, Sequence) else [candidates]
     metric = _check(patched, candidates, criterion, compare, metric, p)
+    if task_chunk is not None:
+        integer("task_chunk", task_chunk, or_else=" or None")
     tasks = check_set("support", support)
     extra: dict[str, Tensor] = {}
     if ways is not None:

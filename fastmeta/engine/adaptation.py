@@ -9,15 +9,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastmeta.batch import check_set, ways_of
+from fastmeta.batch import TaskBatch, check_set
 from fastmeta.engine.capture import capture_of
 from fastmeta.engine.checks import check_clip_norm, check_sets, check_steps, compute_dtype_of
 from fastmeta.engine.chunks import split
 from fastmeta.engine.conditions import computing
-from fastmeta.engine.episode import adapt_tasks
+from fastmeta.engine.episode import adapt_tasks, with_ways
 from fastmeta.engine.inner import InnerLoop, Trajectory
-from fastmeta.engine.losses import WAYS, LossFn, resolve_loss
-from fastmeta.engine.memory import check_memory
+from fastmeta.engine.losses import LossFn, resolve_loss
+from fastmeta.engine.memory import MemoryPlan
+from fastmeta.engine.memory_plans import MemoryPlans
 from fastmeta.engine.optimizers import resolve_rule
 from fastmeta.engine.rates import LearnedRate, Rates
 from fastmeta.engine.update_rule import UpdateRule
@@ -50,7 +51,7 @@ def adapt(
     optimizer: str | UpdateRule = "sgd",
     loss_fn: str | LossFn = "classification",
     clip_norm: float | None = None,
-    task_chunk: int | None = None,
+    task_chunk: int | str | None = None,
     params: TaskParams | None = None,
     ways: Tensor | int | None = None,
     compute_dtype: torch.dtype | str | None = None,
@@ -74,7 +75,8 @@ def adapt(
             ``(outputs, batch) -> [T]``. Losses of words form no logits where tasks share the layer
             that makes them.
         clip_norm: Bound on each task's gradient norm, positive, or None.
-        task_chunk: Tasks adapted at once, at least 1, or None for all.
+        task_chunk: Tasks adapted at once: None (all), an integer of at least 1, or ``"auto"``: as
+            many as the free memory has room for, which one and two tasks tell. The same numbers.
         params: Fast weights of T tasks to start from; default the model's own initial values.
         ways: Number of classes of each task, int64 ``[T]`` or one for all, when fewer than the head
             has.
@@ -103,22 +105,26 @@ def adapt(
         optimizer=optimizer,
         loss_fn=loss_fn,
         clip_norm=clip_norm,
-        task_chunk=task_chunk,
         compile=compile,
         compile_cache=compile_cache,
     )
+    plans = MemoryPlans("unroll", task_chunk)
     compute_dtype = compute_dtype_of(compute_dtype, patched.dtype)
     tasks = check_set("support", support)
     if params is not None:
         patched.check_params(params)
         if params.num_tasks != tasks:
             raise ValueError(f"params hold {params.num_tasks} tasks, but the support set {tasks}")
-    if ways is not None:
-        support = {**support, WAYS: ways_of(ways, tasks, patched.device)}
-    check_sets(patched, loop.loss_fn, {"support": support})
-    with computing(patched.device, compute_dtype):
+    batch = TaskBatch(support, support, ways)
+    inputs = with_ways(batch)[0]
+    check_sets(patched, loop.loss_fn, {"support": inputs})
+
+    def run(plan: MemoryPlan) -> Trajectory:
+        return adapted(loop, start, inputs, plan.task_chunk)
+
+    with computing(patched.device, compute_dtype), torch.no_grad():
         start = patched.initial(tasks) if params is None else params
-        whole = adapted(loop, start, support, task_chunk)
+        whole = plans.run(loop, batch, run)
     return Adapted(whole.params, torch.stack(whole.losses), ~whole.active)
 
 
@@ -144,7 +150,6 @@ def plain_loop(
     optimizer: str | UpdateRule,
     loss_fn: str | LossFn,
     clip_norm: float | None,
-    task_chunk: int | None,
     compile: bool | str = False,
     compile_cache: str | Path | None = None,
 ) -> InnerLoop:
@@ -155,9 +160,6 @@ def plain_loop(
         )
     steps = check_steps(steps)
     check_clip_norm(clip_norm)
-    check_memory("unroll", task_chunk)
-    if task_chunk == "auto":
-        raise ValueError("task_chunk must be None or an integer of at least 1, got 'auto'")
     if isinstance(lr, LearnedRate):
         raise TypeError("adapt takes a number as lr; learned rates belong to a learner")
     capture = capture_of(patched, compile, compile_cache)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +13,23 @@ import torch
 from torch import Tensor
 
 from fastmeta._dtypes import wide_dtype
-from fastmeta._names import near
 from fastmeta._settings import is_integer
-from fastmeta.batch import check_set, ways_of
+from fastmeta.batch import TaskBatch, check_set, ways_of
 from fastmeta.engine.adaptation import plain_loop
 from fastmeta.engine.checks import check_sets, compute_dtype_of, setting_of
 from fastmeta.engine.chunks import split
 from fastmeta.engine.conditions import computing
-from fastmeta.engine.episode import support_of
-from fastmeta.engine.inner import inner_step, task_losses
-from fastmeta.engine.losses import WAYS, LossFn
+from fastmeta.engine.episode import support_of, with_ways
+from fastmeta.engine.inner import InnerLoop, inner_step, task_losses
+from fastmeta.engine.losses import LossFn
+from fastmeta.engine.memory import MemoryPlan
+from fastmeta.engine.memory_plans import MemoryPlans
+from fastmeta.engine.meter import PeakMemory
+from fastmeta.engine.places import Place, part_of, place_of, size, write
+from fastmeta.engine.prediction import Need
 from fastmeta.engine.rates import Rates
-from fastmeta.engine.update_rule import UpdateRule
+from fastmeta.engine.update_rule import State, UpdateRule
 from fastmeta.patching import ParamLayout, Patched, TaskParams
-
-Place = slice | Tensor
-"""Where tasks are: adjacent ones, whose rows are views, or int64 ``[A]``."""
 
 
 class FineTuner:
@@ -55,7 +57,8 @@ class FineTuner:
         clip_norm: Bound on each task's gradient norm, positive, or None.
         params: Fast weights of T tasks to start from; default the model's own initial values.
         ways: Number of classes of each task, or one for all, when fewer than the head has.
-        task_chunk: Tasks whose graph is held at once, at least 1, or None for all.
+        task_chunk: Tasks whose graph is held at once: None (all), an integer of at least 1, or
+            ``"auto"``: as many as the free memory has room for, measured where batches grow.
         compute_dtype, compile, compile_cache: As for `fm.adapt`.
 
     Attributes:
@@ -86,7 +89,7 @@ class FineTuner:
         clip_norm: float | None = None,
         params: TaskParams | None = None,
         ways: Tensor | Sequence[int] | int | None = None,
-        task_chunk: int | None = None,
+        task_chunk: int | str | None = None,
         compute_dtype: torch.dtype | str | None = None,
         compile: bool | str = False,
         compile_cache: str | Path | None = None,
@@ -98,11 +101,14 @@ class FineTuner:
             optimizer=optimizer,
             loss_fn=loss_fn,
             clip_norm=clip_norm,
-            task_chunk=task_chunk,
             compile=compile,
             compile_cache=compile_cache,
         )
-        self.patched, self.task_chunk = patched, task_chunk
+        self.patched = patched
+        self._plans = {  # of adjacent tasks, whose rows are not copied, and of others
+            adjacent: MemoryPlans("unroll", task_chunk, predict=partial(self._need, adjacent))
+            for adjacent in (True, False)
+        }
         self.compute_dtype = compute_dtype_of(compute_dtype, patched.dtype)
         rule = self._loop.rule
         if not rule.steps_apart:
@@ -216,16 +222,7 @@ class FineTuner:
         return params
 
     def _place(self, names: Sequence[Hashable]) -> Place:
-        index = {name: i for i, name in enumerate(self.names)}
-        unknown = next((n for n in names if n not in index), None)
-        if unknown is not None:
-            raise ValueError(f"there is no task {unknown!r}{near(unknown, self.names)}")
-        if len(set(names)) < len(names) or not names:
-            raise ValueError(f"expected tasks, each once, got {list(names)}")
-        places = [index[name] for name in names]
-        if places == list(range(places[0], places[0] + len(places))):
-            return slice(places[0], places[0] + len(places))
-        return torch.tensor(places, device=self._packed.device)
+        return place_of(names, self.names, self._packed.device)
 
     # -- steps -------------------------------------------------------------------------------
 
@@ -242,8 +239,9 @@ class FineTuner:
         Returns:
             Losses before the step, ``[A]``.
 
-        An error in the middle, as where memory runs out, leaves the tasks of the chunks before it
-        (`task_chunk`) one step ahead, as `steps` tells: go on with the others by name.
+        An error in the middle, as where memory runs out for a `task_chunk` that is a number, leaves
+        the tasks of the chunks before it one step ahead, as `steps` tells: go on with the others by
+        name.
 
         Raises:
             ValueError: A name that is not there, another number of tasks in the batch, labels out
@@ -273,20 +271,24 @@ class FineTuner:
                 f"fm.data.Minibatch, got {type(batch).__name__}"
             )
         place = slice(0, len(self.names)) if tasks is None else self._place(_names(tasks))
-        count = place.stop - place.start if isinstance(place, slice) else len(place)
+        count = size(place)
         given = check_set("batch", batch)
         if given != count:
             raise ValueError(f"expected a batch of {count} tasks, got {given}")
-        inputs = dict(batch)
-        if self._ways is not None:
-            inputs[WAYS] = self._ways[place]
+        both = TaskBatch(batch, batch, None if self._ways is None else self._ways[place])
+        inputs = with_ways(both)[0]
         check_sets(self.patched, self._loop.loss_fn, {"batch": inputs})
         losses = []
-        with torch.no_grad(), computing(self._packed.device, self.compute_dtype):
-            for part in split(slice(0, count), self.task_chunk):
+
+        def go_on(plan: MemoryPlan) -> Tensor:
+            """From where an earlier plan ran out of memory."""
+            for part in split(slice(sum(map(len, losses)), count), plan.task_chunk):
                 own = {k: v[part] for k, v in inputs.items()}
-                losses.append(of(_part(place, part), own))
-        return torch.cat(losses)
+                losses.append(of(part_of(place, part), own))
+            return torch.cat(losses)
+
+        with torch.no_grad(), computing(self._packed.device, self.compute_dtype):
+            return self._plans[isinstance(place, slice)].run(self._loop, both, go_on)
 
     def _losses(self, place: Place, inputs: Mapping[str, Tensor]) -> Tensor:
         params = TaskParams(self.patched.layout, self._packed[place])
@@ -294,23 +296,48 @@ class FineTuner:
 
     def _step(self, place: Place, inputs: Mapping[str, Tensor]) -> Tensor:
         """One pass and one update; see :meth:`step`."""
-        packed, steps = self._packed[place], self.steps[place]
-        state = tuple(t[place] for t in self._state)
         rates = self._lr[place]
         if rates.device.type == "cpu" and not bool((rates >= 0).all()):
             raise ValueError(f"lr must be at least 0, got {rates.tolist()}")
-        loop = replace(self._loop, rates=Rates.of_tasks(rates, self.patched.layout))
-        support = support_of(loop, TaskParams(self.patched.layout, packed), inputs, None)
-        packed, state, active, losses = inner_step(
-            loop, steps, packed, state, support, ~self.diverged[place],
-            create_graph=False, in_place=True,
-        )  # fmt: skip
-        _write(self._packed, place, packed)
-        for whole, part in zip(self._state, state, strict=True):
-            _write(whole, place, part)
+        packed, state, active, losses = self._updated(self._loop, place, *self._rows(place), inputs)
+        for whole, part in zip((self._packed, *self._state), (packed, *state), strict=True):
+            write(whole, place, part)
         self.steps[place] += active
         self.diverged[place] = ~active
         return losses
+
+    def _rows(self, place: Place) -> tuple[Tensor, State]:
+        """Fast weights and the rule's state of tasks: views of adjacent ones, else copies."""
+        return self._packed[place], tuple(t[place] for t in self._state)
+
+    def _updated(
+        self,
+        loop: InnerLoop,
+        place: Place,
+        packed: Tensor,
+        state: State,
+        inputs: Mapping[str, Tensor],
+    ) -> tuple[Tensor, State, Tensor, Tensor]:
+        """Rows of tasks after a step, where they lie if that can be; who goes on; losses."""
+        loop = replace(loop, rates=Rates.of_tasks(self._lr[place], self.patched.layout))
+        support = support_of(loop, TaskParams(self.patched.layout, packed), inputs, None)
+        return inner_step(
+            loop, self.steps[place], packed, state, support, ~self.diverged[place],
+            create_graph=False, in_place=True,
+        )  # fmt: skip
+
+    def _need(self, adjacent: bool, loop: InnerLoop, batch: TaskBatch, mode: str) -> Need:
+        """What a step takes, by those of one task and of two, which are taken on copies."""
+        loop, peaks = replace(loop, capture=None), []
+        for tasks in range(1, min(batch.num_tasks, 2) + 1):
+            place = torch.arange(tasks, device=self._packed.device)
+            inputs, rows = with_ways(batch[:tasks])[0], self._rows(place)
+            devices = [place.device] if place.is_cuda else []
+            with torch.random.fork_rng(devices=devices), PeakMemory() as meter:
+                self._updated(loop, place, *(rows if adjacent else self._rows(place)), inputs)
+            peaks.append(meter.peak)
+        per_task = peaks[-1] - peaks[0] if len(peaks) > 1 else peaks[0]
+        return Need(peaks[0] - per_task, per_task)
 
     # -- keeping -----------------------------------------------------------------------------
 
@@ -373,16 +400,3 @@ def _rates(lr: float | Sequence[float] | Tensor, count: int, like: Tensor) -> Te
     if not bool(rates.isfinite().all()):
         raise ValueError(f"lr must be finite, got {lr!r}")
     return rates.expand(count).clone()
-
-
-def _part(place: Place, part: slice) -> Place:
-    """Some of the tasks at a place."""
-    if isinstance(place, slice):
-        return slice(place.start + part.start, place.start + part.stop)
-    return place[part]
-
-
-def _write(whole: Tensor, place: Place, rows: Tensor) -> None:
-    """Rows of some tasks, unless they were updated where they lie."""
-    if not isinstance(place, slice) or rows.data_ptr() != whole[place].data_ptr():
-        whole[place] = rows

@@ -12,7 +12,7 @@ from fastmeta.batch import TaskBatch
 from fastmeta.engine.budget import budget_bytes, readable
 from fastmeta.engine.free_memory import free_bytes, is_out_of_memory
 from fastmeta.engine.inner import InnerLoop, model_inputs
-from fastmeta.engine.prediction import Need, predict
+from fastmeta.engine.prediction import Need, Predict, predict
 from fastmeta.patching.unpadded import MASK
 
 MODES = ("unroll", "recompute", "auto")
@@ -96,6 +96,7 @@ def choose_plan(
     memory: str,
     task_chunk: int | str | None,
     memory_budget: int | None = None,
+    predict: Predict = predict,
 ) -> MemoryPlan:
     """Fill in what the user left to ``"auto"``: measure small episodes, choose what fits.
 
@@ -105,6 +106,7 @@ def choose_plan(
     Args:
         memory_budget: Bytes that a meta-step may take beyond what is allocated before it; None:
             most of what is free on the device.
+        predict: Tells what is needed.
 
     Raises:
         ValueError: One task at a time needs more than `memory_budget`.
@@ -116,7 +118,7 @@ def choose_plan(
         free_chunk=memory == "auto" or task_chunk == "auto",
     )
     exact = torch.is_grad_enabled() and loop.second_order > 0
-    if not (plan.free_mode or plan.free_chunk) or not (exact or memory_budget):
+    if not (plan.free_mode or plan.free_chunk):
         return plan
     plan.tokens, batch = computed_tokens(loop, batch), _fullest_first(batch)
     budget = allowed_bytes(loop, memory_budget)

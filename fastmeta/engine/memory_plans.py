@@ -1,4 +1,4 @@
-"""The memory plan for every batch of a learner: measured for few shapes, and taken over for others.
+"""The memory plan for every batch: measured for few shapes, and taken over for others.
 
 Texts of real tasks make a batch of another shape nearly every time, and measuring takes about half
 as long as a meta-step. Where all of a measured batch fitted, batches that are not much larger do.
@@ -7,15 +7,23 @@ as long as a meta-step. Where all of a measured batch fitted, batches that are n
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from fastmeta.batch import TaskBatch
+from fastmeta.engine.free_memory import is_out_of_memory
 from fastmeta.engine.inner import InnerLoop
-from fastmeta.engine.memory import MemoryPlan, allowed_bytes, choose_plan, computed_tokens
+from fastmeta.engine.memory import (
+    MemoryPlan,
+    allowed_bytes,
+    check_memory,
+    choose_plan,
+    computed_tokens,
+)
+from fastmeta.engine.prediction import Predict, predict
 
 _JUMPS = 4
 """What memory may grow by at once with a batch: whole tables instead of few rows, weights instead
@@ -30,35 +38,63 @@ _LESS = 4 / 3
 Shapes = Sequence[tuple[str, Sequence[int]]]
 """Of every input of the support and the query set, by name."""
 
+Result = TypeVar("Result")
 
-def plan_for(
-    plans: dict[Hashable, MemoryPlan],
-    loop: InnerLoop,
-    batch: TaskBatch,
-    memory: str,
-    task_chunk: int | str | None,
-    memory_budget: int | None,
-) -> MemoryPlan:
-    """The plan for a batch, which is noted in `plans`; see :func:`choose_plan`."""
-    inputs = [item for s in (batch.support, batch.query) for item in s.items()]
-    shapes = tuple((name, tuple(t.shape)) for name, t in inputs)
-    key = loop.steps, torch.is_grad_enabled(), loop.patched.training, shapes
-    plan = plans.get(key)
-    if plan is not None and not plan.predicted_bytes:
+
+class MemoryPlans:
+    """What to do with the memory that there is: a mode and tasks at a time, or ``"auto"``.
+
+    Args:
+        memory, task_chunk, memory_budget: As for a learner.
+        predict: Tells what a batch needs.
+
+    Attributes:
+        memory, task_chunk: As given.
+        budget: Bytes, or None.
+        known: The plans made, by the shapes that they are for.
+    """
+
+    def __init__(
+        self,
+        memory: str,
+        task_chunk: int | str | None,
+        memory_budget: int | str | None = None,
+        predict: Predict = predict,
+    ) -> None:
+        self.budget = check_memory(memory, task_chunk, memory_budget)
+        self.memory, self.task_chunk, self.predict = memory, task_chunk, predict
+        self.known: dict[Hashable, MemoryPlan] = {}
+
+    def run(self, loop: InnerLoop, batch: TaskBatch, run: Callable[[MemoryPlan], Result]) -> Result:
+        """Run under the plan for a batch; where an allocation fails, again under a smaller one."""
+        plan = self.plan(loop, batch)
+        while True:
+            try:
+                return run(plan)
+            except (RuntimeError, MemoryError) as error:
+                tasks = plan.task_chunk or batch.num_tasks
+                if not (is_out_of_memory(error) and plan.shrink(tasks)):
+                    raise
+                for key, other in [*self.known.items()]:  # what they know was too little
+                    if other is not plan:
+                        self.known.pop(key, None)
+
+    def plan(self, loop: InnerLoop, batch: TaskBatch) -> MemoryPlan:
+        """The plan for a batch; see :func:`choose_plan`."""
+        inputs = [item for s in (batch.support, batch.query) for item in s.items()]
+        shapes = tuple((name, tuple(t.shape)) for name, t in inputs)
+        key = loop.steps, torch.is_grad_enabled(), loop.patched.training, shapes
+        plan = self.known.get(key)
+        if plan is not None and not plan.predicted_bytes:
+            return plan
+        tokens = computed_tokens(loop, batch)
+        if plan is None or growth(plan.tokens, tokens) > _MORE_TOKENS:
+            plan = _taken_over(self.known, key, tokens, allowed_bytes(loop, self.budget))
+            if plan is None:
+                how = self.memory, self.task_chunk, self.budget, self.predict
+                plan = choose_plan(loop, batch, *how)
+            self.known[key] = plan
         return plan
-    tokens = computed_tokens(loop, batch)
-    if plan is None or growth(plan.tokens, tokens) > _MORE_TOKENS:
-        plan = _taken_over(plans, key, tokens, allowed_bytes(loop, memory_budget))
-        if plan is None:
-            plan = choose_plan(loop, batch, memory, task_chunk, memory_budget)
-        plans[key] = plan
-    return plan
-
-
-def forget_others(plans: dict[Hashable, MemoryPlan], plan: MemoryPlan) -> None:
-    """After memory ran out under this one: what others know was too little."""
-    for key in [key for key, other in [*plans.items()] if other is not plan]:
-        plans.pop(key, None)
 
 
 def growth(then: Sequence[int], now: Sequence[int]) -> float:

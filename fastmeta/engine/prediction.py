@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -50,6 +51,10 @@ class Need:
         if tasks >= total:
             return self.bytes(total)
         return self.bytes(tasks) + self.others * (total - tasks) + self.shared
+
+
+Predict = Callable[[InnerLoop, TaskBatch, str], Need]
+"""``(loop, batch, memory mode) -> what it needs``."""
 
 
 def predict(loop: InnerLoop, batch: TaskBatch, mode: str) -> Need:

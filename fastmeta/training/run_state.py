@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from fastmeta.engine.memory import MemoryPlan
 from fastmeta.training.checkpoint import fingerprint, load_learner
@@ -27,7 +29,7 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
         "cuda": torch.cuda.get_rng_state(trainer.device).cpu() if cuda else None,
     }
     # Unrolling and recomputing round differently: a resumed run keeps the choice made.
-    plans = {key: asdict(plan) for key, plan in getattr(learner, "_memory_plans", {}).items()}
+    plans = {key: asdict(plan) for key, plan in _known_plans(learner).items()}
     return {
         "config": trainer.config,
         "fingerprint": fingerprint(learner),
@@ -61,14 +63,18 @@ def load_state(trainer: Trainer, state: dict[str, Any], folder: Path) -> None:
     except ValueError as error:
         raise CheckpointError(f"{folder}: {error}") from None
     plans = _own_of(processes, state["memory_plans"])
-    plans = {key: MemoryPlan(**plan) for key, plan in plans.items()}
-    getattr(learner, "_memory_plans", {}).update(plans)
+    _known_plans(learner).update({key: MemoryPlan(**plan) for key, plan in plans.items()})
     rng = _own_of(processes, state["rng"])
     torch.set_rng_state(rng["cpu"])
     if isinstance(state["rng"], list) and processes.rank >= len(state["rng"]):
         torch.manual_seed(int(torch.randint(2**31, ())) + processes.rank)
     elif rng["cuda"] is not None and trainer.device.type == "cuda":
         torch.cuda.set_rng_state(rng["cuda"], trainer.device)
+
+
+def _known_plans(learner: nn.Module) -> dict[Hashable, MemoryPlan]:
+    """A learner's memory plans; of one that has none, an empty mapping."""
+    return learner.plans.known if hasattr(learner, "plans") else {}
 
 
 def _own_of(processes: Processes, saved: Any) -> Any:
