@@ -131,6 +131,18 @@ def model_of(state: dict[str, torch.Tensor]) -> Normed:
     return model
 
 
+def test_rows_that_batch_norm_should_not_see() -> None:
+    """Those that pad uneven tasks have no label."""
+    patched = fm.patch(Normed(torch.nn.BatchNorm1d).train(), fm.Params("head"))
+    learner = fm.MAML(patched, steps=1)
+    sets = {"x": torch.randn(2, 4, 4), "labels": torch.tensor([[0, 1, 0, 1], [1, 0, 1, -100]])}
+    with pytest.warns(UserWarning, match="there are rows without a label"):
+        learner.adapt(sets)
+    learner.adapt({k: v[:, :3] for k, v in sets.items()})
+    learner.eval()
+    learner.adapt(sets)
+
+
 def test_a_buffer_that_is_replaced() -> None:
     model = Normed(torch.nn.BatchNorm1d).eval()
     patched = fm.patch(model, fm.Params("head"))

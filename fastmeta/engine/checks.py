@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -55,6 +56,22 @@ def check_sets(patched: Patched, loss_fn: LossFn, sets: Mapping[str, Mapping[str
             check_targets(batch, which)
         if loss in ("causal_lm", "seq2seq_lm"):
             _check_decoder(patched, loss, batch)
+    if patched.rows_meet and any(map(_has_ignored_rows, sets.values())):
+        warnings.warn(
+            "there are rows without a label, as those that pad uneven tasks, and BatchNorm in "
+            "training mode normalises over them too: give all tasks as many rows, or use "
+            "GroupNorm or LayerNorm",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def _has_ignored_rows(batch: Mapping[str, Tensor]) -> bool:
+    if "labels" not in batch:
+        return False
+    labels = batch["labels"]
+    ignored = labels.isnan() if labels.is_floating_point() else labels == IGNORE_INDEX
+    return bool(ignored.reshape(*labels.shape[:2], -1).all(2).any())
 
 
 def _check_decoder(patched: Patched, loss: str, batch: Mapping[str, Tensor]) -> None:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastmeta.patching.bind import resting
 
@@ -15,11 +16,15 @@ class ModelState:
 
     Attributes:
         rest: Modules that stay in evaluation mode while the model trains.
+        batch_norms: Whether others normalise over the rows of a batch then.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.rest = resting(model, model.training)
+        self.batch_norms = any(
+            isinstance(m, _BatchNorm) for n, m in model.named_modules() if n not in self.rest
+        )
         self._mode = model.training
         self._parameters = dict(model.named_parameters())
         self._buffers = [  # not those that are computed anew, such as angles of positions

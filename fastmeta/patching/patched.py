@@ -117,6 +117,11 @@ class Patched(MetaModule):
     def dtype(self) -> torch.dtype:
         return self.slots.initial[0].dtype
 
+    @property
+    def rows_meet(self) -> bool:
+        """Whether BatchNorm now normalises over all rows of a task."""
+        return self.training and self._state.batch_norms
+
     def init(self, num_tasks: int) -> TaskParams:
         """Fast weights at their initial values, differentiable to the meta-parameters.
 
