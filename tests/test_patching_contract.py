@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections.abc import Callable
+from functools import partial
 
 import families
 import oracle
@@ -85,11 +87,11 @@ def test_the_model_is_not_modified(family: str, spec: fm.Spec) -> None:
 
 
 class Gained(nn.Module):
-    """Words through a batch norm that a gain of its own follows."""
+    """Words through a norm that a gain of its own follows."""
 
-    def __init__(self) -> None:
+    def __init__(self, norm: nn.Module) -> None:
         super().__init__()
-        self.words, self.norm = nn.Embedding(20, 6), nn.BatchNorm1d(6)
+        self.words, self.norm = nn.Embedding(20, 6), norm
         self.gain, self.head = nn.Parameter(torch.ones(6)), nn.Linear(6, 20)
 
     def forward(self, input_ids: Tensor) -> TokenClassifierOutput:
@@ -102,10 +104,15 @@ class Gained(nn.Module):
     [(fm.Params("words"), False), (fm.Params("gain", "norm"), True)],
     ids=["evaluating", "training"],
 )
-@pytest.mark.filterwarnings("ignore:the whole model .* runs one task after another")
-def test_running_statistics_stay(spec: fm.Spec, training: bool) -> None:
+@pytest.mark.parametrize(
+    "norm",
+    [nn.BatchNorm1d, partial(nn.InstanceNorm1d, affine=True, track_running_stats=True)],
+    ids=["batch", "instance"],
+)
+@pytest.mark.filterwarnings("ignore:.* runs one task after another")
+def test_running_statistics_stay(norm: Callable, spec: fm.Spec, training: bool) -> None:
     torch.manual_seed(0)
-    model = Gained().train(training)
+    model = Gained(norm(6)).train(training)
     before = copy.deepcopy(dict(model.named_buffers()))
     patched = fm.patch(model, spec)
     patched(patched.init(2), input_ids=torch.arange(16).view(2, 2, 4))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils._pytree import tree_flatten
 
 from fastmeta.patching import activations, attention, unpadded
@@ -89,6 +90,8 @@ def _copy(model: nn.Module, *, every: bool, own_attention: bool) -> nn.Module:
         if isinstance(module, _BatchNorm):
             # Training must not move the running statistics: they are the user's model's.
             module.track_running_stats = False
+        elif isinstance(module, _InstanceNorm):
+            module.momentum = 0.0
     return structure
 
 
