@@ -26,7 +26,7 @@ from fastmeta.engine.memory import MemoryPlan
 from fastmeta.engine.memory_plans import MemoryPlans
 from fastmeta.engine.optimizers import resolve_rule
 from fastmeta.engine.rates import LearnedRate, Rates
-from fastmeta.engine.replays import WHOLE, replays_of
+from fastmeta.engine.replays import CUDA_GRAPH, replays_of
 from fastmeta.engine.update_rule import UpdateRule
 from fastmeta.meta_module import MetaModule
 from fastmeta.patching import Patched, TaskParams
@@ -148,7 +148,7 @@ class GradientLearner(MetaModule):
         self.clip_norm = clip_norm
         self.truncate = truncate
         self.compute_dtype = compute_dtype_of(compute_dtype, patched.dtype)
-        self.capture = capture_of(patched, compile, compile_cache, others=(WHOLE,))
+        self.capture = capture_of(patched, compile, compile_cache, others=(CUDA_GRAPH,))
         self.replays = replays_of(patched, compile)
         self.train(patched.training)
         if patched.device.type == "cpu":

@@ -18,7 +18,7 @@ from fastmeta.algorithms.relationnet import LOSSES
 from fastmeta.cli.errors import UserError
 from fastmeta.engine.capture import HOW
 from fastmeta.engine.learned import KINDS
-from fastmeta.engine.replays import WHOLE
+from fastmeta.engine.replays import CUDA_GRAPH
 from fastmeta.ops.pairwise import METRICS
 
 GRADIENT = ("maml", "fomaml", "anil", "reptile", "metasgd", "imaml", "lstmmeta", "learnedopt")
@@ -110,7 +110,7 @@ class Config:
         False,
         "capture inner steps as graphs: true, trace or inductor; cudagraph: whole outer steps "
         "(gradient-based methods)",
-        choices=(False, True, *HOW, WHOLE),
+        choices=(False, True, *HOW, CUDA_GRAPH),
     )
     truncate: int | None = _key(None, "differentiate the last this many inner steps", least=0)
     lam: float = _key(1.0, "imaml: strength of the pull to the initial values", above=0)

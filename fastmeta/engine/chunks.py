@@ -37,7 +37,7 @@ class TaskResults(NamedTuple):
     """``[T, K]``."""
 
 
-Run = Callable[[slice, TaskParams, str], TaskResults]
+RunTasks = Callable[[slice, TaskParams, str], TaskResults]
 """``(tasks, their initial fast weights, memory mode) -> results``."""
 Ahead = tuple[TaskResults, list[Tensor | None]]
 """Results, and the gradients of their losses' sum."""
@@ -48,7 +48,7 @@ have to run."""
 
 def run_chunks(
     loop: InnerLoop,
-    run: Run,
+    run: RunTasks,
     start: TaskParams,
     plan: MemoryPlan,
     inputs: Sequence[Tensor],
@@ -144,7 +144,7 @@ class _Work:
     def __init__(
         self,
         loop: InnerLoop,
-        run: Run,
+        run: RunTasks,
         plan: MemoryPlan,
         pieces: list[slice],
         start: TaskParams,
@@ -324,7 +324,7 @@ class _Gradients:
 
 
 def _with_graph(
-    run: Run, tasks: slice, mode: str, start: TaskParams
+    run: RunTasks, tasks: slice, mode: str, start: TaskParams
 ) -> tuple[list[Tensor], TaskResults]:
     """What stands for these tasks' tensors of `start` in the results' graph, and the results."""
     own = start.select(tasks)
@@ -334,7 +334,7 @@ def _with_graph(
 
 
 def with_gradient(
-    run: Run, tasks: slice, mode: str, start: TaskParams, weights: list[Tensor]
+    run: RunTasks, tasks: slice, mode: str, start: TaskParams, weights: list[Tensor]
 ) -> Ahead:
     """The results, and the gradients of their losses' sum to `start` and the weights."""
     leaves, results = _with_graph(run, tasks, mode, start)

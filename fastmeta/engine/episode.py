@@ -13,7 +13,7 @@ from torch import Tensor
 from fastmeta.batch import TaskBatch
 from fastmeta.engine.by_leaf import may_serve, unroll_by_leaf
 from fastmeta.engine.captured_leaves import captured_losses
-from fastmeta.engine.chunks import Run, TaskResults, run_chunks, with_gradient
+from fastmeta.engine.chunks import RunTasks, TaskResults, run_chunks, with_gradient
 from fastmeta.engine.head import adapt_head, head_may_serve, with_prototypes
 from fastmeta.engine.implicit import implicit
 from fastmeta.engine.inner import (
@@ -179,7 +179,7 @@ def _run(
     return run_chunks(loop, run, start, plan, batch.tensors(), replay)
 
 
-def _runner(loop: InnerLoop, batch: TaskBatch, plan: MemoryPlan, index: Tensor) -> Run:
+def _runner(loop: InnerLoop, batch: TaskBatch, plan: MemoryPlan, index: Tensor) -> RunTasks:
     def run(tasks: slice, start: TaskParams, mode: str) -> TaskResults:
         whole = tasks.stop - tasks.start == batch.num_tasks
         support_inputs, query_inputs = with_ways(batch if whole else batch[tasks])

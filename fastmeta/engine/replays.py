@@ -30,7 +30,7 @@ from fastmeta.patching import Patched, TaskParams
 from fastmeta.patching.initial_params import InitialParams
 from fastmeta.patching.unpadded import Tokens
 
-WHOLE = "cudagraph"
+CUDA_GRAPH = "cudagraph"
 """The ``compile`` that asks for this."""
 _MOST = 64
 """Graphs of one learner; more signatures than this run without."""
@@ -50,10 +50,12 @@ def replays_of(patched: Patched, compile: bool | str) -> Replays | None:
     Raises:
         ValueError: It was asked for, and the model is not on a GPU.
     """
-    if compile != WHOLE:
+    if compile != CUDA_GRAPH:
         return None
     if patched.device.type != "cuda":
-        raise ValueError(f"compile={WHOLE!r} needs a model on a GPU, got one on {patched.device}")
+        raise ValueError(
+            f"compile={CUDA_GRAPH!r} needs a model on a GPU, got one on {patched.device}"
+        )
     return Replays()
 
 

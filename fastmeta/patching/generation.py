@@ -15,7 +15,7 @@ from fastmeta.patching.context import Call, running
 from fastmeta.patching.inputs import check_inputs
 from fastmeta.patching.plan import Plan, different_tasks, unit_tensors
 from fastmeta.patching.prefix import is_random
-from fastmeta.patching.task_axes import few, leading_axes, model_inputs, unflatten_output
+from fastmeta.patching.task_axes import few, flat_inputs, leading_axes, unflatten_output
 from fastmeta.patching.task_params import TaskParams
 from fastmeta.patching.unpadded import MASK
 
@@ -83,7 +83,7 @@ def _check(patched: Patched, plan: Plan, inputs: Mapping[str, Any]) -> None:
 
     Passes that read a cache call modules in ways that the plan was not tried on.
     """
-    small = model_inputs(patched.model, few(inputs, probe.TASKS, probe.ROWS))
+    small = flat_inputs(patched.model, few(inputs, probe.TASKS, probe.ROWS))
     views = different_tasks(patched.slots, probe.TASKS)
     settings = copy.deepcopy(patched.model.generation_config)
     settings.update(

@@ -23,8 +23,8 @@ from fastmeta.patching.slots import Slots, make_slots
 from fastmeta.patching.spec import Spec
 from fastmeta.patching.task_axes import (
     few,
+    flat_inputs,
     leading_axes,
-    model_inputs,
     unflatten_output,
     warn_of_unknown,
 )
@@ -168,7 +168,7 @@ class Patched(MetaModule):
                     exact = torch.autocast(self.device.type, enabled=False)
                     with exact, torch.inference_mode(False):
                         small, large = (
-                            model_inputs(self.model, few(inputs, probe.TASKS, rows))
+                            flat_inputs(self.model, few(inputs, probe.TASKS, rows))
                             for rows in (probe.ROWS, probe.ROWS + 1)
                         )
                         plan = make_plan(self.model, self.slots, small, large, self.boundaries)
@@ -373,7 +373,7 @@ class Patched(MetaModule):
             raise ValueError(f"{name} holds no examples (shape {list(inputs[name].shape)})")
         if params.device != self.device:
             raise ValueError(f"params are on {params.device}, but the model is on {self.device}")
-        return model_inputs(self.model, inputs), tasks, rows
+        return flat_inputs(self.model, inputs), tasks, rows
 
     def extra_repr(self) -> str:
         return (

@@ -38,7 +38,7 @@ def _has_axes(value: Any, tasks: int, rows: int) -> bool:
     return isinstance(value, Tensor) and value.dim() >= 2 and value.shape[:2] == (tasks, rows)
 
 
-def model_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+def flat_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """What the model is called with: rows of all tasks on one axis, nothing of the loss alone."""
     _, tasks, rows = leading_axes(inputs)
     flat = {

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 from fastmeta.models import SentenceClassifier, pooled
 from fastmeta.patching.context import Call, current_call, running
 from fastmeta.patching.prefix import PrefixCache
-from fastmeta.patching.task_axes import model_inputs
+from fastmeta.patching.task_axes import flat_inputs
 from fastmeta.search.gates import Chosen, Layers, Sizes, with_rows
 from fastmeta.search.proposal import Proposal
 
@@ -83,7 +83,7 @@ class FrozenPass(Pass):
             running(Call([], self.tasks, self.rows, prefix=cache.replay(), gates=self)),
         ):
             try:
-                plan.run(model_inputs(net.model, inputs))
+                plan.run(flat_inputs(net.model, inputs))
             except _Done:
                 pass
         self.stem = cache.outputs
