@@ -35,6 +35,12 @@ def launch(kernel, programs: int, *args, num_warps: int, **constants) -> None:
 PROGRAMS, TERMS = 528, 256
 
 
+def multiplies_64_rows(device: torch.device) -> bool:
+    """Whether 4 warps multiply 64 rows as one, as Hopper's do: it wants larger tiles than others,
+    which would spill."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
 def accumulator(*tensors: Tensor) -> tl.dtype:
     """The type of computation: float64 for float64, float32 for all that is narrower."""
     return tl.float64 if any(t.dtype == torch.float64 for t in tensors) else tl.float32

@@ -21,6 +21,7 @@ from fastmeta.kernels._common import (
     exp,
     launch,
     mixed,
+    multiplies_64_rows,
     power_of_2,
 )
 
@@ -338,12 +339,6 @@ def readable(mask: Tensor | None, q: Tensor) -> Tensor | None:
 OF_QUERIES = {64: (32, 32), 128: (16, 32)}
 OF_QUERIES_64 = {64: (64, 32), 128: (16, 32)}
 OF_KEYS = {32: (32, 64), 64: (32, 32), 128: (16, 32)}
-
-
-def multiplies_64_rows(device: torch.device) -> bool:
-    """Whether 4 warps multiply 64 rows as one, as Hopper's do; others spill where tiles have as
-    many."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def tiles_of_queries(q: Tensor) -> dict[int, tuple[int, int]]:

@@ -15,7 +15,14 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmeta._dtypes import wide_dtype
-from fastmeta.kernels._common import INTERPRETED, PROGRAMS, ceil_div, launch, power_of_2
+from fastmeta.kernels._common import (
+    INTERPRETED,
+    PROGRAMS,
+    ceil_div,
+    launch,
+    multiplies_64_rows,
+    power_of_2,
+)
 from fastmeta.reference.lora_linear import dequantise
 
 _ROWS_OF_A_PART = 512
@@ -227,6 +234,7 @@ class _Rows:
         longest = x.shape[0] if offsets is not None else self.count
         self.bm = max(power_of_2(longest, 32 if wide else 128 if half else 64), 16)
         self.bn, self.bk = (32, 16) if wide else (128, 32) if half else (64, 32)
+        self.deep = 64 if half and multiplies_64_rows(x.device) else self.bk  # of plain weights
         self.known: dict[int, tuple[int, tuple]] = {}  # tables, by rows of a block
 
     def tables(self, bm: int) -> tuple[int, tuple]:
@@ -270,7 +278,7 @@ class _Rows:
             *_strides(a), *_strides(right), *_strides(right2),
             bias.stride(0) if bias is not None and bias.shape[0] > 1 else 0, scale,
             BITS=bits, FORWARD=forward, num_warps=8 if self.bm * bn > 64 * 128 else 4,
-            BM=self.bm, BN=bn, BK=self.bk, **self.options,
+            BM=self.bm, BN=bn, BK=self.bk if bits else self.deep, **self.options,
         )  # fmt: skip
 
     @staticmethod
@@ -306,7 +314,7 @@ class _Rows:
             left, x, left2, x2, *results, self.offsets, self.count, columns, self.rank, parts,
             *((0, *_strides(out)) if parts == 1 else _strides(results[0], 4)),
             self.tasks * columns,
-            BM=min(self.bk, self.bm), BC=self.bn, num_warps=4, **self.options,
+            BM=min(self.deep, self.bm), BC=self.bn, num_warps=4, **self.options,
         )  # fmt: skip
         for result, found in zip((out, sums), results, strict=True):
             if result is not None and parts > 1:

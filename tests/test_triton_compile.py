@@ -275,9 +275,16 @@ def test_compiles(name: str, launchers, recorded, tmp_path):
     check(recorded[:12] if name == "maximum" else recorded, 90, tmp_path)
 
 
+def tiles_of(architecture: int, launcher, monkeypatch) -> None:
+    """Tiles as a GPU of that architecture has them."""
+    hopper = architecture == 90
+    monkeypatch.setitem(launcher.__globals__, "multiplies_64_rows", lambda device: hopper)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_lora_compiles(dtype, launchers, recorded, tmp_path):
+def test_lora_compiles(dtype, launchers, recorded, tmp_path, monkeypatch):
     """With tensor cores, which multiply in all types."""
+    tiles_of(90, launchers["lora_linear"], monkeypatch)
     call_lora(launchers, dtype)
     check(recorded, 90, tmp_path)
     assert all("mma" in binary.asm["ptx"] for _, binary in compiled(recorded, 90))
@@ -301,7 +308,10 @@ def test_norms_compile_everything(dtype, architecture: int, launchers, recorded,
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", SHARED)
 @pytest.mark.parametrize("dtype", [d for d in TYPES if d.is_floating_point], ids=str)
-def test_lora_compiles_everything(dtype, architecture: int, launchers, recorded, tmp_path):
+def test_lora_compiles_everything(
+    dtype, architecture: int, launchers, recorded, tmp_path, monkeypatch
+):
+    tiles_of(architecture, launchers["lora_linear"], monkeypatch)
     for bits in (0, 8, 4):
         for ragged in (False, True):
             call_lora(launchers, dtype, bits, ragged)
@@ -365,8 +375,7 @@ def test_attention_compiles(dtype, options: bool, launchers, recorded, tmp_path)
 def test_all_attention_compiles(
     shape, dtype, architecture: int, launchers, recorded, tmp_path, monkeypatch
 ):
-    made_for = launchers["attention"].__globals__
-    monkeypatch.setitem(made_for, "multiplies_64_rows", lambda device: architecture == 90)
+    tiles_of(architecture, launchers["attention"], monkeypatch)
     for options in (False, True):
         call_attention(launchers, ATTENTION[shape], dtype, options)
     check(recorded, architecture, tmp_path)
