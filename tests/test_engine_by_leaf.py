@@ -335,3 +335,27 @@ def test_what_runs_twice(kind: type[nn.Module]) -> None:
     ]
     expected = oracle.loop(learner, tasks)
     oracle.assert_same(learner, learner(oracle.as_batch(tasks)), expected, tasks)
+
+
+def test_a_backward_pass_within_another() -> None:
+    """Each gathers gradients of its own, as those of several threads do."""
+    model, seen, inner = oracle.tiny_bert(layers=2), [], []
+    model.bert.encoder.layer[1].output.register_forward_hook(lambda *call: seen.append(call[2]))
+    learner = fm.MAML(fm.patch(model, fm.Params("*")), lr=0.1, steps=2, memory="unroll")
+    out, weights = learner(batch()), list(learner.parameters())
+
+    def gradient(loss: Tensor) -> Tensor:
+        found = torch.autograd.grad(loss, weights, retain_graph=True, materialize_grads=True)
+        return nn.utils.parameters_to_vector(found)
+
+    def meanwhile(_: Tensor) -> None:
+        if not inner:
+            inner.append(None)
+            inner[0] = gradient(first)
+
+    first = out.task_losses[0]
+    expected = [gradient(loss) for loss in (out.loss, first)]
+    seen[-1].register_hook(meanwhile)
+    found = gradient(out.loss)
+    torch.testing.assert_close(found, expected[0], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(inner[0], expected[1], rtol=1e-9, atol=1e-12)

@@ -19,7 +19,7 @@ from unpadded_texts import (
 )
 
 import fastmeta as fm
-from fastmeta.engine import memory
+from fastmeta.engine import memory, memory_plans
 from fastmeta.engine.capture import Capture
 from fastmeta.engine.memory_plans import growth
 
@@ -297,13 +297,18 @@ def plan_of(learner: fm.MAML, batch: fm.TaskBatch) -> memory.MemoryPlan:
 def measurements(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Tokens of the first task of every batch that is measured from now on."""
     measured = []
-    original = memory.predict
+    original = memory.choose_plan
 
-    def predict(loop, batch, mode):
-        measured.append(memory.computed_tokens(loop, batch[:1]))
-        return original(loop, batch, mode)
+    def choose_plan(given, batch, *how):
+        *how, predict = how
 
-    monkeypatch.setattr(memory, "predict", predict)
+        def noted(loop, batch, mode):
+            measured.append(memory.computed_tokens(loop, batch[:1]))
+            return predict(loop, batch, mode)
+
+        return original(given, batch, *how, noted)
+
+    monkeypatch.setattr(memory_plans, "choose_plan", choose_plan)
     return measured
 
 

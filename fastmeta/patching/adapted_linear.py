@@ -56,8 +56,7 @@ class Gathering:
     def __init__(self, weight: Tensor | None = None) -> None:
         self.like: tuple | None = None
         self.given_away = False
-        self.buffer: Tensor | None = None
-        self.key: int | None = None
+        self.open: dict[int, Tensor] = {}
         if weight is not None:
             self.gather_for(weight)
 
@@ -66,37 +65,37 @@ class Gathering:
 
     def found(self) -> Tensor | None:
         """What came so far in this backward pass."""
-        key = torch._C._current_graph_task_id()
-        if key != self.key:
-            self.buffer, self.key = None, key
-        return self.buffer
+        return self.open.get(torch._C._current_graph_task_id())
 
     def place(self, differentiable: bool) -> tuple[Tensor, bool] | None:
         if differentiable or self.like is None:
             return None
-        more = self.found() is not None
-        if not more:
-            shape, dtype, device = self.like
-            self.buffer = torch.empty(shape, dtype=dtype, device=device)
-        return self.buffer, more
+        buffer = self.found()
+        if buffer is not None:
+            return buffer, True
+        shape, dtype, device = self.like
+        buffer = torch.empty(shape, dtype=dtype, device=device)
+        self.open[torch._C._current_graph_task_id()] = buffer
+        return buffer, False
 
     def give(self, gradient: Tensor) -> None:
         """Add a gradient that nobody else holds."""
-        if self.found() is None:
-            self.buffer = gradient
+        found = self.found()
+        if found is None:
+            self.open[torch._C._current_graph_task_id()] = gradient
         else:
-            self.buffer.add_(gradient)
+            found.add_(gradient)
 
     def take(self, gradient: Tensor | None) -> tuple[Tensor | None, bool]:
         """Everything that came, with what autograd brought; whether nobody else holds it."""
-        found, self.buffer = self.found(), None
+        found = self.open.pop(torch._C._current_graph_task_id(), None)
         if found is None:
             return gradient, self.given_away and gradient is not None
         return found if gradient is None else found + gradient, True
 
     def finish(self, gradient: Tensor | None) -> Tensor | None:
         """Everything that came in a backward pass that is over, with what it brought."""
-        found, self.buffer = self.buffer, None
+        _, found = self.open.popitem() if self.open else (None, None)
         if found is None or gradient is None:
             return gradient if found is None else found
         return found + gradient
