@@ -319,5 +319,3 @@ def test_what_adapt_refuses(patched: fm.Patched) -> None:
     assert found == "ways must have shape [2], got [1]"
     found = message_of(TypeError, lambda: adapt(ways=[2, 2.5]))
     assert found == "ways must be integers or an int64 tensor, got [2, 2.5]"
-    found = message_of(ValueError, lambda: adapt(task_chunk="auto"))
-    assert found == "task_chunk must be None or an integer of at least 1, got 'auto'"

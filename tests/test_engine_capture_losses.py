@@ -37,6 +37,23 @@ def test_values_that_python_reads_are_not_kept() -> None:
     oracle.assert_close(gradients_of(learner, batches[1]), gradients_of(eager, batches[1]))
 
 
+def test_a_loss_that_adapts_by_captured_steps() -> None:
+    """Of the same model, which captures one step at a time."""
+    patched = fm.patch(oracle.tiny_bert(), fm.Params("*"))
+    inner, other = fm.MAML(patched, steps=1, compile=True), oracle.as_batch(oracle.make_tasks(2))
+
+    def loss(outputs, batch):
+        rows = F.cross_entropy(outputs.logits.mT, batch["labels"], reduction="none").mean(1)
+        return rows + inner.adapt(other.support).packed.square().mean()
+
+    batch = oracle.as_batch(oracle.make_tasks(2, seed=1))
+    with pytest.warns(RuntimeWarning, match="an inner step could not be captured"):
+        found = fm.MAML(patched, steps=1, loss_fn=loss, compile=True, memory="unroll")(batch)
+    inner = fm.MAML(patched, steps=1)
+    expected = fm.MAML(patched, steps=1, loss_fn=loss, memory="unroll")(batch)
+    torch.testing.assert_close(found.task_losses, expected.task_losses, rtol=1e-9, atol=1e-12)
+
+
 class Weighted(torch.nn.Module):
     """Cross-entropy with weights of classes in training, a flag among the factors."""
 

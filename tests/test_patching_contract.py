@@ -433,3 +433,25 @@ def test_replaced_parameters_are_refused() -> None:
     model.load_state_dict({n: t.clone() for n, t in model.state_dict().items()}, assign=True)
     with pytest.raises(RuntimeError, match=r"was replaced after it was patched.*patch the model"):
         list(learner.parameters())
+
+
+def test_a_mode_that_stays_is_not_left_in_between() -> None:
+    """A pass in another thread would see it."""
+
+    class Watched(nn.Dropout):
+        def __setattr__(self, name: str, value: object) -> None:
+            if name == "training":
+                modes.append(value)
+            super().__setattr__(name, value)
+
+    modes: list[object] = []
+    model = families.build("bert").train()
+    model.bert.pooler.activation = nn.Sequential(nn.Tanh(), Watched(0.5).eval())
+    patched = fm.patch(model, fm.Head())
+    inputs = families.inputs("bert", 2, 2)
+    patched(patched.init(2), **inputs)
+    modes.clear()
+    fm.MAML(patched, steps=1)
+    patched.eval()
+    patched.train()
+    assert modes and not any(modes)

@@ -29,14 +29,21 @@ class BySignature:
         self.most, self.failed, self.passed_on = most, failed, passed_on
         self.steps: dict[Hashable, Any] = {}
         self.lock = threading.Lock()
+        self.maker: int | None = None  # the thread that makes one now
         self.warned = False
 
     def find(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """What there is for a signature, by `make` if it is new."""
+        """What there is for a signature, by `make` if it is new; None within another's `make`."""
         if key not in self.steps:
+            if self.maker == threading.get_ident():
+                return None
             with self.lock:
                 if key not in self.steps:
-                    self.steps[key] = self._make(make)
+                    self.maker = threading.get_ident()
+                    try:
+                        self.steps[key] = self._make(make)
+                    finally:
+                        self.maker = None
         return self.steps[key]
 
     def _make(self, make: Callable[[], Any]) -> Any:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
+from transformers import PreTrainedModel
 
 _INSTALLED = "_fastmeta_installed"
 
@@ -82,10 +83,22 @@ def resting(module: nn.Module, training: bool) -> frozenset[str]:
 
 
 def set_mode(structure: nn.Module, mode: bool, rest: frozenset[str]) -> None:
-    """Set the mode of a copied structure, except of modules that rest."""
-    structure.train(mode)
-    for name in rest:
-        structure.get_submodule(name).training = False
+    """Set the mode of a copied structure, except of modules that rest. No module has another mode
+    in between, which passes of other threads would see."""
+    modes = {m: mode and n not in rest for n, m in structure.named_modules()}
+    if any(map(_decides, modes)):
+        if any(m.training != then for m, then in modes.items()):
+            structure.train(mode)
+        modes = dict.fromkeys(map(structure.get_submodule, rest), False)
+    for module, then in modes.items():
+        module.training = then
+
+
+def _decides(module: nn.Module) -> bool:
+    """Whether a module's ``train()`` does more than all others' do."""
+    if type(module).train is PreTrainedModel.train:
+        return module.use_kernels
+    return type(module).train is not nn.Module.train
 
 
 def copy_structure(model: nn.Module) -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -148,8 +149,9 @@ class Patched(MetaModule):
     # -- running -----------------------------------------------------------------------------
 
     def _set_mode(self, mode: bool) -> None:  # the user's model keeps a mode of its own
-        for plan in vars(self).get("_plans", {}).values():
-            plan.train(mode, self._state.rest)
+        with self._lock if "_lock" in vars(self) else nullcontext():
+            for plan in vars(self).get("_plans", {}).values():
+                plan.train(mode, self._state.rest)
 
     def plan(self, inputs: Mapping[str, Any]) -> Plan:
         """How each adapted module runs for inputs of these names and flags; found on their first
