@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from functools import partial, update_wrapper
+from types import MethodType
 
 import episode_oracle as oracle
 import pytest
 import torch
 
 import fastmeta as fm
+from fastmeta.patching import PerformanceWarning
 
 BATCH = oracle.as_batch(oracle.make_tasks(2))
 
@@ -160,3 +164,83 @@ def test_lora_of_a_module_with_two_names() -> None:
     model.again = model.body
     with pytest.raises(ValueError, match="'body' and 'again' are one module, which LoRA would"):
         fm.patch(model, fm.LoRA(r=2, targets="body"))
+
+
+def bound(module: torch.nn.Module) -> Callable:
+    def forward(self: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return 2 * type(self).forward(self, x)
+
+    return MethodType(forward, module)
+
+
+def around(module: torch.nn.Module) -> Callable:
+    original = module.forward
+    return lambda x: 2 * original(x)
+
+
+def by_argument(module: torch.nn.Module) -> Callable:
+    return lambda x, module=module: 2 * type(module).forward(module, x)
+
+
+def partly(module: torch.nn.Module) -> Callable:
+    module.before = module.forward
+    found = partial(lambda module, *args: 2 * module.before(*args), module)
+    return update_wrapper(found, module.before)
+
+
+def compiled(module: torch.nn.Module) -> Callable:
+    return torch.compile(around(module), backend="eager")
+
+
+def whole(module: torch.nn.Module) -> Callable:
+    original = module.forward
+    return lambda **inputs: original(**inputs)
+
+
+LAYER = "bert.encoder.layer.0"
+OWN = [(f"{LAYER}.attention.self.query", make) for make in (bound, around, partly, compiled)]
+OWN += [(f"{LAYER}.intermediate", make) for make in (bound, by_argument)] + [("", whole)]
+
+
+@pytest.mark.parametrize(("name", "make"), OWN)
+def test_a_forward_of_ones_own(name: str, make: Callable) -> None:
+    """As libraries put on a module: it reads each task's weights."""
+    model = oracle.tiny_bert()
+    module = model.get_submodule(name)
+    module.forward = make(module)
+    patched = fm.patch(model, fm.Params("*"))
+    inputs = {k: v for k, v in BATCH.support.items() if k != "labels"}
+    packed = patched.init(2).packed.detach()
+    packed = packed + 0.1 * torch.randn(packed.shape, generator=torch.manual_seed(1)).to(packed)
+    params = fm.TaskParams(patched.layout, packed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PerformanceWarning)
+        found = patched(params, **inputs).logits
+    for task in range(2):
+        own = {n: params[n][task] for n in patched.layout.names}
+        mine = {k: v[task] for k, v in inputs.items()}
+        expected = torch.func.functional_call(model, own, (), mine).logits
+        torch.testing.assert_close(found[task], expected, rtol=1e-9, atol=1e-12)
+
+
+def test_hidden_states_that_were_never_asked_for() -> None:
+    """transformers shows them by hooks that a model gets when it needs them."""
+
+    class Mixed(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bert, self.share = oracle.tiny_bert().bert, torch.nn.Parameter(torch.rand(1))
+
+        def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
+            *_, a, b = self.bert(**inputs, output_hidden_states=True).hidden_states
+            return self.share * a[:, 0] + (1 - self.share) * b[:, 0]
+
+    model = Mixed().double()
+    patched = fm.patch(model, fm.Params("share", "*layer.0*"))
+    inputs = {k: v for k, v in BATCH.support.items() if k != "labels"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PerformanceWarning)
+        found = patched(patched.init(2), **inputs)
+    expected = model(**{k: v[0] for k, v in inputs.items()})
+    torch.testing.assert_close(found[0], expected, rtol=1e-9, atol=1e-12)
+    patched.init(2)  # no change of the model

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from transformers import PreTrainedModel
 
+from fastmeta.patching.own_methods import rebind
+
 _INSTALLED = "_fastmeta_installed"
 
 
@@ -34,11 +36,22 @@ def bind(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
 
     Returns:
         A module of the same classes. Methods that :func:`install` replaced on the cloned path
-        are the classes' own again.
+        are the classes' own again; those that the user replaced are the clone's.
 
     Raises:
         RuntimeError: A module has no tensor of such a name.
     """
+    clones: dict[int, nn.Module] = {}
+    bound = _bind(module, tensors, clones)
+    for clone in clones.values():
+        rebind(clone, clones)
+    return bound
+
+
+def _bind(
+    module: nn.Module, tensors: Mapping[str, Tensor], clones: dict[int, nn.Module]
+) -> nn.Module:
+    """The clone, which is noted in `clones` as those below it are, by the modules' ``id``."""
     here: dict[str, Tensor] = {}
     below: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
@@ -47,7 +60,7 @@ def bind(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
             below.setdefault(child, {})[rest] = tensor
         else:
             here[child] = tensor
-    clone = object.__new__(type(module))
+    clone = clones[id(module)] = object.__new__(type(module))
     state = clone.__dict__
     state.update(module.__dict__)
     for name in state.pop(_INSTALLED, ()):
@@ -66,7 +79,7 @@ def bind(module: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     if below:
         modules = dict(module._modules)
         for child, nested in below.items():
-            modules[child] = bind(modules[child], nested)
+            modules[child] = _bind(modules[child], nested, clones)
         state["_modules"] = modules
     return clone
 
@@ -106,4 +119,9 @@ def copy_structure(model: nn.Module) -> nn.Module:
     memo: dict[int, object] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
         memo[id(tensor)] = tensor
-    return copy.deepcopy(model, memo)
+    structure = copy.deepcopy(model, memo)
+    copies = dict(structure.named_modules())
+    others = {id(module): copies[name] for name, module in model.named_modules() if name in copies}
+    for module in copies.values():
+        rebind(module, others)
+    return structure

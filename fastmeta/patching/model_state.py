@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from itertools import chain
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -105,11 +107,20 @@ def settings_of(model: nn.Module) -> dict[str, dict[str, object]]:
     return {
         name: {
             "__class__": type(module),
-            "hooks": sum(len(getattr(module, hooks)) for hooks in _HOOKS),
+            "hooks": sum(map(_is_the_users, _hooks_of(module))),
             **{k: v for k, v in vars(module).items() if type(v) in _PLAIN and _is_setting(k)},
         }
         for name, module in model.named_modules()
     }
+
+
+def _hooks_of(module: nn.Module) -> Iterator[Any]:
+    return chain.from_iterable(getattr(module, hooks).values() for hooks in _HOOKS)
+
+
+def _is_the_users(hook: Any) -> bool:
+    """Not one of transformers', which a model has from when it first shows hidden states."""
+    return getattr(hook, "__module__", None) != "transformers.utils.output_capturing"
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

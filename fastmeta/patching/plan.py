@@ -14,7 +14,7 @@ from fastmeta.patching import attention, prefix
 from fastmeta.patching.bind import bind, install, set_mode
 from fastmeta.patching.context import Call, current_call
 from fastmeta.patching.methods import split_key
-from fastmeta.patching.prepared import prepared_copy
+from fastmeta.patching.prepared import prepared_copy, shows_hidden_states
 from fastmeta.patching.probe import CallKind, PatchError
 from fastmeta.patching.rules import Adapted, gathering, isolating_rule, lora_delta, rule_for
 from fastmeta.patching.slots import Slots
@@ -77,7 +77,7 @@ class Plan:
         self.leaf_slots: dict[int, LeafSlot] | None = None
         self.modes = dict(modes)
         self.structure = prepared_copy(model, slots, own_attention)
-        self.pristine = prepared_copy(model, slots, own_attention)
+        self.pristine = shows_hidden_states(prepared_copy(model, slots, own_attention))
         self.prefix: list[str] = []
         self.fused_attention = False
         self.tolerance = 0.0

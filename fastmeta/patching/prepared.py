@@ -11,6 +11,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils._pytree import tree_flatten
 
+try:
+    from transformers.utils.output_capturing import maybe_install_capturing_hooks
+except ImportError:  # of versions that show them otherwise
+    maybe_install_capturing_hooks = None
+
 from fastmeta.patching import activations, attention, unpadded
 from fastmeta.patching.bind import copy_structure
 from fastmeta.patching.probe import PatchError, agrees
@@ -26,6 +31,16 @@ def prepared_copy(model: nn.Module, slots: Slots, own_attention: bool = False) -
     structure = _copy(model, every=bool(slots.prefixes), own_attention=own_attention)
     for name, pair in slots.prefixes.items():
         structure.get_submodule(name).fastmeta_prefix = pair
+    return structure
+
+
+def shows_hidden_states(structure: nn.Module) -> nn.Module:
+    """The structure with the hooks that show hidden states, which transformers adds in a model's
+    first pass that wants them: clones of a module share them, but each would add its own."""
+    if maybe_install_capturing_hooks is not None:
+        for module in structure.modules():
+            if getattr(module, "_can_record_outputs", None):
+                maybe_install_capturing_hooks(module)
     return structure
 
 
