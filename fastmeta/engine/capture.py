@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import MethodType
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -25,9 +24,11 @@ from tqdm import tqdm
 
 from fastmeta import _backend
 from fastmeta.engine import graphs
+from fastmeta.engine.backward import backpropagate
 from fastmeta.engine.by_signature import BySignature
 from fastmeta.engine.conditions import no_cast_is_kept
 from fastmeta.engine.graph_function import GraphFunction
+from fastmeta.engine.held import held_by
 from fastmeta.engine.inner import InnerLoop, Support, gradient
 from fastmeta.engine.losses import LossFn
 from fastmeta.engine.tape_family import Family
@@ -233,29 +234,9 @@ def _told_by(loss_fn: LossFn) -> Hashable:
         own: Hashable = loss_fn
     except TypeError:
         own = _Itself(loss_fn)
-    held = list(_held(loss_fn))
+    held = list(held_by(loss_fn))
     tensors = tuple(_Itself(t) for t in held if isinstance(t, Tensor))
     return own, tuple(m.training for m in held if isinstance(m, nn.Module)), tensors
-
-
-def _held(loss_fn: object) -> Iterator[object]:
-    """What a loss holds, modules and constants of a trace among it: attributes, buffers, what its
-    function closes over, and arguments of a `functools.partial`."""
-    if isinstance(loss_fn, nn.Module):
-        yield from loss_fn.buffers()
-        for module in loss_fn.modules():
-            yield module
-            yield from vars(module).values()
-    elif isinstance(loss_fn, partial):
-        yield from _held(loss_fn.func)
-        yield from (*loss_fn.args, *loss_fn.keywords.values())
-    elif isinstance(loss_fn, MethodType):
-        yield from _held(loss_fn.__self__)
-    else:
-        yield from getattr(loss_fn, "__dict__", {}).values()
-        for cell in getattr(loss_fn, "__closure__", None) or ():
-            with suppress(ValueError):  # one that is empty
-                yield cell.cell_contents
 
 
 class _Itself:
@@ -331,7 +312,7 @@ class _Step:
             wanted = [packed, *(leaves[i] for i in carrying), *shared]
             found = [None] * len(wanted)
             if grad.requires_grad:
-                found = torch.autograd.grad(grad, wanted, args[-1], allow_unused=True)
+                found = backpropagate([grad], [args[-1]], wanted)
             return [*results, *found]
 
         cotangent = torch.ones_like(operands[0], memory_format=torch.contiguous_format)

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from fastmeta.engine import graphs
+from fastmeta.engine.backward import backpropagate
 from fastmeta.engine.capture import Unsuited, signature, token_tensors, traced_support
 from fastmeta.engine.graph_function import GraphFunction
 from fastmeta.engine.inner import InnerLoop, Support, task_losses
 from fastmeta.engine.leaf_step import one_step
 from fastmeta.engine.losses import logits_of
-from fastmeta.engine.recompute import backpropagate
 from fastmeta.patching import TaskParams
 from fastmeta.patching.adapted_linear import Gate, Gathering
 from fastmeta.patching.leaf_params import LeafParams

@@ -9,13 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastmeta.engine.backward import add, backpropagate
 from fastmeta.engine.by_leaf import may_serve
 from fastmeta.engine.conditions import Conditions, Versions, versions
 from fastmeta.engine.free_memory import free_bytes, is_out_of_memory
 from fastmeta.engine.inner import InnerLoop
 from fastmeta.engine.losses import name_of
 from fastmeta.engine.memory import MemoryPlan
-from fastmeta.engine.recompute import add, backpropagate
 from fastmeta.engine.update_rule import FusedRule
 from fastmeta.patching import TaskParams
 from fastmeta.patching.later_params import LaterParams
@@ -70,13 +70,14 @@ def run_chunks(
     """
     pieces = split(slice(0, start.num_tasks), plan.task_chunk)
     whole = len(pieces) == 1
-    if not (whole and _may_replay(loop, plan)):
+    carrying = [t for t in inputs if t.requires_grad]
+    if carrying or not (whole and _may_replay(loop, plan)):
         replay = None
     if whole and replay is None and not _may_shrink(loop, start, plan):
         return run(pieces[0], start, plan.mode)
     if not torch.is_grad_enabled():
         return _joined([run(tasks, start.select(tasks), plan.mode) for tasks in pieces])
-    weights = [*loop.added_parameters(), *loop.shared]
+    weights = [*loop.added_parameters(), *loop.shared, *carrying]
     read = versions(loop.patched, inputs)
     work = _Work(loop, run, plan, pieces, start.detach(), weights, read)
     token, losses, *others = _Chunks.apply(work, replay, *start.tensors(), *weights)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmeta.patching import Patched
+from fastmeta.patching.prefix import has_dropout
 
 
 def computing(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager:
@@ -43,6 +44,9 @@ def versions(patched: Patched, inputs: Iterable[Tensor]) -> Versions:
 class Conditions:
     """Random state (so that dropout draws the same masks), autocast and training mode.
 
+    What runs once more must draw just what the forward pass drew; where it draws otherwise,
+    :meth:`finish` is not to be called, and nothing is expected of it.
+
     Args:
         patched: The model that is about to run.
         device: Where it runs.
@@ -58,21 +62,23 @@ class Conditions:
         # while a CUDA graph is recorded nothing is random, and nothing can be asked
         recorded = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         self.random = None if recorded else self._random_state()  # a loss may draw, too
+        self.drawn: list[Tensor] | None = None  # the state after the forward pass
 
     def finish(self) -> None:
         """The forward pass is over: forget the random state if nothing was drawn from it."""
         if self.random is not None:
-            pairs = zip(self.random, self._random_state(), strict=True)
-            if all(torch.equal(before, after) for before, after in pairs):
-                self.random = None
+            self.drawn = self._random_state()
+            if _same(self.random, self.drawn):
+                self.random = self.drawn = None
 
     @contextmanager
     def restored(self, patched: Patched) -> Iterator[None]:
         """Run under these conditions, with gradients; the global random state is left alone.
 
         Raises:
-            RuntimeError: The model was switched between training and evaluation meanwhile, or a
-                batch or a frozen weight was changed in place.
+            RuntimeError: The model was switched between training and evaluation meanwhile, a batch
+                or a frozen weight was changed in place, or another thread drew random numbers
+                among those of dropout.
         """
         if any(t._version != version for t, version in self.read):
             raise RuntimeError(
@@ -95,9 +101,29 @@ class Conditions:
                 if on_gpu:
                     torch.cuda.set_rng_state(self.random[1], self.device)
                 yield
+                self._check_draws(patched)
+
+    def _check_draws(self, patched: Patched) -> None:
+        """Raise if the random state is another one than after the forward pass, unless no number
+        was drawn for the model: what other threads draw does not matter to it then."""
+        if self.drawn is None:
+            return
+        now = self._random_state()
+        if _same(now, self.drawn) or _same(now, self.random):
+            return
+        if self.training and has_dropout(patched.model):
+            raise RuntimeError(
+                "another thread drew from torch's random generator during the forward or backward "
+                "pass, so that its dropout masks cannot be drawn again: give that thread a "
+                "torch.Generator of its own, or use memory='unroll'"
+            )
 
     def _random_state(self) -> list[torch.Tensor]:
         states = [torch.get_rng_state()]
         if self.device.type == "cuda":
             states.append(torch.cuda.get_rng_state(self.device))
         return states
+
+
+def _same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return all(map(torch.equal, a, b))

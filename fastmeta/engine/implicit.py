@@ -16,9 +16,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from fastmeta.engine.backward import backpropagate
 from fastmeta.engine.conditions import Conditions, versions
 from fastmeta.engine.inner import InnerLoop, Support, gradient
-from fastmeta.engine.recompute import backpropagate
 
 
 def conjugate_gradient(product: Callable[[Tensor], Tensor], b: Tensor, iterations: int) -> Tensor:
@@ -59,14 +59,14 @@ def implicit(
     support: Support,
     shared: Sequence[Tensor],
 ) -> Tensor:
-    """`adapted`, differentiable once to `packed`, `shared` weights and the stored prefix.
+    """`adapted`, differentiable once to `packed`, `shared` weights, the stored prefix and inputs.
 
     Args:
         packed: Initial fast weights ``[T, P]``.
         adapted: Fast weights at the end of the inner loop ``[T, P]``.
         shared: Weights of the model that are meta-parameters but not adapted.
     """
-    stored = support.stored()
+    stored, shared = support.stored(), [*shared, *support.carrying()]
     carrying = [t for t in stored if t.requires_grad]
     empty = support.with_stored([None] * len(stored))
     return _Implicit.apply(loop, empty, shared, stored, adapted, packed, *shared, *carrying)

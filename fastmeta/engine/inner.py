@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from fastmeta.engine.held import carried_by
 from fastmeta.engine.losses import MANY_CLASSES, WAYS, LossFn, name_of, of_words, words_loss
 from fastmeta.engine.prototype_head import PrototypeHead
 from fastmeta.engine.rates import Rates
@@ -68,10 +69,9 @@ class InnerLoop:
 
     @cached_property
     def shared(self) -> list[Tensor]:
-        """Weights of the model that are meta-parameters but not adapted, and the loss's own; found
-        once, since that takes a walk over all modules."""
-        own = self.loss_fn.parameters() if isinstance(self.loss_fn, nn.Module) else ()
-        found = [*self.patched.shared_parameters(), *(p for p in own if p.requires_grad)]
+        """Weights of the model that are meta-parameters but not adapted, and what the loss holds
+        that has a gradient; found once, since that takes a walk over all modules."""
+        found = [*self.patched.shared_parameters(), *carried_by(self.loss_fn)]
         return list({id(p): p for p in found}.values())  # a loss may hold some of the model's
 
     def output_layer(self, inputs: Mapping[str, Tensor], only_tasks: bool) -> nn.Linear | None:
@@ -153,6 +153,10 @@ class Support:
         if self.narrowing is None or "param" not in loop.rates.axes:
             return rate
         return self.narrowing.per_entry(rate)
+
+    def carrying(self) -> list[Tensor]:
+        """Inputs that carry a gradient to what made them."""
+        return [t for t in self.inputs.values() if t.requires_grad]
 
     def stored(self) -> list[Tensor]:
         """Every tensor that all steps read alike, in a fixed order: of the stored prefix, of an
@@ -251,7 +255,7 @@ def gradient(
     loop: InnerLoop, packed: Tensor, support: Support, create_graph: bool
 ) -> tuple[Tensor, Tensor]:
     """Support losses ``[T]`` and their gradient ``[T, P]``, one batched pass for all tasks."""
-    if loop.capture is not None:
+    if loop.capture is not None and not support.carrying():
         found = loop.capture.gradient(loop, packed, support, create_graph)
         if found is not None:
             return found

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastmeta.batch import TaskBatch
+from fastmeta.engine.backward import backpropagate
 from fastmeta.engine.inner import InnerLoop, Support, model_inputs
 from fastmeta.engine.meter import PeakMemory
 from fastmeta.engine.narrow import narrowed
@@ -133,6 +134,5 @@ def _measure(
         meta = [*start.tensors(), *loop.shared, *loop.added_parameters()]
         out = run_episode(small, start, batch[:tasks], MemoryPlan(mode))
         if torch.is_grad_enabled():
-            wanted = [t for t in meta if t.requires_grad]
-            torch.autograd.grad(out.loss, wanted, allow_unused=True)
+            backpropagate([out.loss], [torch.ones_like(out.loss)], meta)
     return meter

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastmeta.engine.backward import add, backpropagate
 from fastmeta.engine.conditions import Conditions, versions
 from fastmeta.engine.inner import InnerLoop, Support, Trajectory, inner_step
 from fastmeta.patching.prefix import has_dropout
@@ -42,14 +43,14 @@ def recompute(
     shared: Sequence[Tensor],
     keep: int = 0,
 ) -> Trajectory:
-    """All K steps, differentiable once to `packed`, rates, rule, `shared` weights and prefix.
+    """All K steps, differentiable once to `packed`, rates, rule, `shared` weights, prefix, inputs.
 
     Args:
         packed: Initial fast weights ``[T, P]``.
         shared: Weights of the model that are meta-parameters but not adapted.
         keep: The last this many steps keep their graphs from the forward pass.
     """
-    weights = [*loop.rates.parameters(), *loop.rule.learned(), *shared]
+    weights = [*loop.rates.parameters(), *loop.rule.learned(), *shared, *support.carrying()]
     stored = support.stored()
     carrying = [t for t in stored if t.requires_grad]
     params, active, *losses = _Recompute.apply(
@@ -165,36 +166,3 @@ class _Graph:
         )  # fmt: skip
         carrying = [t for t in leaves if t.requires_grad]
         return cls([packed, *state], carrying, [new, *new_state], active, losses)
-
-
-def backpropagate(
-    outputs: Sequence[Tensor],
-    gradients: Sequence[Tensor | None],
-    inputs: Sequence[Tensor],
-    *,
-    retain_graph: bool = False,
-) -> list[Tensor | None]:
-    """``torch.autograd.grad`` where some outputs have no gradient or depend on no input."""
-    pairs = [
-        (o, g) for o, g in zip(outputs, gradients, strict=True) if g is not None and o.requires_grad
-    ]
-    wanted = [t for t in inputs if t.requires_grad]
-    if not pairs or not wanted:
-        return [None] * len(inputs)
-    found = iter(
-        torch.autograd.grad(
-            [o for o, _ in pairs],
-            wanted,
-            [g for _, g in pairs],
-            allow_unused=True,
-            retain_graph=retain_graph,
-        )
-    )
-    return [next(found) if t.requires_grad else None for t in inputs]
-
-
-def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """The sum of two gradients, None standing for zero."""
-    if a is None or b is None:
-        return b if a is None else a
-    return a + b
