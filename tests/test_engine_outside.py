@@ -187,3 +187,21 @@ def test_hooks_of_shared_weights(mode: str) -> None:
     learner(batch).loss.backward()
     assert len(seen) == 1
     assert_close([model[0].weight.grad], [expected / 4])
+
+
+@pytest.mark.parametrize("mode", ["adam", "recompute", "chunks", "captured"])
+def test_a_penalty_on_the_meta_gradient(mode: str) -> None:
+    """Exact where the loss is differentiable twice, else refused."""
+    support, query, labels = raw()
+    batch = fm.TaskBatch(*({"input": x, "labels": labels} for x in (support, query)))
+    patched = fm.patch(network(), fm.Params("*"))
+
+    def penalty(**settings: object) -> list[Tensor]:
+        learner = fm.MAML(patched, lr=RATE, steps=STEPS, **settings)
+        weights = list(learner.parameters())
+        found = torch.autograd.grad(learner(batch).loss, weights, create_graph=True)
+        return list(torch.autograd.grad(sum(g.square().sum() for g in found), weights))
+
+    with pytest.raises(RuntimeError, match="the meta-gradient is differentiable once here"):
+        penalty(**MODES[mode])
+    assert all(g.any() for g in penalty(memory="unroll"))

@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def differentiable_once(backward: Callable) -> Callable:
+    """A backward pass of a Function that refuses to be differentiated: autograd would take what it
+    returns for constants, unless what comes in has a gradient itself."""
+    once = once_differentiable(backward)
+
+    @wraps(backward)
+    def checked(ctx: Any, *gradients: Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "the meta-gradient is differentiable once here, but create_graph=True asks for its "
+                "own: use memory='unroll' without task_chunk and compile"
+            )
+        return once(ctx, *gradients)
+
+    return checked
 
 
 def backpropagate(

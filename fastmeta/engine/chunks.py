@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastmeta.engine.backward import add, backpropagate
+from fastmeta.engine.backward import add, backpropagate, differentiable_once
 from fastmeta.engine.by_leaf import may_serve
 from fastmeta.engine.conditions import Conditions, Versions, versions
 from fastmeta.engine.free_memory import free_bytes, is_out_of_memory
@@ -238,7 +238,7 @@ class _Chunks(torch.autograd.Function):
         return losses.new_zeros(()), losses, *others
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx, _, losses: Tensor | None, logits: Tensor | None, *__: Tensor | None):
         work, _ = ctx.work, ctx.saved_tensors
         plan = work.plan
@@ -284,7 +284,7 @@ class _Read(torch.autograd.Function):
         return compact.detach()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx, gradient: Tensor):
         ctx.work.pulled[torch._C._current_graph_task_id()] = gradient
         return None, gradient.new_zeros(()), None

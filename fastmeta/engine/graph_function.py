@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastmeta.engine.backward import differentiable_once
 from fastmeta.engine.graphs import Pair
 from fastmeta.patching.adapted_linear import Gathering
 
@@ -79,7 +80,7 @@ class _Run(torch.autograd.Function):
         return tuple(found)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple:
         function, found = ctx.function, [None] * (3 + ctx.count)
         cotangents = [

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fastmeta.engine.backward import backpropagate
+from fastmeta.engine.backward import backpropagate, differentiable_once
 from fastmeta.engine.conditions import Conditions, versions
 from fastmeta.engine.inner import InnerLoop, Support, gradient
 
@@ -85,7 +85,7 @@ class _Implicit(torch.autograd.Function):
         return adapted.clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx, d_adapted: Tensor):
         loop, (adapted, *saved) = ctx.loop, ctx.saved_tensors
         stored = [t.detach().requires_grad_(t.requires_grad) for t in saved[: ctx.num_stored]]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastmeta.engine.backward import add, backpropagate
+from fastmeta.engine.backward import add, backpropagate, differentiable_once
 from fastmeta.engine.conditions import Conditions, versions
 from fastmeta.engine.inner import InnerLoop, Support, Trajectory, inner_step
 from fastmeta.patching.prefix import has_dropout
@@ -101,7 +101,7 @@ class _Recompute(torch.autograd.Function):
         return packed, active, *losses
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx, d_params: Tensor, *_: Tensor):
         loop: InnerLoop = ctx.loop
         saved, per_step = ctx.saved_tensors, ctx.per_step
