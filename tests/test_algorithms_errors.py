@@ -319,3 +319,25 @@ def test_what_adapt_refuses(patched: fm.Patched) -> None:
     assert found == "ways must have shape [2], got [1]"
     found = message_of(TypeError, lambda: adapt(ways=[2, 2.5]))
     assert found == "ways must be integers or an int64 tensor, got [2, 2.5]"
+
+
+def test_settings_that_may_change_and_others(patched: fm.Patched) -> None:
+    learner = fm.MAML(patched, steps=2, lr=0.1)
+    learner.order, learner.steps, learner.loss_fn = 1, 1, "token_classification"
+    learner.clip_norm, learner.truncate, learner.loss_fn = 2.0, 1, "classification"
+    expected = fm.MAML(patched, steps=1, lr=0.1, order=1, clip_norm=2.0, truncate=1)
+    assert torch.equal(learner(BATCH).task_losses, expected(BATCH).task_losses)
+    for name, value, message in [
+        ("order", "2", "order must be 1 or 2, got '2'"),
+        ("steps", -1, "steps must be an integer of at least 0, got -1"),
+        ("clip_norm", -1.0, "clip_norm must be positive or None"),
+        ("truncate", 2, "truncate must be between 0 and steps=1"),
+        ("loss_fn", "hinge", "loss_fn must be one of"),
+        ("compute_dtype", "float32", "compute_dtype must be"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            setattr(learner, name, value)
+    for name in ("lr", "optimizer", "memory", "task_chunk", "memory_budget", "compile"):
+        with pytest.raises(AttributeError, match=f"^{name} is chosen when a MAML is built"):
+            setattr(learner, name, 0.1)
+    assert torch.equal(learner(BATCH).task_losses, expected(BATCH).task_losses)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastmeta._names import refuse_unknown
-from fastmeta._settings import is_integer
 from fastmeta.batch import TaskBatch
 from fastmeta.engine.adaptation import adapted
 from fastmeta.engine.allocator import reuse_large_buffers
 from fastmeta.engine.capture import capture_of
-from fastmeta.engine.checks import check_clip_norm, check_sets, check_steps, compute_dtype_of
+from fastmeta.engine.checks import (
+    check_clip_norm,
+    check_order,
+    check_sets,
+    check_steps,
+    check_truncate,
+    compute_dtype_of,
+)
 from fastmeta.engine.conditions import computing
 from fastmeta.engine.episode import MetaOutput, run_episode, with_ways
 from fastmeta.engine.inner import InnerLoop
@@ -129,30 +135,33 @@ class GradientLearner(MetaModule):
             raise TypeError(
                 f"expected a patched model (fm.patch(model, spec)), got {type(patched).__name__}"
             )
-        steps = check_steps(steps)
-        if order not in (1, 2):
-            raise ValueError(f"order must be 1 or 2, got {order!r}")
-        self.plans = MemoryPlans(memory, task_chunk, memory_budget)
-        check_clip_norm(clip_norm)
-        if truncate is not None:
-            if not is_integer(truncate):
-                raise TypeError(f"truncate must be an integer or None, got {truncate!r}")
-            if not 0 <= truncate <= steps:
-                raise ValueError(f"truncate must be between 0 and steps={steps}, got {truncate}")
-        self.patched = patched
-        self.rates = Rates(lr, patched.layout, steps, patched.slots.initial[0])
-        self.steps = steps
+        self.steps = check_steps(steps)
         self.order = order
-        self.rule = resolve_rule(optimizer).bound(patched.layout)
-        self.loss_fn = resolve_loss(loss_fn)
+        self.plans = MemoryPlans(memory, task_chunk, memory_budget)
         self.clip_norm = clip_norm
         self.truncate = truncate
-        self.compute_dtype = compute_dtype_of(compute_dtype, patched.dtype)
+        self.patched = patched
+        self.rates = Rates(lr, patched.layout, steps, patched.slots.initial[0])
+        self.rule = resolve_rule(optimizer).bound(patched.layout)
+        self.loss_fn = loss_fn
+        self.compute_dtype = compute_dtype
         self.capture = capture_of(patched, compile, compile_cache, others=(CUDA_GRAPH,))
         self.replays = replays_of(patched, compile)
         self.train(patched.training)
         if patched.device.type == "cpu":
             reuse_large_buffers()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """`steps`, `order`, `clip_norm`, `truncate` and `loss_fn` may change; what else a learner
+        is built with may not."""
+        if name in _FIXED:
+            raise AttributeError(
+                f"{name} is chosen when a {type(self).__name__} is built: build another one of the "
+                "same patched model (learned rates are in `rates`)"
+            )
+        if name in _CHECKS:
+            value = _CHECKS[name](self, value)
+        super().__setattr__(name, value)
 
     # -- meta-parameters ---------------------------------------------------------------------
 
@@ -325,6 +334,18 @@ class GradientLearner(MetaModule):
 
     def extra_repr(self) -> str:
         return f"steps={self.steps}, order={self.order}, memory={self.plans.memory!r}"
+
+
+_FIXED = frozenset("lr optimizer memory task_chunk memory_budget compile compile_cache".split())
+_CHECKS: dict[str, Callable[[GradientLearner, Any], Any]] = {
+    "steps": lambda learner, steps: check_steps(steps, 0),  # 0: as of generated weights
+    "order": lambda learner, order: check_order(order),
+    "clip_norm": lambda learner, norm: check_clip_norm(norm),
+    "truncate": lambda learner, truncate: check_truncate(truncate, learner.steps),
+    "loss_fn": lambda learner, loss_fn: resolve_loss(loss_fn),
+    "compute_dtype": lambda learner, dtype: compute_dtype_of(dtype, learner.patched.dtype),
+}
+"""Settings that may change: what they have to be."""
 
 
 def warn_of_nothing(learner: nn.Module) -> None:

@@ -22,14 +22,33 @@ def check_steps(steps: object, least: int = 1) -> int:
     return integer("steps", steps, least)
 
 
-def check_clip_norm(clip_norm: object) -> None:
+def check_order(order: object) -> int:
+    """1 or 2."""
+    if order not in (1, 2) or not is_integer(order):
+        raise ValueError(f"order must be 1 or 2, got {order!r}")
+    return order
+
+
+def check_truncate(truncate: object, steps: int) -> int | None:
+    """A number of the `steps`, or None."""
+    if truncate is None:
+        return None
+    if not is_integer(truncate):
+        raise TypeError(f"truncate must be an integer or None, got {truncate!r}")
+    if not 0 <= truncate <= steps:
+        raise ValueError(f"truncate must be between 0 and steps={steps}, got {truncate}")
+    return truncate
+
+
+def check_clip_norm(clip_norm: object) -> float | None:
     """A positive number, or None."""
     if clip_norm is None:
-        return
+        return None
     if not is_number(clip_norm):
         raise TypeError(f"clip_norm must be a positive number or None, got {clip_norm!r}")
     if not clip_norm > 0:
         raise ValueError(f"clip_norm must be positive or None, got {clip_norm}")
+    return clip_norm
 
 
 def check_sets(patched: Patched, loss_fn: LossFn, sets: Mapping[str, Mapping[str, Tensor]]) -> None:
