@@ -10,6 +10,7 @@ from types import MethodType
 import episode_oracle as oracle
 import pytest
 import torch
+from transformers import BertForMultipleChoice
 
 import fastmeta as fm
 from fastmeta.patching import PerformanceWarning
@@ -244,3 +245,29 @@ def test_hidden_states_that_were_never_asked_for() -> None:
     expected = model(**{k: v[0] for k, v in inputs.items()})
     torch.testing.assert_close(found[0], expected, rtol=1e-9, atol=1e-12)
     patched.init(2)  # no change of the model
+
+
+@pytest.mark.filterwarnings("ignore:module 'bert.embeddings' .* runs one task after another")
+@pytest.mark.parametrize("settings", [{}, {"memory": "recompute"}, {"compile": True}])
+@pytest.mark.parametrize("spec", [fm.Params("*"), fm.LoRA(r=2) + fm.Head()], ids=["all", "lora"])
+def test_multiple_choice(spec: fm.Spec, settings: dict) -> None:
+    """A row is several texts, and the choices are the classes."""
+    config = oracle.tiny_bert().config
+    torch.manual_seed(0)
+    model = BertForMultipleChoice(config).double().eval()
+    g = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, config.vocab_size, (2, 2, 3, 4, 6), generator=g)  # sets, T, N, choices
+    mask = (torch.arange(6) < torch.randint(2, 7, (2, 2, 3, 4, 1), generator=g)).long()
+    labels = torch.randint(0, 4, (2, 2, 3), generator=g)
+    sets = [
+        {"input_ids": i * m, "attention_mask": m, "labels": y}
+        for i, m, y in zip(ids, mask, labels, strict=True)
+    ]
+    learner = fm.MAML(fm.patch(model, spec), lr=0.1, steps=2, **settings)
+    out = learner(fm.TaskBatch(*sets))
+    tasks = [(*({k: v[t] for k, v in s.items()} for s in sets), None) for t in range(2)]
+    expected = oracle.loop(learner, tasks)
+    torch.testing.assert_close(out.task_losses, torch.stack(expected.losses), rtol=1e-9, atol=1e-12)
+    oracle.assert_close(oracle.gradients(learner, out.loss), expected.gradients())
+    with pytest.raises(ValueError, match=r"input_ids must have shape \[T, N, choices, L\]"):
+        learner.predict(out.params, input_ids=ids[0, :, :, 0])

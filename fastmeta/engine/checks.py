@@ -13,6 +13,7 @@ from fastmeta.batch import IGNORE_INDEX
 from fastmeta.engine.losses import WAYS, LossFn, name_of
 from fastmeta.patching import Patched
 from fastmeta.patching.inputs import check_inputs
+from fastmeta.patching.task_axes import has_choices
 
 
 def check_steps(steps: object, least: int = 1) -> int:
@@ -120,8 +121,9 @@ _LABELS = {
 
 
 def setting_of(patched: Patched, name: str) -> int | None:
-    """An entry of the model's configuration; None for a bare backbone, whose head is missing."""
-    if getattr(patched.model, "base_model", None) is patched.model:
+    """An entry of the model's configuration; None for a bare backbone, whose head is missing, and
+    where choices are the classes."""
+    if getattr(patched.model, "base_model", None) is patched.model or has_choices(patched.model):
         return None
     value = getattr(getattr(patched.model, "config", None), name, None)
     return value if isinstance(value, int) else None

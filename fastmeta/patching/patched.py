@@ -25,6 +25,7 @@ from fastmeta.patching.spec import Spec
 from fastmeta.patching.task_axes import (
     few,
     flat_inputs,
+    has_choices,
     leading_axes,
     unflatten_output,
     warn_of_unknown,
@@ -362,9 +363,10 @@ class Patched(MetaModule):
     ) -> tuple[dict[str, Any], int, int]:
         """``[T, N, ...]`` inputs -> the model's ``[T * N, ...]`` inputs, T, N."""
         self.check_params(params)
-        ids = inputs.get(IDS)
-        if isinstance(ids, Tensor) and ids.dim() != 3:
-            raise ValueError(f"{IDS} must have shape [T, N, L], got {list(ids.shape)}")
+        ids, choices = inputs.get(IDS), has_choices(self.model)
+        if isinstance(ids, Tensor) and ids.dim() != 3 + choices:
+            axes = "[T, N, choices, L]" if choices else "[T, N, L]"
+            raise ValueError(f"{IDS} must have shape {axes}, got {list(ids.shape)}")
         name, tasks, rows = leading_axes(inputs)
         if tasks != params.num_tasks:
             raise ValueError(

@@ -54,6 +54,11 @@ def flat_inputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
+def has_choices(model: nn.Module) -> bool:
+    """Whether a row is several texts, of which the model chooses one."""
+    return type(model).__name__.endswith("ForMultipleChoice")
+
+
 def few(inputs: Mapping[str, Any], tasks: int, rows: int) -> dict[str, Any]:
     """A few of the real inputs' rows, repeated as needed: ``[tasks, rows, ...]``."""
     name, given_tasks, given_rows = leading_axes(inputs)
