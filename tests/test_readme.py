@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.mark.parametrize("name", ["README.md", "examples/README.md"])
+@pytest.mark.parametrize("name", ["README.md", "examples/README.md", "examples/porting.md"])
 def test_its_python_runs(name, tmp_path, monkeypatch, capsys):
     text = (ROOT / name).read_text(encoding="utf-8")
     blocks = list(re.finditer(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE))

@@ -240,10 +240,15 @@ def task_losses(
     except Exception as error:
         own = name_of(loop.loss_fn) is None
         if own and hasattr(error, "add_note"):  # from Python 3.11 on
-            error.add_note(f"loss_fn was given {params.num_tasks} tasks ({fewer})")
+            error.add_note(
+                "loss_fn was called as loss_fn(outputs, batch), where batch holds 'labels' and all "
+                f"other inputs of {params.num_tasks} tasks ({fewer})"
+            )
         raise
     if not isinstance(losses, Tensor) or losses.shape != (params.num_tasks,):
         got = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        if losses is None:
+            got = "None (models are given no labels and return no loss: read batch['labels'])"
         raise ValueError(
             f"loss_fn must return one loss per task, shape [{params.num_tasks}], got {got} "
             f"({fewer})"

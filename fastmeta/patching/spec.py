@@ -89,7 +89,8 @@ class Params(Spec):
 
     Args:
         patterns: Globs over ``model.named_parameters()`` names. A module's name stands for all
-            parameters below it: ``"classifier"`` is ``"classifier.*"``.
+            parameters below it: ``"classifier"`` is ``"classifier.*"``. What they match adapts and
+            is meta-learned, frozen or not.
 
     Raises:
         ValueError: A pattern matches no parameter (raised by `fm.patch`).
@@ -160,8 +161,9 @@ class Head(Spec):
         found = _in_head(model, _parameter_names(model))
         if not found:
             raise ValueError(
-                f"{type(model).__name__} has no head to adapt; load it with one "
-                "(for example AutoModelForSequenceClassification)"
+                f"{type(model).__name__} has no head to adapt; load it with one (for example "
+                "AutoModelForSequenceClassification), or name the layer, as "
+                'fm.Params("classifier")'
             )
         yield from map(AdaptParameter, found)
 
