@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -72,6 +73,16 @@ class TaskBatch:
 
     def __len__(self) -> int:
         return self.num_tasks
+
+    def __contains__(self, name: object) -> bool:
+        """Whether both sets have a tensor of this name."""
+        return name in self.support
+
+    def __iter__(self) -> NoReturn:
+        raise TypeError(
+            "a TaskBatch is not iterable: expected batch[i:j] for some of its tasks, "
+            "batch.support or batch.query for tensors by name"
+        )
 
     @property
     def device(self) -> torch.device:

@@ -230,8 +230,8 @@ def test_a_loss_of_a_fixed_number_of_tasks(patched: fm.Patched) -> None:
         learner(BATCH)
     if hasattr(caught.value, "__notes__"):
         assert caught.value.__notes__ == [
-            "loss_fn was called as loss_fn(outputs, batch), where batch holds 'labels' and all other "
-            f"inputs of 1 tasks ({fewer})"
+            "loss_fn was called as loss_fn(outputs, batch), where batch holds 'labels' and all "
+            f"other inputs of 1 tasks ({fewer})"
         ]
     learner = fm.MAML(patched, loss_fn=lambda out, batch: out.loss)
     assert "None (models are given no labels" in message_of(ValueError, lambda: learner(BATCH))

@@ -35,6 +35,14 @@ def test_shape_and_access() -> None:
         batch[1]
 
 
+def test_names_are_in_a_batch_and_it_is_not_iterable() -> None:
+    batch = fm.TaskBatch(stacked(4, 2), stacked(4, 5))
+    assert "labels" in batch and "input_ids" in batch
+    assert "label" not in batch and 0 not in batch
+    with pytest.raises(TypeError, match=r"a TaskBatch is not iterable: expected batch\[i:j\]"):
+        list(batch)
+
+
 def test_ways_are_one_number_or_one_for_each_task() -> None:
     for ways in (2, [2, 2, 2, 2], torch.tensor([2] * 4)):
         found = fm.TaskBatch(stacked(4, 2), stacked(4, 5), ways=ways).ways

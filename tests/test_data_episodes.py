@@ -185,6 +185,58 @@ def test_prefetch_passes_exceptions_in_their_turn():
     assert not prefetch_threads()
 
 
+@pytest.mark.parametrize("broken", [False, True], ids=["end", "error"])
+def test_prefetch_ends_for_every_thread(broken):
+    def produce(n):
+        if broken and n == 20:
+            raise KeyError("broken")
+        return n
+
+    items = Prefetch(produce, range(40), depth=2)
+    taken, errors = [], []
+
+    def consume():
+        try:
+            for item in items:
+                taken.append(item)
+        except KeyError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=consume, daemon=True) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert not any(thread.is_alive() for thread in threads)
+    assert sorted(taken) == list(range(20 if broken else 40)) and len(errors) == broken
+    assert not prefetch_threads()
+
+
+def test_a_fork_is_told_that_the_thread_stayed_behind():
+    source = Path(fd.__file__).with_name("prefetch.py")  # alone: one process, one other thread
+    program = (
+        f"import itertools, os, runpy; Prefetch = runpy.run_path({str(source)!r})['Prefetch']\n"
+        "items = Prefetch(lambda n: n, itertools.count(), 2); next(items)\n"
+        "child = os.fork()\n"
+        "if child == 0:\n"
+        "    try:\n"
+        "        for _ in range(9): next(items)\n"
+        "    except RuntimeError as error:\n"
+        "        print(error)\n"
+        "    items.close()\n"
+        "else:\n"
+        "    os.waitpid(child, 0)\n"
+        "    print(next(items))\n"
+    )
+    ignored = ["-W", "ignore::DeprecationWarning"]  # of forks where there are threads
+    run = [sys.executable, *ignored, "-c", program]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=20)
+    first, second = done.stdout.splitlines()
+    assert first.startswith("items are prepared by a thread of the process that made") and (
+        (done.returncode, second, done.stderr) == (0, "1", "")
+    )
+
+
 def test_whole_tasks_are_ragged_and_keep_their_labels(tokenizer):
     parts = {
         name: fd.from_lists(

@@ -279,6 +279,48 @@ def test_evaluation_counts_exactly_and_leaves_the_mode():
         evaluate(learner, episodes, 0)
 
 
+def test_evaluation_of_a_list():
+    learner, tokenizer = make_learner()
+    episodes = make_episodes(tokenizer, "test")
+    batches = [episodes.batch(n) for n in range(3)]
+    for given in (batches, tuple(batches)):
+        for count, seen in ((7, 7), (600, 9)):
+            found, want = evaluate(learner, given, count), evaluate(learner, episodes, seen)
+            assert torch.equal(found.accuracies, want.accuracies)
+    wrong = {"generator": iter(batches), "TaskBatch": batches[0], "a list with int": [1]}
+    for given in wrong.values():
+        with pytest.raises(TypeError, match=r"expected a loader .* or a list of fm.TaskBatch, got"):
+            evaluate(learner, given)
+    with pytest.raises(ValueError, match="at least one task batch, got none"):
+        evaluate(learner, [])
+
+
+def test_training_on_a_list(tmp_path):
+    """As on episodes, whose batches it holds; a run goes on where it was."""
+    settings = {"eval_every": 2, "eval_episodes": 6, "progress": False}
+    _, tokenizer = make_learner()
+    episodes, valid = make_episodes(tokenizer), make_episodes(tokenizer, "valid")
+    batches, held = ([e.batch(n) for n in range(4)] for e in (episodes, valid))
+
+    def trainer(given, valid, out=None):
+        learner, _ = make_learner(dropout=0.0)
+        outer = torch.optim.SGD(learner.parameters(), lr=0.1)
+        return Trainer(learner, given, outer, valid=valid, out=out, **settings)
+
+    expected = without_timing(trainer(episodes, valid).fit(4))
+    found = trainer(batches, held, tmp_path)
+    assert without_timing(found.fit(4)) == expected
+    whole = without_timing(found.fit(6))
+    again = trainer(batches, held, tmp_path)
+    assert again.resume(tmp_path / "checkpoints" / "step-00000004") == 4
+    assert without_timing(again.fit(6)) == whole
+    with pytest.raises(CheckpointError, match="batches with sizes="):
+        trainer(batches[:3], held, tmp_path).resume()
+    for wrong in ((iter(batches), None), (batches[0], None), ([1], None), (batches, [1])):
+        with pytest.raises(TypeError, match=r"expected a loader .* or a list of fm.TaskBatch, got"):
+            trainer(*wrong)
+
+
 def test_interval_is_the_textbook_one():
     result = Evaluation(torch.tensor([0.2, 0.4, 0.6, 0.8]))
     assert result.accuracy == pytest.approx(0.5)

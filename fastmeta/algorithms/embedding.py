@@ -11,9 +11,16 @@ from torch import Tensor, nn
 
 from fastmeta._dtypes import wide_dtype
 from fastmeta._settings import integer
+from fastmeta.algorithms.norms_by_task import (
+    batch_norms,
+    kept_apart,
+    normalises,
+    rows_of,
+    tasks_of_rows,
+)
 from fastmeta.models import pooled
 from fastmeta.patching import Patched
-from fastmeta.patching.bind import copy_structure, resting, set_mode
+from fastmeta.patching.bind import resting, set_mode
 from fastmeta.patching.task_axes import is_input
 
 POOLINGS = ("mean", "cls", "last")
@@ -30,7 +37,8 @@ class Embedding(nn.Module):
 
     The encoder is the user's model without its task head; its weights are shared, not copied, and
     its mode (dropout) is this module's own. Modules that are in evaluation mode while the model
-    trains stay so.
+    trains stay so. BatchNorm normalises each task's rows by themselves, and no running statistics
+    of the user's move.
 
     Args:
         model: A transformers model, a module whose output has ``last_hidden_state`` ``[B, L, D]``
@@ -76,7 +84,7 @@ class Embedding(nn.Module):
         self.lead = lead
         self.encoder = None
         if self.patched is None:
-            self.encoder = copy_structure(source)
+            self.encoder = kept_apart(source)
             for module in self.encoder.modules():
                 if getattr(getattr(module, "config", None), "use_cache", False):
                     module.config.use_cache = False  # only held memory
@@ -86,12 +94,18 @@ class Embedding(nn.Module):
         self.device = like.device
         self.dtype = wide_dtype(like.dtype)
         self.projection = self._projection(projection)
+        own = batch_norms(source if self.encoder is None else self.encoder)
+        if self.encoder is None:  # the patched model's own have its mode in copies alone
+            own = [m for m in own if m.running_mean is None]
+        self.norms = own + batch_norms(self.projection)
         self.rest = resting(source, whole.training)
         self.train(model.training)
 
     def _projection(self, projection: int | nn.Module | None) -> nn.Module | None:
-        if projection is None or isinstance(projection, nn.Module):
-            return projection
+        if projection is None:
+            return None
+        if isinstance(projection, nn.Module):
+            return kept_apart(projection) if normalises(projection) else projection
         integer("projection", projection, or_else=", a module or None")
         # drawn on the CPU, whose generator has the seed
         return nn.Linear(self.inputs, projection, bias=False, dtype=self.dtype).to(self.device)
@@ -122,9 +136,15 @@ class Embedding(nn.Module):
             return self.projection.out_features
         if self.projection is not None:
             with torch.no_grad():
-                row = torch.zeros(1, self.inputs, device=self.device, dtype=self.dtype)
-                return self.projection(row).shape[-1]
+                rows = torch.zeros(2, self.inputs, device=self.device, dtype=self.dtype)
+                return self.projection(rows).shape[-1]  # of one, BatchNorm knows no variance
         return self.inputs
+
+    @property
+    def rows_meet(self) -> bool:
+        """Whether BatchNorm now normalises over all rows of a task."""
+        theirs = self.patched is not None and self.patched.rows_meet
+        return theirs or any(m.training or m.running_mean is None for m in self.norms)
 
     def meta_parameters(self) -> dict[str, nn.Parameter]:
         """What of the model learns, by its name there."""
@@ -154,7 +174,8 @@ class Embedding(nn.Module):
         if flat:
             given = {k: v.unsqueeze(0) for k, v in given.items()}
         tasks, rows = next(iter(given.values())).shape[:2]
-        features = self.rows({k: v.flatten(0, 1) for k, v in given.items()})
+        with rows_of(tasks):
+            features = self.rows({k: v.flatten(0, 1) for k, v in given.items()})
         features = features.unflatten(0, (tasks, rows))
         return features[0] if flat else features
 
@@ -168,7 +189,8 @@ class Embedding(nn.Module):
 
     def _pooled(self, flat: dict[str, Tensor]) -> Tensor:
         """``[B, ...]`` inputs to ``[B, D]``; short texts do not wait for long ones' padding."""
-        groups = _by_length(flat) if self.by_length else None
+        # in groups, the rows of a task would not stay together
+        groups = _by_length(flat) if self.by_length and not self.rows_meet else None
         if groups is None:
             return self._pool(self._states(flat), flat.get("attention_mask"))
         found = []
@@ -182,10 +204,11 @@ class Embedding(nn.Module):
         if self.patched is None:
             out = self.encoder(**flat)
         else:
-            # All tasks share the initial values: one task of all rows.
-            given = {k: v.unsqueeze(0) for k, v in flat.items()}
+            # All tasks share the initial values: one task of all rows, unless rows meet.
+            tasks = tasks_of_rows() if self.rows_meet else 1
+            given = {k: v.unflatten(0, (tasks, -1)) for k, v in flat.items()}
             more = {} if self.lead == "" else {"output_hidden_states": True}
-            out = self.patched.run(self.patched.initial(1), given | more)
+            out = self.patched.run(self.patched.initial(tasks), given | more)
         states = out if isinstance(out, Tensor) else getattr(out, "last_hidden_state", None)
         if states is None and getattr(out, "hidden_states", None):
             states = out.hidden_states[-1]
@@ -194,7 +217,7 @@ class Embedding(nn.Module):
                 "expected a model whose output has last_hidden_state, got "
                 f"{type(out).__name__} from {type(self.model).__name__}"
             )
-        return states if self.patched is None else states.squeeze(0)
+        return states if self.patched is None else states.flatten(0, 1)
 
     def _pool(self, states: Tensor, mask: Tensor | None) -> Tensor:
         """``[B, L, D]`` to ``[B, D]``; features ``[B, D]`` stay."""

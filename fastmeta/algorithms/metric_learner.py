@@ -13,7 +13,7 @@ from fastmeta.algorithms.embedding import Embedding
 from fastmeta.algorithms.learner import warn_of_nothing
 from fastmeta.batch import TaskBatch, check_set, ways_of
 from fastmeta.engine.allocator import reuse_large_buffers
-from fastmeta.engine.checks import check_labels, check_support_of_queries
+from fastmeta.engine.checks import check_labels, check_support_of_queries, warn_of_ignored_rows
 from fastmeta.engine.episode import MetaOutput, with_ways, zero_loss
 from fastmeta.engine.losses import WAYS, accuracy, classification
 from fastmeta.meta_module import MetaModule
@@ -42,7 +42,9 @@ class MetricLearner(MetaModule):
     Args:
         model: The model that embeds: a transformers model with or without a head, any module whose
             output has ``last_hidden_state`` or is ``[B, D]``, or one from `fm.patch`, whose
-            initial values (of LoRA factors, say) then learn.
+            initial values (of LoRA factors, say) then learn. BatchNorm in training mode
+            normalises over the rows of each task's support or query set, and its running
+            statistics stay as they are.
         pooling: ``"mean"`` of the token states under the attention mask, ``"cls"``: the first
             token's, ``"last"``: the last token's that is not padding.
         projection: Outputs of a new linear layer on the pooled states, a module, or None.
@@ -213,6 +215,8 @@ class MetricLearner(MetaModule):
         if ways is not None:
             ways = ways_of(ways, tasks, self.device)
         classes = self._check_support(dict(support), ways)
+        if self.embedding.rows_meet:
+            warn_of_ignored_rows(support)
         return _as_params(self.fit(self.embed(support), support["labels"], classes))
 
     def predict(self, params: Mapping[str, Tensor], **inputs: Tensor) -> Tensor:
@@ -235,6 +239,8 @@ class MetricLearner(MetaModule):
         check_inputs(query, "query", self.device, self.model)
         check_labels(query, "query", "num_labels", 2, None)
         check_support_of_queries(batch.support["labels"], query["labels"])
+        if self.embedding.rows_meet:
+            warn_of_ignored_rows(batch.support, query)
         return classes
 
     def _check_support(self, support: Mapping[str, Tensor], ways: Tensor | None) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from itertools import count
 from typing import Any, Generic, Protocol, TypeVar
@@ -11,6 +11,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 
 from fastmeta._settings import integers
+from fastmeta.batch import TaskBatch
 from fastmeta.data.prefetch import Prefetch
 
 
@@ -130,3 +131,40 @@ class Loader(ABC, Generic[Batch]):
             )
         integers(0, position=position)
         self.position = position
+
+
+EXPECTED = "a loader such as fm.data.Episodes or fm.data.TaskDataset, or a list of fm.TaskBatch"
+
+
+class Batches(Loader[TaskBatch]):
+    """Task batches that are there already, in their order, over and over.
+
+    Raises:
+        TypeError: Something else is among them.
+        ValueError: There is none.
+    """
+
+    def __init__(self, batches: Sequence[TaskBatch]) -> None:
+        for batch in batches:
+            if not isinstance(batch, TaskBatch):
+                raise TypeError(f"expected {EXPECTED}, got a list with {type(batch).__name__}")
+        if not batches:
+            raise ValueError("expected at least one task batch, got none")
+        settings = {"num_batches": None, "prefetch": 0, "pin_memory": False}
+        super().__init__(tasks=batches[0].num_tasks, seed=0, start=0, **settings)
+        self.batches = list(batches)
+
+    def _make(self, index: int) -> TaskBatch:
+        return self.batches[index % len(self.batches)]
+
+    def settings(self) -> dict[str, Any]:
+        return {"sizes": [batch.num_tasks for batch in self.batches]}
+
+
+def as_loader(episodes: Loader | Sequence[TaskBatch]) -> Loader:
+    """What hands out batches and knows its position; TypeError for what does not."""
+    if isinstance(episodes, Sequence):
+        return Batches(episodes)
+    if not all(hasattr(episodes, n) for n in ("__iter__", "state_dict", "load_state_dict")):
+        raise TypeError(f"expected {EXPECTED}, got {type(episodes).__name__}")
+    return episodes

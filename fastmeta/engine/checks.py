@@ -76,13 +76,18 @@ def check_sets(patched: Patched, loss_fn: LossFn, sets: Mapping[str, Mapping[str
             check_targets(batch, which)
         if loss in ("causal_lm", "seq2seq_lm"):
             _check_decoder(patched, loss, batch)
-    if patched.rows_meet and any(map(_has_ignored_rows, sets.values())):
+    if patched.rows_meet:
+        warn_of_ignored_rows(*sets.values())
+
+
+def warn_of_ignored_rows(*sets: Mapping[str, Tensor]) -> None:
+    """Warn of rows that should not count, to a model in which rows meet."""
+    if any(map(_has_ignored_rows, sets)):
         warnings.warn(
-            "there are rows without a label, as those that pad uneven tasks, and BatchNorm in "
-            "training mode normalises over them too: give all tasks as many rows, or use "
-            "GroupNorm or LayerNorm",
+            "there are rows without a label, as those that pad uneven tasks, and BatchNorm "
+            "normalises over them too: give all tasks as many rows, or use GroupNorm or LayerNorm",
             UserWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

@@ -19,14 +19,15 @@ class ModelState:
     Attributes:
         rest: Modules that stay in evaluation mode while the model trains.
         batch_norms: Whether others normalise over the rows of a batch then.
+        always: Whether some do so in evaluation, too.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.rest = resting(model, model.training)
-        self.batch_norms = any(
-            isinstance(m, _BatchNorm) for n, m in model.named_modules() if n not in self.rest
-        )
+        norms = {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm)}
+        self.batch_norms = any(name not in self.rest for name in norms)
+        self.always = any(norm.running_mean is None for norm in norms.values())
         self._mode = model.training
         self._parameters = dict(model.named_parameters())
         self._buffers = [  # not those that are computed anew, such as angles of positions

@@ -61,7 +61,9 @@ class Patched(MetaModule):
     """A model whose calls take the fast weights of T tasks; see :func:`patch`.
 
     ``parameters()`` yields the meta-parameters: initial values of everything adapted, and every
-    other weight of the model that requires grad. Several threads may call it at once.
+    other weight of the model that requires grad. Several threads may call it at once, as far as the
+    model allows that: rotary angles that grow with the text (`rope_type` ``"dynamic"`` and
+    ``"longrope"``) are the module's own in transformers.
 
     It has a mode of its own, at first the model's: ``train()`` and ``eval()`` set it, and leave the
     user's model in its own. Modules that are in evaluation mode while the model trains when it is
@@ -122,7 +124,7 @@ class Patched(MetaModule):
     @property
     def rows_meet(self) -> bool:
         """Whether BatchNorm now normalises over all rows of a task."""
-        return self.training and self._state.batch_norms
+        return self._state.always or (self.training and self._state.batch_norms)
 
     def init(self, num_tasks: int) -> TaskParams:
         """Fast weights at their initial values, differentiable to the meta-parameters.

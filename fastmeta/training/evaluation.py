@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastmeta import ops
 from fastmeta._settings import integer
 from fastmeta.algorithms.learner import GradientLearner
 from fastmeta.batch import TaskBatch
-from fastmeta.data.loader import Loader
+from fastmeta.data.loader import EXPECTED, Batches, Loader
 from fastmeta.engine.episode import MetaOutput, with_ways
 from fastmeta.engine.losses import accuracy, scores
 from fastmeta.meta_module import MetaModule
 from fastmeta.models import pooled
 from fastmeta.patching import Patched
+from fastmeta.patching.bind import resting
 from fastmeta.patching.task_axes import is_input
 from fastmeta.training.processes import Processes
 
@@ -70,7 +74,7 @@ def half_width(values: Tensor) -> float:
 
 def evaluate(
     learner: nn.Module,
-    episodes: Loader,
+    episodes: Loader | Sequence[TaskBatch],
     count: int = 600,
     *,
     steps: int | None = None,
@@ -81,8 +85,8 @@ def evaluate(
 
     Args:
         learner: A learner such as `fm.MAML`; it runs in evaluation mode, without meta-gradient.
-        episodes: Where tasks come from; its position is left alone.
-        count: Number of episodes, at least 1.
+        episodes: Where tasks come from, whose position is left alone, or a list of task batches.
+        count: Number of episodes, at least 1; of a list, all there are where those are fewer.
         steps: Inner steps, when other than the learner's.
         on_batch: Called with the number of episodes of each batch done; may raise to stop.
         processes: Those that share the episodes, all of which call this; None for this one alone.
@@ -121,7 +125,9 @@ def _scores(out: MetaOutput) -> Tensor:
     return torch.stack([x.double() for x in (out.accuracy, out.task_losses, out.diverged)], 1)
 
 
-def evaluate_unadapted(patched: Patched, episodes: Loader, count: int = 600) -> Evaluation:
+def evaluate_unadapted(
+    patched: Patched, episodes: Loader | Sequence[TaskBatch], count: int = 600
+) -> Evaluation:
     """Accuracy at the initial values, before any inner step."""
 
     def predict(batch: TaskBatch) -> Tensor:
@@ -131,7 +137,9 @@ def evaluate_unadapted(patched: Patched, episodes: Loader, count: int = 600) -> 
         return _judge(predict, take(episodes, count, patched.device))
 
 
-def nearest_class_mean(model: nn.Module, episodes: Loader, count: int = 600) -> Evaluation | None:
+def nearest_class_mean(
+    model: nn.Module, episodes: Loader | Sequence[TaskBatch], count: int = 600
+) -> Evaluation | None:
     """Accuracy of a transformer without adaptation: the class whose mean feature is nearest.
 
     Features are mean-pooled token states, compared by cosine (Snell et al. 2017 without training);
@@ -184,12 +192,24 @@ def inputs_of(examples: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k: v for k, v in examples.items() if is_input(k)}
 
 
-def take(episodes: Loader, count: int, device: torch.device) -> Iterator[TaskBatch]:
+def check_episodes(episodes: Loader | Sequence[TaskBatch]) -> None:
+    """Raise TypeError unless these have batches by number, ValueError where there is none."""
+    if isinstance(episodes, Sequence):
+        Batches(episodes)
+    elif not hasattr(episodes, "batch"):
+        raise TypeError(f"expected {EXPECTED}, got {type(episodes).__name__}")
+
+
+def take(
+    episodes: Loader | Sequence[TaskBatch], count: int, device: torch.device
+) -> Iterator[TaskBatch]:
     """The first `count` tasks of `episodes`, batch by batch."""
     integer("the number of episodes", count)
+    check_episodes(episodes)
+    listed = isinstance(episodes, Sequence)
     index = 0
-    while count > 0:
-        batch = episodes.batch(index)
+    while count > 0 and not (listed and index == len(episodes)):
+        batch = episodes[index] if listed else episodes.batch(index)
         yield batch[:count].to(device)
         count -= batch.num_tasks
         index += 1
@@ -203,6 +223,7 @@ def device_of(learner: nn.Module) -> torch.device:
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; afterwards every module has the mode it had."""
+    _warn_of_unseen(module.model if isinstance(module, MetaModule) else module)
     before = _modes(module)
     module.eval()
     try:
@@ -211,6 +232,29 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for each, training in before:
             each.training = training
+
+
+_warned: WeakSet[nn.Module] = WeakSet()
+"""Models whose norms without statistics were told of."""
+
+
+def _warn_of_unseen(model: nn.Module) -> None:
+    """Warn, once, where evaluation would use the statistics that a BatchNorm was made with."""
+    rest = resting(model, model.training)
+    for name, norm in model.named_modules():
+        if not isinstance(norm, _BatchNorm) or norm.running_mean is None or name in rest:
+            continue
+        # A mean that is no zero came from somewhere: old checkpoints count no batches.
+        if norm.num_batches_tracked != 0 or bool(norm.running_mean.any()) or model in _warned:
+            continue
+        _warned.add(model)
+        warnings.warn(
+            f"BatchNorm {name!r} has never seen data: in evaluation mode it uses running "
+            "statistics, which meta-training does not move; build it with "
+            "track_running_stats=False, so that each task's own rows count, or use GroupNorm",
+            UserWarning,
+            stacklevel=5,
+        )
 
 
 def _modes(module: nn.Module) -> list[tuple[nn.Module, bool]]:

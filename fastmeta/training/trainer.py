@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
 from fastmeta._settings import integers
-from fastmeta.data.loader import Loader
+from fastmeta.batch import TaskBatch
+from fastmeta.data.loader import Loader, as_loader
 from fastmeta.engine.episode import MetaOutput
 from fastmeta.training.checkpoint import (
     find_checkpoint,
@@ -25,7 +27,7 @@ from fastmeta.training.checkpoint import (
     write_checkpoint,
 )
 from fastmeta.training.errors import Interrupted, TrainingError
-from fastmeta.training.evaluation import Evaluation, check_accuracy, evaluate
+from fastmeta.training.evaluation import Evaluation, check_accuracy, check_episodes, evaluate
 from fastmeta.training.files import check_writable, sweep, whole_file
 from fastmeta.training.metrics import MetricsLog, finite, peak_memory
 from fastmeta.training.outer import parameters_beside
@@ -46,12 +48,13 @@ class Trainer:
 
     Args:
         learner: A learner such as `fm.MAML`.
-        episodes: Task batches, `fm.data.Episodes` or `fm.data.TaskDataset`.
+        episodes: Task batches, `fm.data.Episodes` or `fm.data.TaskDataset`, or a list of
+            `fm.TaskBatch`, which are read in turn, over and over.
         outer: Optimizer over ``learner.parameters()``.
         schedule: Learning-rate schedule of `outer`, stepped once per outer step, or None.
         clip_norm: Bound on the norm of the gradients of all that learns, positive, or None.
         autocast: dtype in which the model computes (``torch.bfloat16``), or None.
-        valid: Episodes to evaluate on while training, or None.
+        valid: Episodes or a list of task batches to evaluate on while training, or None.
         eval_every: Evaluate after every this many steps; 0 for never.
         eval_episodes: Episodes of each evaluation.
         out: Folder of this run alone: ``metrics.jsonl``, ``curve.png``, ``checkpoints/``. None
@@ -69,6 +72,7 @@ class Trainer:
             valid_loss.
 
     Raises:
+        TypeError: `episodes` or `valid` are no loader and no list of task batches.
         ValueError: A number out of its range, an optimizer without meta-parameters, episodes to
             evaluate on for a learner without accuracies, or long unrolls (`fm.TruncatedUnroll`,
             `fm.PES`) or rates of tasks in several processes.
@@ -78,13 +82,13 @@ class Trainer:
     def __init__(
         self,
         learner: nn.Module,
-        episodes: Loader,
+        episodes: Loader | Sequence[TaskBatch],
         outer: Optimizer,
         *,
         schedule: LRScheduler | None = None,
         clip_norm: float | None = None,
         autocast: torch.dtype | None = None,
-        valid: Loader | None = None,
+        valid: Loader | Sequence[TaskBatch] | None = None,
         eval_every: int = 0,
         eval_episodes: int = 200,
         out: str | Path | None = None,
@@ -103,8 +107,11 @@ class Trainer:
                 "the outer optimizer holds none of the learner's meta-parameters: "
                 "make it over learner.parameters()"
             )
-        if valid is not None and eval_every:
-            check_accuracy(learner)
+        episodes = as_loader(episodes)
+        if valid is not None:
+            check_episodes(valid)
+            if eval_every:
+                check_accuracy(learner)
         self.processes = Processes.running()
         if self.processes.count > 1:
             if hasattr(learner, "progress"):
