@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import episode_oracle as oracle
 import pytest
 import torch
@@ -289,3 +291,36 @@ def test_weights_of_chunks_serve() -> None:
     assert not kept.packed.requires_grad
     both = fm.TaskParams.joined([out.params, kept])
     assert torch.equal(both.packed[:4], both.packed[4:])
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("settings", [{"memory": "recompute"}, {"task_chunk": 2}], ids=str)
+def test_another_thread_that_draws(settings: dict, dropout: float) -> None:
+    """Masks that cannot be drawn again raise; numbers that are nobody's masks change nothing."""
+    generator, calls = torch.Generator(), []
+
+    def draw(*_) -> None:
+        calls.append(None)  # more from call to call, so never the same twice
+        options = {"generator": generator}
+        thread = threading.Thread(target=torch.rand, args=(len(calls),), kwargs=options)
+        thread.start()
+        thread.join()
+
+    def run() -> dict:
+        torch.manual_seed(0)
+        return oracle.gradients(learner, oracle.weighted(learner(batch)))
+
+    model = oracle.tiny_bert(dropout=dropout)
+    model.get_submodule("bert.encoder").register_forward_pre_hook(draw)
+    patched = fm.patch(model, fm.Params("*"))
+    learner = fm.MAML(patched, **{"lr": 0.1, "steps": 2, "memory": "unroll", **settings})
+    batch = oracle.as_batch(oracle.make_tasks(3))
+    expected = run()
+    assert calls
+    oracle.assert_close(run(), expected)
+    generator = None
+    if dropout:
+        with pytest.raises(RuntimeError, match="another thread drew from torch's random generator"):
+            run()
+    else:
+        oracle.assert_close(run(), expected)

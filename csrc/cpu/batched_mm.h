@@ -136,7 +136,7 @@ bool in_place(const Product<A>& p, int64_t rows) {
 template <typename A>
 void spread(std::vector<Product<A>>& products, std::vector<A>& rows) {
   const Product<A>& p = products[0];
-  if (p.a_column != 1 || !collides<A>(p.a_row) || p.n < 2 * kPanel<A>) return;
+  if (p.k == 0 || p.a_column != 1 || !collides<A>(p.a_row) || p.n < 2 * kPanel<A>) return;
   const int64_t row = p.k + Lanes<A, 64>::kCount;
   int64_t all = 0;
   for (const Product<A>& own : products) all += own.m;

@@ -167,7 +167,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor v_loss, Tensor logits, Tensor
   with_dtype(query, [&](auto zero) {
     using A = decltype(zero);
     const Tensor weights = empty_rows({T, Q, C}, dtype, query);
-    std::memcpy(data_of<A>(weights), data_of<A>(logits), size_t(T * Q * C) * sizeof(A));
+    if (T * Q * C > 0) {  // an empty tensor has no address
+      std::memcpy(data_of<A>(weights), data_of<A>(logits), size_t(T * Q * C) * sizeof(A));
+    }
     const std::unique_ptr<A[]> numbers(new A[size_t(T * Q + T)]);
     const std::unique_ptr<bool[]> skip(new bool[size_t(T * Q)]);
     Batch<A> g = batch_of<A>(weights, labels, present, scale, Kind(kind), root);
@@ -239,7 +241,7 @@ Tensor class_gather(Tensor v, Tensor labels) {
     parallel_units(T * N, D, [&](int64_t i) {
       const int64_t label = data_of<const int64_t>(labels)[i];
       A* const to = data_of<A>(out) + i * D;
-      if (counts(label, C)) {
+      if (D > 0 && counts(label, C)) {  // an empty tensor has no address
         std::memcpy(to, data_of<const A>(v) + (i / N * C + label) * D, size_t(D) * sizeof(A));
       } else {
         std::fill_n(to, D, A(0));

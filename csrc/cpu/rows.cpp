@@ -22,6 +22,7 @@ Tensor take_rows(Tensor x, Tensor index) {
     STD_TORCH_CHECK(chosen[s] >= -1 && chosen[s] < rows, "take_rows: index must lie in -1 to ",
                     rows - 1, ", got ", chosen[s]);
   }
+  if (bytes == 0) return to;  // an empty tensor has no address
   parallel_units(count, x.size(1), [&](int64_t s) {
     if (chosen[s] < 0) {
       std::memset(target + s * bytes, 0, size_t(bytes));

@@ -1,6 +1,8 @@
 // exp of vectors of numbers, because libm's takes one number at a time. The same bits on every CPU.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/lanes.h"
 
 namespace fastmeta {
@@ -52,7 +54,8 @@ template <typename A, int B>
 FM_HD Lanes<A, B> exponential(const Lanes<A, B>& x) {
   using L = Lanes<A, B>;
   using Vector = typename L::Vector;
-  using Bits = typename L::Bits;
+  // Unsigned, as those of an x that is out of range wrap around before they are masked.
+  typedef std::make_unsigned_t<typename L::Integer> Bits __attribute__((vector_size(B)));
   using E = Exponential<A>;
   L out;
   for (int i = 0; i < L::kParts; ++i) {
