@@ -248,3 +248,13 @@ def test_words_under_autocast_are_not_rounded() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         patched(patched.init(1), input_ids=ids)
     assert torch.equal(seen[0].flatten(0, 1), model.words.weight[:8])
+
+
+@pytest.mark.parametrize(
+    ("given", "hint"),
+    [("rank", " (did you mean 'r'?)"), ("lora_alpha", "'alpha'"), ("target_modules", "'targets'")],
+)
+def test_lora_by_the_names_of_others(given: str, hint: str) -> None:
+    with pytest.raises(TypeError, match=f"LoRA has no setting '{given}'") as caught:
+        fm.LoRA(**{given: 8})
+    assert hint in str(caught.value)

@@ -201,7 +201,8 @@ def resolve_rule(optimizer: str | UpdateRule) -> UpdateRule:
         return optimizer
     if not isinstance(optimizer, str) or optimizer not in RULES:
         raise ValueError(
-            f"optimizer must be one of {sorted(RULES)} or a rule object, got {optimizer!r}"
+            f"optimizer must be one of {sorted(RULES)} or a rule object such as fm.rules.Adam(), "
+            f"got {optimizer!r}"
         )
     return RULES[optimizer]()
 

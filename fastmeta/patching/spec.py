@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from fastmeta._names import refuse_unknown
 from fastmeta._settings import integer
 
 HEAD_NAMES = (
@@ -184,6 +185,7 @@ class LoRA(Spec):
             those of the head, as `fm.Head` finds it.
 
     Raises:
+        TypeError: A setting of another name.
         ValueError: `r` or `alpha` out of range; a target that names no linear layer (raised by
             `fm.patch`).
 
@@ -191,8 +193,13 @@ class LoRA(Spec):
     """
 
     def __init__(
-        self, r: int = 8, alpha: float = 16.0, targets: str | Sequence[str] = "all-linear"
+        self,
+        r: int = 8,
+        alpha: float = 16.0,
+        targets: str | Sequence[str] = "all-linear",
+        **unknown: object,
     ) -> None:
+        refuse_unknown(type(self), unknown)
         self.r = integer("the LoRA rank r", r)
         if not isinstance(alpha, int | float) or not alpha > 0:
             raise ValueError(f"LoRA's alpha must be positive, got {alpha!r}")
