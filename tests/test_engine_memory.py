@@ -8,8 +8,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import fastmeta as fm
+from fastmeta._memory_errors import is_out_of_memory
 from fastmeta.engine import chunks, episode, memory, recompute
-from fastmeta.engine.free_memory import free_bytes, is_out_of_memory
+from fastmeta.engine.free_memory import free_bytes
 from fastmeta.engine.memory import MemoryPlan
 from fastmeta.engine.meter import PeakMemory
 from fastmeta.engine.prediction import predict

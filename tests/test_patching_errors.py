@@ -11,6 +11,7 @@ from transformers import BertConfig, BertModel
 
 import fastmeta as fm
 from fastmeta.models import SentenceClassifier
+from fastmeta.testing.float64 import keep_float64
 
 
 @pytest.fixture(scope="module")
@@ -251,3 +252,36 @@ def test_a_cache_is_for_generation() -> None:
     with pytest.raises(ValueError, match=r"whole texts, got past_key_values: generate\(...\)"):
         patched(patched.init(2), **inputs, past_key_values=cache)
     assert cache.get_seq_length() == families.LENGTH
+
+
+@pytest.mark.filterwarnings("ignore::fastmeta.patching.PerformanceWarning")
+@pytest.mark.parametrize("family", ["bert", "bert_mlm", "mixtral"])
+def test_running_out_of_memory_is_no_property_of_the_model(family: str) -> None:
+    """Wherever it happens while a plan is made, it is raised, and the next call plans anew."""
+    model = families.build(family)
+    inputs = families.inputs(family, 2, 2, padding="right")
+    calls, at = 0, 0
+
+    def fail(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            raise (MemoryError if at % 2 else torch.OutOfMemoryError)("no memory")
+
+    layers = (m for n, m in model.named_modules() if n.endswith((".layer.1", ".layers.1")))
+    next(layers).register_forward_pre_hook(fail)
+
+    def planned() -> list:
+        patched = fm.patch(model, fm.Params("*"))
+        with keep_float64():
+            if at:
+                with pytest.raises((MemoryError, torch.OutOfMemoryError)):
+                    patched.plan(inputs)
+            plan = patched.plan(inputs)
+        ends = plan.shortened, plan.output_layer is None
+        return [plan.modes, plan.prefix, plan.unpadded, plan.padding_word, *ends]
+
+    expected, total = planned(), calls
+    for at in range(1, total + 1, 1 if family == "bert" else 3):  # noqa: B007
+        calls = 0
+        assert planned() == expected

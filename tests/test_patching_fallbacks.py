@@ -8,6 +8,7 @@ from collections.abc import Callable
 import families
 import pytest
 import torch
+import transformers as tf
 from torch import Tensor, nn
 
 import fastmeta as fm
@@ -301,20 +302,117 @@ def test_unit_arguments_are_told_apart_by_the_probe_not_by_their_size() -> None:
         torch.testing.assert_close(patched(patched.init(tasks), x=x), model(x))
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
-def test_peft_model() -> None:
-    peft = pytest.importorskip("peft")
-    base = families.build("bert")
-    config = peft.LoraConfig(r=2, target_modules=["query", "value"], lora_dropout=0.0)
-    model = peft.get_peft_model(base, config).double().eval()
-    patched = fm.patch(model, fm.Params("*lora_*") + fm.Params("*classifier*"))
-    assert any("lora_A" in n for n in patched.layout.names)
-    inputs = families.inputs("bert", 2, 2, padding="right")
+def different(patched: fm.Patched) -> fm.TaskParams:
     packed = patched.init(2).packed.detach()
-    params = fm.TaskParams(patched.layout, packed + 0.1 * torch.randn_like(packed))
-    with keep_float64():
+    return fm.TaskParams(patched.layout, packed + 0.1 * torch.randn_like(packed))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
+@pytest.mark.parametrize("case", ["lora", "dora", "named-twice"])
+def test_peft_model(case: str) -> None:
+    """DoRA's own code fits no rule, and has modules inside; prefix tuning names the embeddings
+    of words twice, of which one name never runs."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    if case == "named-twice":
+        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+        base = tf.LlamaForCausalLM(tf.LlamaConfig(vocab_size=61, **sizes, **heads))
+        config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+        spec = fm.Params("*")
+    else:
+        base = families.build("bert")
+        targets = {"target_modules": ["query", "value"], "lora_dropout": 0.0}
+        config = peft.LoraConfig(r=2, use_dora=case == "dora", **targets)
+        spec = fm.Bias() if case == "dora" else fm.Params("*lora_*") + fm.Params("*classifier*")
+    model = peft.get_peft_model(base, config).double().eval()
+    with torch.no_grad():
+        for p in model.parameters():  # of which PEFT's are 0 or 1 at first
+            p += 0.1 * torch.randn_like(p)
+    patched = fm.patch(model, spec)
+    expected = {"lora": "lora_A", "dora": "query.base_layer.bias", "named-twice": "embed_tokens"}
+    assert any(expected[case] in n for n in patched.layout.names)
+    inputs = families.inputs("bert", 2, 2, padding="right")
+    params = different(patched)
+    with keep_float64(), warnings.catch_warnings():
+        if case == "dora":
+            warnings.simplefilter("ignore", PerformanceWarning)
         got = patched(params, **inputs).logits
         for t in range(2):
             mine = {k: v[t] for k, v in inputs.items()}
             want = torch.func.functional_call(model, params.task(t), (), mine).logits
-            torch.testing.assert_close(got[t], want, rtol=1e-10, atol=1e-12)
+            rows = mine["attention_mask"].bool() if case == "named-twice" else slice(None)
+            torch.testing.assert_close(got[t][rows], want[rows], rtol=1e-10, atol=1e-12)
+
+
+class Doubles(torch.autograd.Function):
+    """Of the kind that vmap refuses."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return grad * 2
+
+
+class OtherInTraining(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.rand(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.dropout(x * self.gain, 0.5, self.training)
+        return Doubles.apply(y) if self.training else y * 2
+
+
+class OtherForSome(OtherInTraining):
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * self.gain
+        return y.index_fill(0, (x[:, 0] > 5).nonzero().flatten(), 0) if len(x) > 2 else y
+
+
+@pytest.mark.parametrize("settings", [{}, {"memory": "recompute"}, {"compile": True}])
+def test_what_vmap_refuses_in_training_alone_loops(settings: dict) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(OtherInTraining(), nn.Linear(4, 3)).double()
+    patched = fm.patch(model, fm.Params("0.*"))
+    x = torch.randn(3, 2, 4, dtype=torch.float64)
+    labels = torch.zeros(3, 2, dtype=torch.int64)
+    learner = fm.MAML(patched, lr=0.1, steps=2, order=2, **settings).eval()
+    batch = fm.TaskBatch({"input": x, "labels": labels}, {"input": x, "labels": labels})
+    learner(batch)
+    learner.train()
+    torch.manual_seed(1)
+    with pytest.warns(PerformanceWarning, match=r"'0'.*vmap, under which it ran before, raised"):
+        first = learner(batch).loss  # its draws are those of a pass that loops at once
+    first.backward()
+    grads = [p.grad.clone() for p in learner.parameters() if p.grad is not None]
+    learner.zero_grad()
+    torch.manual_seed(1)
+    again = learner(batch).loss  # and warns no more
+    again.backward()
+    assert first.item() == pytest.approx(again.item(), abs=1e-12)
+    found = [p.grad for p in learner.parameters() if p.grad is not None]
+    torch.testing.assert_close(grads, found, rtol=1e-9, atol=1e-9)
+
+
+def test_what_vmap_refuses_for_later_inputs_loops() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(OtherForSome(), nn.Linear(4, 3)).double()
+    patched = fm.patch(model, fm.Params("0.*"))
+    params = different(patched)
+    patched(params, input=torch.randn(2, 2, 4, dtype=torch.float64))
+    (plan,) = patched._plans.values()
+    wrong = torch.randn(2, 3, 5, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=r"size of tensor a \(5\) must match .* b \(4\)"):
+        patched(params, input=wrong)
+    assert not any(unit.loops for unit in plan.units)
+    x = torch.randn(2, 3, 4, dtype=torch.float64)
+    with pytest.warns(PerformanceWarning, match=r"'0' \(OtherForSome\) runs one task after"):
+        got = patched(params, input=x)
+    assert patched(params, input=x).equal(got)  # without another warning
+    for t in range(2):
+        want = torch.func.functional_call(model, dict(params.task(t)), x[t])
+        torch.testing.assert_close(got[t], want, rtol=1e-9, atol=1e-9)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import families
 import pytest
 import torch
+import transformers as tf
 from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache
 
@@ -104,6 +105,25 @@ def test_prefix_of_an_encoder_decoder_leaves_cross_attention_alone() -> None:
 def test_prefix_needs_the_attention_interface() -> None:
     with pytest.raises(ValueError, match="BloomForSequenceClassification does not run"):
         fm.patch(families.build("bloom"), fm.Prefix(2))
+
+
+def test_prefix_of_images_needs_it_too() -> None:
+    config = tf.ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1])
+    model = tf.ResNetForImageClassification(config)  # of images of any size
+    with pytest.raises(ValueError, match=r"ResNet.* does not run its attention through"):
+        fm.patch(model, fm.Prefix(LENGTH))
+
+
+def test_prefix_needs_keys_and_values_of_one_width() -> None:
+    layers = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "q_lora_rank": 8}
+    widths = {"kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    config = tf.DeepseekV3Config(
+        vocab_size=61, first_k_dense_replace=1, **layers, **heads, **widths
+    )
+    message = r"one width, but 'model.layers.0.self_attn' of Deep.* keys of 12 and values of 8"
+    with pytest.raises(ValueError, match=message):
+        fm.patch(tf.DeepseekV3ForCausalLM(config), fm.Prefix(LENGTH))
 
 
 def test_prefix_where_no_word_ends_a_text() -> None:

@@ -9,10 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastmeta._memory_errors import is_out_of_memory
 from fastmeta.engine.backward import add, backpropagate, differentiable_once
 from fastmeta.engine.by_leaf import may_serve
 from fastmeta.engine.conditions import Conditions, Versions, versions
-from fastmeta.engine.free_memory import free_bytes, is_out_of_memory
+from fastmeta.engine.free_memory import free_bytes
 from fastmeta.engine.inner import InnerLoop
 from fastmeta.engine.losses import name_of
 from fastmeta.engine.memory import MemoryPlan

@@ -1,4 +1,4 @@
-"""How much memory is free on a device, and whether an error says that there was none."""
+"""How much memory is free on a device."""
 
 from __future__ import annotations
 
@@ -39,14 +39,6 @@ def free_bytes(device: torch.device) -> int:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         processes = torch.distributed.get_world_size()
     return max(available, 0) // processes
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on any device."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError)
-        and any(sign in str(error) for sign in ("can't allocate memory", "ALLOC_FAILED"))
-    )
 
 
 def _meminfo() -> int:

@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from fastmeta._memory_errors import is_out_of_memory
 from fastmeta._settings import integer
 from fastmeta.batch import TaskBatch
 from fastmeta.engine.budget import budget_bytes, readable
-from fastmeta.engine.free_memory import free_bytes, is_out_of_memory
+from fastmeta.engine.free_memory import free_bytes
 from fastmeta.engine.inner import InnerLoop, model_inputs
 from fastmeta.engine.prediction import Need, Predict, predict
 from fastmeta.patching.unpadded import MASK

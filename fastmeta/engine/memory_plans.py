@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from fastmeta._memory_errors import is_out_of_memory
 from fastmeta.batch import TaskBatch
-from fastmeta.engine.free_memory import is_out_of_memory
 from fastmeta.engine.inner import InnerLoop
 from fastmeta.engine.memory import (
     MemoryPlan,

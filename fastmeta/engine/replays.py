@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from fastmeta import _backend
+from fastmeta._memory_errors import is_out_of_memory
 from fastmeta.batch import TaskBatch
 from fastmeta.engine.aliases import aliased
 from fastmeta.engine.by_signature import BySignature
 from fastmeta.engine.conditions import Conditions, no_cast_is_kept
-from fastmeta.engine.free_memory import is_out_of_memory, note_graphs
+from fastmeta.engine.free_memory import note_graphs
 from fastmeta.engine.graphs import masks_unread
 from fastmeta.engine.inner import InnerLoop, model_inputs
 from fastmeta.patching import Patched, TaskParams

@@ -24,11 +24,13 @@ def self_attentions(model: nn.Module) -> list[tuple[str, int, int]]:
     attention.use_in(structure, every=True)
     names = {id(m): n for n, m in structure.named_modules()}
     found: dict[str, tuple[str, int, int]] = {}
+    widths: dict[str, tuple[int, int]] = {}
 
     def spy(module, query, key, value, attention_mask, **kwargs):
         # The decoder's input is shorter than the encoder's: equal lengths mean self-attention.
         if query.shape[2] == key.shape[2]:
             name = names[id(module)]
+            widths[name] = key.shape[-1], value.shape[-1]
             found.setdefault(name, (name, key.shape[1], key.shape[-1]))
         return attention.attention(module, query, key, value, attention_mask, **kwargs)
 
@@ -53,6 +55,13 @@ def self_attentions(model: nn.Module) -> list[tuple[str, int, int]]:
             f"{type(model).__name__} does not run its attention through transformers' "
             "attention interface, which Prefix needs; use LoRA or Params instead"
         )
+    for name, (wide, narrow) in widths.items():
+        if wide != narrow:
+            raise ValueError(
+                f"Prefix needs keys and values of one width, but {name!r} of "
+                f"{type(model).__name__} has keys of {wide} and values of {narrow} numbers; use "
+                "LoRA or Params instead"
+            )
     return list(found.values())
 
 
@@ -64,7 +73,9 @@ def _dummy_inputs(model: nn.Module) -> dict[str, Tensor] | None:
         return None
     like = next(model.parameters())
     if name == "pixel_values":
-        size = config.image_size
+        size = getattr(config, "image_size", None)
+        if size is None:
+            return None
         height, width = (size, size) if isinstance(size, int) else size
         shape = (1, config.num_channels, height, width)
         return {name: torch.zeros(shape, dtype=like.dtype, device=like.device)}

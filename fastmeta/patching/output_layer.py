@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastmeta._memory_errors import is_out_of_memory
 from fastmeta.patching.bind import install
 from fastmeta.patching.context import current_call
 
@@ -75,7 +76,9 @@ def in_training(structure: nn.Module, inputs: Mapping[str, Any]) -> str | None:
     try:
         with torch.random.fork_rng(devices=devices), torch.no_grad(), watching(structure) as watch:
             return watch.source_of(structure(**inputs))
-    except Exception:
+    except Exception as e:
+        if is_out_of_memory(e):
+            raise
         return None  # as where inputs are too few for training
     finally:
         structure.eval()

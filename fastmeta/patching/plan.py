@@ -50,6 +50,7 @@ class Plan:
         leaf_slots: Weights that can be kept by leaf, once asked for.
         read_by_units: Slots whose tensors ``[T, *shape]`` a module that runs per task reads.
         modes: Adapted module, or shared method, -> one of :data:`MODES`.
+        units: What runs per task.
         prefix: Modules whose outputs do not depend on the fast weights, in the order they run.
         fused_attention: Whether the model calls torch's fused attention past the registries.
         tolerance: Relative difference of results that a check allows.
@@ -76,6 +77,7 @@ class Plan:
         self.read_by_units: set[int] = set()
         self.leaf_slots: dict[int, LeafSlot] | None = None
         self.modes = dict(modes)
+        self.units: list[Unit] = []
         self.structure = prepared_copy(model, slots, own_attention)
         self.pristine = shows_hidden_states(prepared_copy(model, slots, own_attention))
         self.prefix: list[str] = []
@@ -109,7 +111,8 @@ class Plan:
             rows = kinds[name].rows if name in kinds else {}
             tensors, reads = unit_tensors(slots, module_name, pristine)
             self.read_by_units |= reads
-            unit = Unit(pristine, tensors, reads, method, rows)
+            unit = Unit(pristine, tensors, reads, method, rows, name)
+            self.units.append(unit)
             install(module, method, _by_unit(unit, by_vmap if mode == "vmap" else by_loop))
         elif mode == "expand":
             install(module, method, _by_expansion(module, slots.owners[name]))
@@ -120,6 +123,11 @@ class Plan:
             rule = rule_for(module, adapted)
             assert rule is not None
             install(module, method, _by_rule(module, adapted, rule, mode))
+
+    def settle(self) -> None:
+        """From now on, modules that cannot run under vmap loop instead of failing."""
+        for unit in self.units:
+            unit.falls_back = True
 
     def refuse(self, names: Iterable[str]) -> None:
         """Raise where modules run that did not when this plan was made: nothing is known of how."""

@@ -16,6 +16,7 @@ try:
 except ImportError:  # of versions that show them otherwise
     maybe_install_capturing_hooks = None
 
+from fastmeta._memory_errors import is_out_of_memory
 from fastmeta.patching import activations, attention, unpadded
 from fastmeta.patching.bind import copy_structure
 from fastmeta.patching.probe import PatchError, agrees
@@ -139,7 +140,9 @@ def _run(structure: nn.Module, inputs: Mapping[str, Any]) -> Any:
     try:
         with torch.no_grad():
             out = structure(**inputs)
-    except Exception:
+    except Exception as e:
+        if is_out_of_memory(e):
+            raise
         return None
     mask = inputs.get(unpadded.MASK)
     return unpadded.at_tokens(out, mask) if isinstance(mask, Tensor) else out

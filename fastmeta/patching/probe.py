@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_batchedtensor
 from torch.utils._pytree import tree_flatten
 
 from fastmeta.patching.bind import install
@@ -37,7 +38,7 @@ class Trace:
             inside a shared method are left out: the method stands for them.
         leads: Module -> one tuple per call, the leading size of each argument leaf (None: no
             tensor, or a scalar).
-        outputs: Module -> the result of each call, where they are kept.
+        outputs: Module -> the result of each call, where they are kept (None: of one under vmap).
         open: Modules entered and not left, outermost first; after an error the last is its place.
         inside: Modules called from inside a shared method.
         written: Modules whose results were written in place after they had returned them.
@@ -94,9 +95,11 @@ def record(structure: nn.Module, trace: Trace, keep_outputs: bool = False) -> It
             trace.open.pop()
             trace.order.append(("exit", name))
             found = [t for t in tree_flatten(output)[0] if isinstance(t, Tensor)]
-            results.extend((name, t, t._version) for t in found if not t.is_inference())
+            mapped = any(map(is_batchedtensor, found))  # no tensor outside of vmap
+            if not mapped:
+                results.extend((name, t, t._version) for t in found if not t.is_inference())
             if keep_outputs:
-                trace.outputs.setdefault(name, []).append(output)
+                trace.outputs.setdefault(name, []).append(None if mapped else output)
 
         return hook
 
@@ -228,6 +231,8 @@ def first_difference(
             continue
         i = position.get(name, 0)
         position[name] = i + 1
+        if actual.outputs[name][i] is None:
+            continue
         want = [trace.outputs.get(name, []) for trace in expected]
         if all(i < len(w) for w in want):
             if not agrees(actual.outputs[name][i], [w[i] for w in want], tolerance):
@@ -278,8 +283,16 @@ def _close(x: Tensor, y: Tensor, tolerance: float) -> bool:
     return float((x[finite] - y[finite]).abs().max()) <= tolerance * float(scale)
 
 
-def warn_loop(name: str, module: nn.Module) -> None:
-    if name:
+def warn_loop(name: str, module: nn.Module, error: Exception | None = None) -> None:
+    """Warn of a module that runs by the loop.
+
+    Args:
+        error: What vmap, under which it ran at first, raised.
+    """
+    if error is not None:
+        where, advice = f"module {name!r}", "adapt fewer of its parameters, or use LoRA"
+        why = f"torch.func.vmap, under which it ran before, raised {type(error).__name__}"
+    elif name:
         where, why = f"module {name!r}", "no task-batched rule fits it"
         advice = "adapt fewer of its parameters, or use LoRA"
     else:

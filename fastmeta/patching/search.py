@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastmeta._memory_errors import is_out_of_memory
 from fastmeta.patching import attention, first_token, output_layer, prefix, probe, unpadded
 from fastmeta.patching.bind import bind
 from fastmeta.patching.context import Call, running
@@ -77,12 +78,15 @@ def make_plan(
         if mode == "loop":
             module = model.get_submodule(split_key(name)[0])
             probe.warn_loop(name, module)
-    plan.refuse(n for n in slots.owners if n not in search.kinds and n not in search.trace.inside)
+    ran = {n for n in slots.owners if n in search.kinds or n in search.trace.inside}
+    known = {id(search.modules[n]) for n in ran}  # a module may run under one of several names
+    plan.refuse(n for n in slots.owners if id(search.modules[n]) not in known)
     entered = {n for n, mode in plan.modes.items() if mode != "skip"} | slots.prefixes.keys()
     plan.prefix = probe.prefix_modules(search.trace, entered | boundaries)
     prefix.install_in(plan.structure, plan.prefix)
     if plan.unpadded:
         unpadded.install_in(plan.structure, plan.unpadded)
+    plan.settle()
     return plan
 
 
@@ -126,6 +130,8 @@ class _Search:
                 try:
                     out = self.reference(**flat)
                 except Exception as e:
+                    if is_out_of_memory(e):
+                        raise
                     raise ValueError(
                         f"{type(self.model).__name__} does not run on the inputs "
                         f"{sorted(flat)} ({type(e).__name__}: {e})"
@@ -251,6 +257,8 @@ class _Search:
             if probe.agrees(actual, self.expected, self.tolerance):
                 return plan
         except Exception as e:
+            if is_out_of_memory(e):
+                raise
             error = e
         place = self._locate(plan)
         self.blamed = self.blamed or place
@@ -285,7 +293,9 @@ class _Search:
             try:
                 with torch.no_grad(), running(Call(self.views, probe.TASKS, probe.ROWS)):
                     actual = shorter.run(inputs)
-            except Exception:
+            except Exception as e:
+                if is_out_of_memory(e):
+                    raise
                 return plan  # something reads the other tokens
             if not probe.agrees(actual, expected, self.tolerance):
                 return plan
@@ -346,7 +356,9 @@ class _Search:
                         expected = list(map(unpadded.at_tokens, expected, masks))
                 with torch.no_grad(), running(call):
                     actual = trial.run(small)
-            except Exception:
+            except Exception as e:
+                if is_out_of_memory(e):
+                    raise
                 continue  # something needs to know which text a token is of
             if shown:
                 actual = unpadded.at_tokens(actual, small[unpadded.MASK])
@@ -363,8 +375,10 @@ class _Search:
             try:
                 with probe.record(plan.structure, actual, keep_outputs=True):
                     plan.run(self.small)
-            except Exception:
-                pass  # `actual.open` tells where
+            except Exception as e:
+                if is_out_of_memory(e):
+                    raise
+                # `actual.open` tells where
         differs = probe.first_difference(actual, per_task, self.trace.inside, self.tolerance)
         if differs is not None:
             return differs

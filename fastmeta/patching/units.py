@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from fastmeta._memory_errors import is_out_of_memory
 from fastmeta.patching.bind import bind
 from fastmeta.patching.context import Call, running
 from fastmeta.patching.methods import SHARED_METHODS, argument_roles
+from fastmeta.patching.probe import warn_loop
 
 
 @dataclass
@@ -29,6 +31,9 @@ class Unit:
         slots: The slots that `tensors` reads.
         method: ``"forward"`` or one of :data:`SHARED_METHODS`.
         rows: Number of argument leaves -> which of them carry the batch axis, as the probe saw.
+        name: That of the module, or of the method.
+        falls_back: Whether a failure under vmap makes it loop from then on.
+        loops: Whether it does so.
     """
 
     module: nn.Module
@@ -36,6 +41,9 @@ class Unit:
     slots: frozenset[int]
     method: str = "forward"
     rows: dict[int, tuple[bool, ...]] = field(default_factory=dict)
+    name: str = ""
+    falls_back: bool = False
+    loops: bool = False
 
     def run(self, fast: dict[str, Tensor], args: tuple, kwargs: dict) -> Any:
         # The method itself, not the module's call: its hooks have run on the outside.
@@ -58,7 +66,31 @@ class Unit:
 
 
 def by_vmap(unit: Unit, call: Call, args: tuple, kwargs: dict) -> Any:
-    """Run the unit once under vmap."""
+    """Run the unit once under vmap; in a loop, once it has failed there.
+
+    What vmap allowed when the plan was made it may not in training or for other inputs.
+    """
+    if unit.loops:
+        return by_loop(unit, call, args, kwargs)
+    if not unit.falls_back:
+        return _under_vmap(unit, call, args, kwargs)
+    device = call.views[0].device if call.views else torch.device("cpu")
+    state = _random_state(device) if unit.module.training else None
+    try:
+        return _under_vmap(unit, call, args, kwargs)
+    except Exception as e:
+        if is_out_of_memory(e):
+            raise
+        error = e
+    if state is not None:  # a recomputation, which loops at once, must draw the same
+        _set_random_state(device, state)
+    out = by_loop(unit, call, args, kwargs)  # whose error, if any, is the model's own
+    unit.loops = True
+    warn_loop(unit.name, unit.module, error)
+    return out
+
+
+def _under_vmap(unit: Unit, call: Call, args: tuple, kwargs: dict) -> Any:
     leaves, spec = tree_flatten((args, kwargs))
     roles = unit.roles(call, args, kwargs, leaves)
     moving = [
@@ -118,6 +150,19 @@ def by_loop(unit: Unit, call: Call, args: tuple, kwargs: dict) -> Any:
         stacked = torch.stack(pieces)
         joined.append(stacked if unit.keeps_task_axis else _merge(stacked, call))
     return tree_unflatten(joined, out_spec)
+
+
+def _random_state(device: torch.device) -> tuple[Tensor, ...]:
+    states = (torch.get_rng_state(),)
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return states
+    return (*states, torch.cuda.get_rng_state(device))
+
+
+def _set_random_state(device: torch.device, states: tuple[Tensor, ...]) -> None:
+    torch.set_rng_state(states[0])
+    for state in states[1:]:
+        torch.cuda.set_rng_state(state, device)
 
 
 def _divides(leaf: Any, call: Call) -> bool:
