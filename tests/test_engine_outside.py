@@ -136,6 +136,14 @@ class Scaled(nn.Module):
         return self.scale * cross_entropy(outputs, batch["labels"])
 
 
+class Object:
+    def __init__(self) -> None:
+        self.scale = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
+
+    def __call__(self, outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        return self.scale * cross_entropy(outputs, batch["labels"])
+
+
 def in_a_lambda() -> tuple[Callable, Tensor]:
     module = Scaled()
     return (lambda outputs, batch: module(outputs, batch)), module.scale
@@ -155,16 +163,47 @@ def scaled(outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
     return SCALE * cross_entropy(outputs, batch["labels"])
 
 
+def in_an_object() -> tuple[Callable, Tensor]:
+    loss = Object()
+    return loss, loss.scale
+
+
 def by_name() -> tuple[Callable, Tensor]:
     return (lambda outputs, batch: scaled(outputs, batch)), SCALE
 
 
-@pytest.mark.parametrize("make", [in_a_lambda, in_a_method, in_a_list, by_name])
+@pytest.mark.parametrize("make", [in_a_lambda, in_a_method, in_a_list, in_an_object, by_name])
 @pytest.mark.parametrize("mode", ["default", "recompute", "chunks", "budget", "captured"])
 def test_what_a_loss_holds(make: Callable, mode: str) -> None:
     front = nn.Identity()
     loss, scale = make()
     assert_close(gradients(MODES[mode], front, loss, scale=scale), by_hand(front, scale))
+
+
+argmax: Tensor | None = None
+"""Of the last step, as scripts keep it: its name is that of a method, too."""
+
+
+@pytest.mark.parametrize("mode", ["default", "recompute", "chunks"])
+def test_what_a_loss_logs(mode: str) -> None:
+    """Of earlier steps, whose graphs are gone."""
+    global argmax
+    history, last = [], None
+
+    def loss(outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        nonlocal last
+        assert outputs.argmax(-1).shape == batch["labels"].shape
+        last = cross_entropy(outputs, batch["labels"])
+        history.append(last)
+        return last
+
+    support, query, labels = raw()
+    batch = fm.TaskBatch(*({"input": x, "labels": labels} for x in (support, query)))
+    learner = fm.MAML(fm.patch(network(), fm.Params("*")), lr=RATE, loss_fn=loss, **MODES[mode])
+    for _ in range(3):
+        argmax = learner(batch).loss
+        argmax.backward()
+    assert len(history) > 3 and last is history[-1]
 
 
 @pytest.mark.parametrize("mode", ["default", "recompute", "chunks", "budget", "captured"])
