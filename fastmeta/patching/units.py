@@ -74,7 +74,7 @@ def by_vmap(unit: Unit, call: Call, args: tuple, kwargs: dict) -> Any:
         return by_loop(unit, call, args, kwargs)
     if not unit.falls_back:
         return _under_vmap(unit, call, args, kwargs)
-    device = call.views[0].device if call.views else torch.device("cpu")
+    device = _device_of(args, kwargs)
     state = _random_state(device) if unit.module.training else None
     try:
         return _under_vmap(unit, call, args, kwargs)
@@ -150,6 +150,11 @@ def by_loop(unit: Unit, call: Call, args: tuple, kwargs: dict) -> Any:
         stacked = torch.stack(pieces)
         joined.append(stacked if unit.keeps_task_axis else _merge(stacked, call))
     return tree_unflatten(joined, out_spec)
+
+
+def _device_of(args: tuple, kwargs: dict) -> torch.device:
+    tensors = (t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor))
+    return next((t.device for t in tensors), torch.device("cpu"))
 
 
 def _random_state(device: torch.device) -> tuple[Tensor, ...]:
