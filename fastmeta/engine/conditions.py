@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
+from fastmeta._random_state import random_state, set_random_state
 from fastmeta.patching import Patched
 from fastmeta.patching.prefix import has_dropout
 
@@ -61,13 +62,13 @@ class Conditions:
         self.dtype = torch.get_autocast_dtype(device.type)
         # while a CUDA graph is recorded nothing is random, and nothing can be asked
         recorded = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        self.random = None if recorded else self._random_state()  # a loss may draw, too
+        self.random = None if recorded else random_state(self.device)  # a loss may draw, too
         self.drawn: list[Tensor] | None = None  # the state after the forward pass
 
     def finish(self) -> None:
         """The forward pass is over: forget the random state if nothing was drawn from it."""
         if self.random is not None:
-            self.drawn = self._random_state()
+            self.drawn = random_state(self.device)
             if _same(self.random, self.drawn):
                 self.random = self.drawn = None
 
@@ -97,9 +98,7 @@ class Conditions:
                 return
             on_gpu = self.device.type == "cuda"
             with torch.random.fork_rng(devices=[self.device] if on_gpu else []):
-                torch.set_rng_state(self.random[0])
-                if on_gpu:
-                    torch.cuda.set_rng_state(self.random[1], self.device)
+                set_random_state(self.device, self.random)
                 yield
                 self._check_draws(patched)
 
@@ -108,7 +107,7 @@ class Conditions:
         was drawn for the model: what other threads draw does not matter to it then."""
         if self.drawn is None:
             return
-        now = self._random_state()
+        now = random_state(self.device)
         if _same(now, self.drawn) or _same(now, self.random):
             return
         if self.training and has_dropout(patched.model):
@@ -117,12 +116,6 @@ class Conditions:
                 "pass, so that its dropout masks cannot be drawn again: give that thread a "
                 "torch.Generator of its own, or use memory='unroll'"
             )
-
-    def _random_state(self) -> list[torch.Tensor]:
-        states = [torch.get_rng_state()]
-        if self.device.type == "cuda":
-            states.append(torch.cuda.get_rng_state(self.device))
-        return states
 
 
 def _same(a: list[Tensor], b: list[Tensor]) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastmeta._memory_errors import is_out_of_memory
+from fastmeta._random_state import random_state, set_random_state
 from fastmeta.patching.bind import bind
 from fastmeta.patching.context import Call, running
 from fastmeta.patching.methods import SHARED_METHODS, argument_roles
@@ -75,7 +76,7 @@ def by_vmap(unit: Unit, call: Call, args: tuple, kwargs: dict) -> Any:
     if not unit.falls_back:
         return _under_vmap(unit, call, args, kwargs)
     device = _device_of(args, kwargs)
-    state = _random_state(device) if unit.module.training else None
+    state = random_state(device) if unit.module.training else None
     try:
         return _under_vmap(unit, call, args, kwargs)
     except Exception as e:
@@ -83,7 +84,7 @@ def by_vmap(unit: Unit, call: Call, args: tuple, kwargs: dict) -> Any:
             raise
         error = e
     if state is not None:  # a recomputation, which loops at once, must draw the same
-        _set_random_state(device, state)
+        set_random_state(device, state)
     out = by_loop(unit, call, args, kwargs)  # whose error, if any, is the model's own
     unit.loops = True
     warn_loop(unit.name, unit.module, error)
@@ -155,19 +156,6 @@ def by_loop(unit: Unit, call: Call, args: tuple, kwargs: dict) -> Any:
 def _device_of(args: tuple, kwargs: dict) -> torch.device:
     tensors = (t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor))
     return next((t.device for t in tensors), torch.device("cpu"))
-
-
-def _random_state(device: torch.device) -> tuple[Tensor, ...]:
-    states = (torch.get_rng_state(),)
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return states
-    return (*states, torch.cuda.get_rng_state(device))
-
-
-def _set_random_state(device: torch.device, states: tuple[Tensor, ...]) -> None:
-    torch.set_rng_state(states[0])
-    for state in states[1:]:
-        torch.cuda.set_rng_state(state, device)
 
 
 def _divides(leaf: Any, call: Call) -> bool:
